@@ -1,0 +1,1 @@
+"""Data, model, training loop and model card of the bundled tiny Mixture-of-Experts model."""
