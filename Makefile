@@ -1,0 +1,71 @@
+# Every target works on a fresh checkout by itself: it makes .venv, installs, runs.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamps
+
+# Built-in sources that need a rebuild; Python files are picked up by the editable install.
+NATIVE := CMakeLists.txt pyproject.toml $(wildcard cpu_backend/csrc/*)
+
+.PHONY: demo test test-all check format bench soak clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    start a server with the bundled model, ask it twice, stop it"
+	@echo "make test    the tests (about 10 minutes on 2 cores)"
+	@echo "make check   ruff, mypy --strict, import-linter, clang-format"
+	@echo "make bench   short benchmarks of this machine"
+	@echo "make soak    64 streams with cancels for 2 minutes against a real server"
+
+# torch goes in first and alone: pip then takes the build named by TORCH (a CPU wheel where one is
+# configured) and nothing later replaces it. An interpreter that already has torch keeps its own.
+$(STAMP)/venv:
+	if $(PYTHON) -c "import torch" 2>/dev/null; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV); fi
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	mkdir -p $(STAMP) && touch $@
+
+$(STAMP)/install: $(STAMP)/venv $(NATIVE)
+	$(BIN)/pip install -q "scikit-build-core>=0.11" "nanobind>=2.4" "cmake>=3.18" ninja
+	$(BIN)/pip install -q --no-build-isolation -e .
+	touch $@
+
+$(STAMP)/test: $(STAMP)/install
+	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+$(STAMP)/check: $(STAMP)/test
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,check]"
+	touch $@
+
+demo: $(STAMP)/install
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMP)/test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)/test
+	$(BIN)/python -m pytest
+
+check: $(STAMP)/check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict -p moeserve
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror cpu_backend/csrc/*.cpp cpu_backend/csrc/*.h
+
+format: $(STAMP)/check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i cpu_backend/csrc/*.cpp cpu_backend/csrc/*.h
+
+bench: $(STAMP)/install
+	$(BIN)/python scripts/bench_decode.py
+
+soak: $(STAMP)/test
+	$(BIN)/python scripts/soak.py --seconds 120
+
+clean:
+	rm -rf $(VENV) build dist
