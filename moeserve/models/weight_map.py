@@ -1,0 +1,74 @@
+"""How checkpoint tensors become the tensors that a model computes with. Data, no byte moved here.
+
+A family declares one WeightRule per tensor of the model; each rule says which checkpoint tensors
+fill which region of the target. loader.load_weights does the moving:
+
+    WeightRule("layers.0.attn.q", (Q, H), (Part(("model.layers.0.self_attn.q_proj.weight",), ((Q, H),)),))
+
+A packed tensor that must change layout is taken apart with `select`, one part per expert, so that
+no more than one expert is ever held twice:
+
+    Part(("…gate_up_proj",), ((E, H, 2 * I),), select=(e,), index=(e,), convert=transpose)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor
+
+#: basic indexing of leading dimensions; () is the whole tensor
+Index = tuple[Union[slice, int], ...]
+Convert = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One region of a target and the checkpoint tensors it is computed from.
+
+    Parts with a `convert` are held once more while they are converted, so keep each below
+    256 MiB by `select`; parts without one are copied piece by piece, whatever their size.
+    """
+
+    #: checkpoint tensors, in the order `convert` takes them
+    names: tuple[str, ...]
+    #: the whole shape each of them must have in the checkpoint
+    shapes: tuple[tuple[int, ...], ...]
+    #: where the result goes in the target
+    index: Index = ()
+    #: which piece of every named tensor is used
+    select: Index = ()
+    #: selected tensors, on the target device and in the checkpoint's dtype -> result in the shape
+    #: of target[index]; it must not write into its arguments. None: the one tensor as it is
+    convert: Convert | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.names) == len(self.shapes), f"{self.names}: one shape per name"
+        assert self.convert is not None or len(self.names) == 1, f"{self.names}: needs a convert"
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """One tensor of the model: its name, shape, dtype and the parts that fill all of it."""
+
+    target: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    #: None: the compute dtype given to load_weights
+    dtype: torch.dtype | None = None
+
+
+def whole(
+    target: str, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> WeightRule:
+    """The rule for a target that is one checkpoint tensor as it is."""
+    return WeightRule(target, shape, (Part((name,), (shape,)),), dtype)
+
+
+def transpose(sources: Sequence[Tensor]) -> Tensor:
+    """Convert for a checkpoint that stores [in, out] where the model wants [out, in]."""
+    (source,) = sources
+    return source.transpose(-1, -2)
