@@ -92,6 +92,37 @@ class Placement:
     on_cpu: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertSpec:
+    """Shape and arithmetic of the experts of one MoE layer, which are all alike.
+
+    activation: a name of `moeserve.cpu_backend.activations`: what config.json calls hidden_act, or
+    "swiglu_clamped" (gpt-oss), to which alone swiglu_alpha and swiglu_limit apply.
+    """
+
+    num_experts: int  # E
+    hidden_size: int  # H
+    intermediate_size: int  # I
+    activation: str = "silu"
+    bias: bool = False
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The experts of one MoE layer in the resident form: bf16, fp16 or fp32, contiguous.
+
+    gate_up: [E, 2I, H], gate rows, then up rows. down: [E, H, I].
+    gate_up_bias: [E, 2I], down_bias: [E, H]; both or none.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
 class FinishReason(str, Enum):
     STOP = "stop"
     LENGTH = "length"
