@@ -10,10 +10,16 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from moeserve.core import ConfigError
 
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "tiny-moe"
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with its one line of documentation, which is also the help of its flag."""
+    return field(default=default, metadata={"help": text})
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...], fix: str = "") -> None:
@@ -31,22 +37,16 @@ def _at_least(name: str, value: float, least: float) -> None:
 class ModelConfig:
     """Which model, in what precision, on what device."""
 
-    #: local directory or hub id
-    model: str = str(BUNDLED_MODEL)
-    #: name that clients use; default: the last part of `model`
-    served_name: str | None = None
-    #: hub revision (branch, tag or commit)
-    revision: str | None = None
-    #: never reach the network
-    offline: bool = False
-    #: auto (what config.json says), float32, bfloat16, float16
-    dtype: str = "auto"
-    #: cpu, cuda or cuda:N
-    device: str = "cpu"
-    #: refuse NaN and Inf in the weights; reads them all
-    check_weights: bool = False
-    #: context length in tokens; default: the model's
-    context_tokens: int | None = None
+    model: str = setting(str(BUNDLED_MODEL), "local directory or hub id")
+    served_name: str | None = setting(
+        None, "name that clients use; default: the last part of `model`"
+    )
+    revision: str | None = setting(None, "hub revision (branch, tag or commit)")
+    offline: bool = setting(False, "never reach the network")
+    dtype: str = setting("auto", "auto (what config.json says), float32, bfloat16, float16")
+    device: str = setting("cpu", "cpu, cuda or cuda:N")
+    check_weights: bool = setting(False, "refuse NaN and Inf in the weights; reads them all")
+    context_tokens: int | None = setting(None, "context length in tokens; default: the model's")
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -67,14 +67,13 @@ class ModelConfig:
 class KvConfig:
     """The paged kv pool."""
 
-    #: tokens in one block
-    block_tokens: int = 16
-    #: memory for kv; default: what max_running sequences of full context need, at most 1 GiB
-    kv_bytes: int | None = None
-    #: exact number of blocks, instead of kv_bytes
-    num_blocks: int | None = None
-    #: reuse blocks of equal prefixes across requests
-    prefix_reuse: bool = True
+    block_tokens: int = setting(16, "tokens in one block")
+    kv_bytes: int | None = setting(
+        None,
+        "memory for kv; default: what max_running sequences of full context need, at most 1 GiB",
+    )
+    num_blocks: int | None = setting(None, "exact number of blocks, instead of kv_bytes")
+    prefix_reuse: bool = setting(True, "reuse blocks of equal prefixes across requests")
 
     def __post_init__(self) -> None:
         _at_least("block_tokens", self.block_tokens, 1)
@@ -90,16 +89,13 @@ class KvConfig:
 class SchedulerConfig:
     """Which tokens run in the next step."""
 
-    #: token budget of a step, prefill and decode together
-    max_batch_tokens: int = 512
-    #: sequences that may run at once
-    max_running: int = 64
-    #: requests that may wait; more are refused as overloaded
-    max_waiting: int = 1024
-    #: past_future, aggressive or conservative
-    admission: str = "past_future"
-    #: finished requests whose output lengths past_future remembers
-    history_requests: int = 1000
+    max_batch_tokens: int = setting(512, "token budget of a step, prefill and decode together")
+    max_running: int = setting(64, "sequences that may run at once")
+    max_waiting: int = setting(1024, "requests that may wait; more are refused as overloaded")
+    admission: str = setting("past_future", "past_future, aggressive or conservative")
+    history_requests: int = setting(
+        1000, "finished requests whose output lengths past_future remembers"
+    )
 
     def __post_init__(self) -> None:
         _one_of("admission", self.admission, ("past_future", "aggressive", "conservative"))
@@ -111,14 +107,12 @@ class SchedulerConfig:
 class ExpertConfig:
     """Where experts live and run. Rooms without content yet are refused by name."""
 
-    #: auto or torch
-    cpu_backend: str = "auto"
-    #: none (all experts are resident)
-    predictor: str = "none"
-    #: resident (every expert in the fast tier)
-    policy: str = "resident"
-    #: compute threads of the engine; default: the cores this process may use
-    num_threads: int | None = None
+    cpu_backend: str = setting("auto", "auto or torch")
+    predictor: str = setting("none", "none (all experts are resident)")
+    policy: str = setting("resident", "resident (every expert in the fast tier)")
+    num_threads: int | None = setting(
+        None, "compute threads of the engine; default: the cores this process may use"
+    )
 
     def __post_init__(self) -> None:
         later = "native and ipex come with the native CPU backend"
@@ -143,20 +137,15 @@ class EngineConfig:
 class HttpConfig:
     """The OpenAI HTTP API."""
 
-    #: address to listen on
-    host: str = "127.0.0.1"
-    #: TCP port; 0 picks a free one
-    port: int = 8000
-    #: bearer token asked for on every route but /health; None: open
-    api_key: str | None = None
-    #: largest request body
-    max_body_bytes: int = 4 * 1024 * 1024
-    #: largest request head (all headers together)
-    max_header_bytes: int = 32 * 1024
-    #: answers per request
-    max_n: int = 16
-    #: tokens per answer; None: the context length
-    max_tokens_cap: int | None = None
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "TCP port; 0 picks a free one")
+    api_key: str | None = setting(
+        None, "bearer token asked for on every route but /health; None: open"
+    )
+    max_body_bytes: int = setting(4 * 1024 * 1024, "largest request body")
+    max_header_bytes: int = setting(32 * 1024, "largest request head (all headers together)")
+    max_n: int = setting(16, "answers per request")
+    max_tokens_cap: int | None = setting(None, "tokens per answer; None: the context length")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -169,18 +158,18 @@ class HttpConfig:
 class ZmqConfig:
     """The ZeroMQ front."""
 
-    #: endpoint to bind; default: ipc socket in the runtime directory
-    endpoint: str | None = None
-    #: directory made by `moeserve keygen`; needed for TCP beyond loopback
-    curve_dir: Path | None = None
-    #: seconds between heartbeats
-    heartbeat_s: float = 2.0
-    #: a peer silent for that long is gone, and its requests are cancelled
-    peer_timeout_s: float = 10.0
-    #: largest message, all frames together
-    max_message_bytes: int = 16 * 1024 * 1024
-    #: requests one client may have in flight
-    max_in_flight: int = 256
+    endpoint: str | None = setting(
+        None, "endpoint to bind; default: ipc socket in the runtime directory"
+    )
+    curve_dir: Path | None = setting(
+        None, "directory made by `moeserve keygen`; needed for TCP beyond loopback"
+    )
+    heartbeat_s: float = setting(2.0, "seconds between heartbeats")
+    peer_timeout_s: float = setting(
+        10.0, "a peer silent for that long is gone, and its requests are cancelled"
+    )
+    max_message_bytes: int = setting(16 * 1024 * 1024, "largest message, all frames together")
+    max_in_flight: int = setting(256, "requests one client may have in flight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +179,13 @@ class GatewayConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     zmq: ZmqConfig = field(default_factory=ZmqConfig)
-    #: directory for ipc sockets, made 0700; default: a fresh one per server
-    runtime_dir: Path | None = None
-    #: seconds that running requests get after SIGTERM
-    drain_s: float = 30.0
-    #: engine restarts allowed within ten minutes before the server gives up
-    max_engine_restarts: int = 3
+    runtime_dir: Path | None = setting(
+        None, "directory for ipc sockets, made 0700; default: a fresh one per server"
+    )
+    drain_s: float = setting(30.0, "seconds that running requests get after SIGTERM")
+    max_engine_restarts: int = setting(
+        3, "engine restarts allowed within ten minutes before the server gives up"
+    )
 
 
 @dataclass(frozen=True)
