@@ -1,15 +1,11 @@
-"""Every wire message, typed, and the framing they travel in.
+"""Every wire message, typed. moeserve.framing says how they travel.
 
-A message is a ZeroMQ multipart: frame 0 the protocol version, frame 1 a msgpack map whose `type`
-names the message, further frames raw bytes that the header announces. docs/protocol.md describes
-the client wire for people who write clients in other languages; the engine wire is private.
-
-Decoding is strict: sizes, frame counts and nesting depth are limited before anything is built.
+docs/protocol.md describes the client wire for people who write clients in other languages; the
+engine wire, between our own two processes, is private.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec
@@ -21,20 +17,10 @@ from moeserve.core import (
     ErrorCode,
     FinishReason,
     ModelInfo,
-    MoeserveError,
 )
 
-CLIENT_VERSION: Final = b"MOESERVE/1"
-ENGINE_VERSION: Final = b"MOESERVE-ENGINE/1"
-MAX_FRAMES: Final = 4
-MAX_DEPTH: Final = 16
-
-
-class ProtocolError(MoeserveError):
-    """A multipart message that is not a message of ours."""
-
-    def __init__(self, message: str, **kwargs: Any) -> None:
-        super().__init__(message, code=ErrorCode.PROTOCOL, **kwargs)
+MAX_REQUEST_ID_CHARS: Final = 128
+MAX_CREDIT: Final = 1_000_000
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -44,7 +30,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 # -- client → gateway -----------------------------------------------------------------------------
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """Opens a session; answered by Welcome. Sent again after a Pong from an unknown server."""
 
     client: str = ""  # name and version, for logs
@@ -57,11 +43,12 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     content: str
 
 
-class Submit(Message, tag="submit", forbid_unknown_fields=True):
+class Submit(Message, frozen=True, kw_only=True, tag="submit", forbid_unknown_fields=True):
     """Asks for a generation. Exactly one of prompt, token_ids, messages, token_frame is given.
 
     token_frame: True when frame 2 holds the prompt as little-endian int32 token ids.
-    params: fields of SamplingParams, plus `stop` (strings) and `n`.
+    params: fields of SamplingParams, plus `n`, `stop`, `include_stop`, `skip_special_tokens`.
+    template_variables: more variables for the chat template; messages only.
     credit: chunks the server may send before it must wait for Credit.
     """
 
@@ -72,23 +59,25 @@ class Submit(Message, tag="submit", forbid_unknown_fields=True):
     messages: list[ChatMessage] | None = None
     token_frame: bool = False
     params: dict[str, Any] = {}
+    template_variables: dict[str, Any] = {}
+    add_special_tokens: bool = True
     priority: int = 0
     deadline_ms: int | None = None  # from receipt
     credit: int = 64
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     request_id: str
 
 
-class Credit(Message, tag="credit"):
+class Credit(Message, frozen=True, kw_only=True, tag="credit"):
     """Allows so many more chunks for a request."""
 
     request_id: str
     chunks: int
 
 
-class Ping(Message, tag="ping"):
+class Ping(Message, frozen=True, kw_only=True, tag="ping"):
     """Either side may send it at any time; answered by Pong with the same number."""
 
     number: int = 0
@@ -97,14 +86,14 @@ class Ping(Message, tag="ping"):
 # -- gateway → client -----------------------------------------------------------------------------
 
 
-class Pong(Message, tag="pong"):
+class Pong(Message, frozen=True, kw_only=True, tag="pong"):
     """known: the server has a session for this client (False: say Hello again)."""
 
     number: int = 0
     known: bool = True
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     server: str  # name and version
     models: list[str]
     heartbeat_ms: int
@@ -113,19 +102,27 @@ class Welcome(Message, tag="welcome"):
     max_in_flight: int
 
 
-class Accepted(Message, tag="accepted"):
+class Accepted(Message, frozen=True, kw_only=True, tag="accepted"):
     request_id: str
     prompt_tokens: int
 
 
 class WireLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """One token. raw: its exact bytes, which need not be whole characters.
+
+    logprob, rank: None for the first token of a prompt, which nothing predicts.
+    top: (token id, text, logprob), most likely first.
+    """
+
     token: str
+    raw: bytes
     token_id: int
-    logprob: float
+    logprob: float | None
+    rank: int | None = None
     top: list[tuple[int, str, float]] = []
 
 
-class Chunk(Message, tag="chunk"):
+class Chunk(Message, frozen=True, kw_only=True, tag="chunk"):
     """More of answer `index`. A slow reader gets fewer, longer chunks, never lost text."""
 
     request_id: str
@@ -151,16 +148,16 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: float
 
 
-class Done(Message, tag="done"):
+class Done(Message, frozen=True, kw_only=True, tag="done"):
     """The request is over; nothing follows with this request_id."""
 
     request_id: str
     usage: Usage
     timing: Timing
-    prompt_logprobs: list[WireLogprob | None] | None = None
+    prompt_logprobs: list[WireLogprob] | None = None
 
 
-class Error(Message, tag="error"):
+class Error(Message, frozen=True, kw_only=True, tag="error"):
     """request_id None: about the connection or a message that could not be attributed."""
 
     request_id: str | None
@@ -173,25 +170,25 @@ class Error(Message, tag="error"):
 # -- gateway → engine -----------------------------------------------------------------------------
 
 
-class EngineSubmit(Message, tag="engine_submit"):
+class EngineSubmit(Message, frozen=True, kw_only=True, tag="engine_submit"):
     request: EngineRequest
 
 
-class EngineAbort(Message, tag="engine_abort"):
+class EngineAbort(Message, frozen=True, kw_only=True, tag="engine_abort"):
     """reason: CANCELLED (nobody reads on) or STOP (the front found a stop string)."""
 
     request_id: str
     reason: FinishReason = FinishReason.CANCELLED
 
 
-class EngineShutdown(Message, tag="engine_shutdown"):
+class EngineShutdown(Message, frozen=True, kw_only=True, tag="engine_shutdown"):
     pass
 
 
 # -- engine → gateway -----------------------------------------------------------------------------
 
 
-class EngineStatus(Message, tag="engine_status"):
+class EngineStatus(Message, frozen=True, kw_only=True, tag="engine_status"):
     """Heartbeat and state. epoch: random per engine process, so a restart is noticed."""
 
     epoch: str
@@ -202,7 +199,7 @@ class EngineStatus(Message, tag="engine_status"):
     stats: EngineStats | None = None
 
 
-class EngineOutput(Message, tag="engine_output"):
+class EngineOutput(Message, frozen=True, kw_only=True, tag="engine_output"):
     epoch: str
     deltas: list[EngineDelta]
 
@@ -213,105 +210,17 @@ ToEngine: TypeAlias = EngineSubmit | EngineAbort | EngineShutdown | Ping
 FromEngine: TypeAlias = EngineStatus | EngineOutput | Pong
 
 
-def check_depth(packed: bytes | memoryview, limit: int = MAX_DEPTH) -> None:
-    """Refuses msgpack nested deeper than `limit`, building no object and without recursion.
-
-    Raises ProtocolError; also when the bytes end early or go on after the first object.
-    """
-    data = memoryview(packed)
-    end = len(data)
-    position = 0
-    open_items = [1]  # items still to read on each level
-
-    def length(at: int, size: int) -> int:
-        if at + size > end:
-            raise ProtocolError("header: msgpack ends early")
-        return int.from_bytes(data[at : at + size], "big")
-
-    while open_items:
-        if open_items[-1] == 0:
-            open_items.pop()
-            continue
-        open_items[-1] -= 1
-        if position >= end:
-            raise ProtocolError("header: msgpack ends early")
-        tag = data[position]
-        position += 1
-        children = 0
-        if tag <= 0x7F or tag >= 0xE0 or tag in (0xC0, 0xC2, 0xC3):
-            pass
-        elif tag <= 0x8F:
-            children = 2 * (tag & 0x0F)
-        elif tag <= 0x9F:
-            children = tag & 0x0F
-        elif tag <= 0xBF:
-            position += tag & 0x1F
-        elif tag in (0xC4, 0xC5, 0xC6, 0xD9, 0xDA, 0xDB):  # bin and str, 8/16/32
-            size = 1 << ((tag - 0xC4) if tag < 0xD0 else (tag - 0xD9))
-            position += size + length(position, size)
-        elif tag in (0xCA, 0xCB):
-            position += 4 if tag == 0xCA else 8
-        elif 0xCC <= tag <= 0xD3:
-            position += 1 << ((tag - 0xCC) & 3)
-        elif tag in (0xDC, 0xDD, 0xDE, 0xDF):  # array and map, 16/32
-            size = 2 if tag in (0xDC, 0xDE) else 4
-            children = length(position, size) * (2 if tag >= 0xDE else 1)
-            position += size
-        else:  # ext types and the never-used 0xC1
-            raise ProtocolError(f"header: msgpack type 0x{tag:02x} is not allowed")
-        if position > end:
-            raise ProtocolError("header: msgpack ends early")
-        if children:
-            if children > end - position:  # every item takes at least one byte
-                raise ProtocolError("header: msgpack announces more items than it holds")
-            open_items.append(children)
-            if len(open_items) - 1 > limit:
-                raise ProtocolError(f"header: nested deeper than {limit} levels")
-    if position != end:
-        raise ProtocolError("header: bytes after the end of the message")
-
-
-class Wire:
-    """Encodes and decodes the messages of one direction pair under one version string."""
-
-    def __init__(self, version: bytes, incoming: Any, max_bytes: int) -> None:
-        self.version = version
-        self.max_bytes = max_bytes
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(incoming)
-
-    def encode(self, message: Message, *raw: bytes) -> list[bytes]:
-        return [self.version, self._encoder.encode(message), *raw]
-
-    def decode(self, frames: Sequence[bytes]) -> tuple[Any, list[bytes]]:
-        """The typed message and its raw frames. Raises ProtocolError with what is wrong."""
-        if not 2 <= len(frames) <= MAX_FRAMES:
-            raise ProtocolError(f"message: {len(frames)} frames, expected 2 to {MAX_FRAMES}")
-        if frames[0] != self.version:
-            got = bytes(frames[0][:32])
-            raise ProtocolError(f"version: got {got!r}, this server speaks {self.version!r}")
-        total_bytes = sum(map(len, frames))
-        if total_bytes > self.max_bytes:
-            raise ProtocolError(f"message: {total_bytes} bytes, at most {self.max_bytes}")
-        check_depth(frames[1])
-        try:
-            message = self._decoder.decode(frames[1])
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise ProtocolError(f"header: {error}") from error
-        return message, list(frames[2:])
-
-
-def client_server_wire(max_bytes: int) -> Wire:
-    """The gateway's side of the client wire."""
-    return Wire(CLIENT_VERSION, FromClient, max_bytes)
-
-
-ENGINE_MAX_BYTES: Final = 1 << 30
-
-
-def engine_side_wire() -> Wire:
-    return Wire(ENGINE_VERSION, ToEngine, ENGINE_MAX_BYTES)
-
-
-def gateway_side_wire() -> Wire:
-    return Wire(ENGINE_VERSION, FromEngine, ENGINE_MAX_BYTES)
+def merge_deltas(first: EngineDelta, then: EngineDelta) -> EngineDelta:
+    """Both deltas as one: what a reader gets who was away while `then` arrived."""
+    if first.logprobs is None or then.logprobs is None:
+        logprobs = first.logprobs or then.logprobs
+    else:
+        logprobs = first.logprobs + then.logprobs
+    prompt = first.prompt_logprobs if then.prompt_logprobs is None else then.prompt_logprobs
+    return msgspec.structs.replace(
+        then,
+        token_ids=first.token_ids + then.token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=prompt,
+        num_cached_tokens=max(first.num_cached_tokens, then.num_cached_tokens),
+    )
