@@ -1,0 +1,191 @@
+"""The `moeserve` command. A subcommand's room is imported only when that subcommand is named."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moeserve.core import MoeserveError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its help line, its flags, what it does. run returns the exit status."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.cli_options import ENGINE_SETTINGS, add_flags
+    from moeserve.config import GatewayConfig, HttpConfig, ZmqConfig
+
+    _model_argument(parser)
+    add_flags(parser, HttpConfig, ZmqConfig, GatewayConfig, *ENGINE_SETTINGS)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import asyncio
+
+    from moeserve.cli_options import gateway_config
+    from moeserve.config import read_environment
+    from moeserve.gateway.server import run_gateway
+
+    environment = read_environment()
+    return asyncio.run(run_gateway(gateway_config(args, environment.api_key)))
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.cli_options import ENGINE_SETTINGS, add_flags
+
+    _model_argument(parser)
+    parser.add_argument("-p", "--prompt", help="text to continue; - reads standard input")
+    parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's message")
+    sampling = parser.add_argument_group("Sampling")
+    sampling.add_argument("-n", "--max-tokens", type=int, help="most tokens to generate")
+    sampling.add_argument("--temperature", type=float, help="0: greedy")
+    sampling.add_argument("--top-k", type=int)
+    sampling.add_argument("--top-p", type=float)
+    sampling.add_argument("--min-p", type=float)
+    sampling.add_argument("--repetition-penalty", type=float)
+    sampling.add_argument("--seed", type=int)
+    sampling.add_argument("--stop", action="append", help="stop string; may be given again")
+    add_flags(parser, *ENGINE_SETTINGS)
+
+
+SAMPLING_FLAGS = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from moeserve.cli_options import engine_config
+    from moeserve.llm import LLM
+
+    if args.prompt is None:
+        raise MoeserveError(
+            "prompt: missing", field="prompt", hint="give -p TEXT, or -p - for stdin"
+        )
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+    params = {name: value for name, value in given.items() if value is not None}
+    with LLM.from_config(engine_config(args)) as llm:
+        request = [{"role": "user", "content": prompt}] if args.chat else prompt
+        for event in llm.stream(request, **params):
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def _chat_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.chat.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from moeserve.chat.command import run
+
+    return run(args)
+
+
+def _request_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.client.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _request(args: argparse.Namespace) -> int:
+    from moeserve.client.command import run
+
+    return run(args)
+
+
+def _keygen_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", help="where to write the keys; must not hold any yet")
+
+
+def _keygen(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from moeserve.gateway.curve import write_keys
+
+    for path in write_keys(Path(args.directory)):
+        print(path)
+    return 0
+
+
+def _model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="directory or hub id (default: the bundled model)"
+    )
+
+
+COMMANDS = {
+    "serve": Command("serve a model over HTTP and ZeroMQ", _serve_arguments, _serve),
+    "generate": Command("continue one prompt and exit", _generate_arguments, _generate),
+    "chat": Command("talk to a model, here or on a server", _chat_arguments, _chat),
+    "request": Command("send one prompt to a server over ZeroMQ", _request_arguments, _request),
+    "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
+}
+
+
+class _VersionAction(argparse.Action):
+    """Reads the version only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from moeserve import __version__
+
+        print(f"moeserve {__version__}")
+        parser.exit()
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """A parser that knows all subcommands by name and the flags of the one that is named."""
+    parser = argparse.ArgumentParser(
+        prog="moeserve", description="Serve Mixture-of-Experts language models."
+    )
+    parser.add_argument(
+        "--version", action=_VersionAction, nargs=0, help="print the version and exit"
+    )
+    choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, entry in COMMANDS.items():
+        sub = choices.add_parser(name, help=entry.help, description=entry.help.capitalize() + ".")
+        if name == command:
+            entry.add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand. Exit status: 0 done, 2 wrong input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    if command is not None and command not in COMMANDS and arguments[0] == command:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(COMMANDS)}"
+        print(f"moeserve: no command {command!r}{hint}", file=sys.stderr)
+        return 2
+    try:
+        args = _parser(command).parse_args(arguments)
+        return COMMANDS[args.command].run(args)
+    except MoeserveError as error:
+        print(f"moeserve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Command-line flags made from the settings: one name, one help, one default per field."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moeserve.config import (
+    BUNDLED_MODEL,
+    EngineConfig,
+    ExpertConfig,
+    GatewayConfig,
+    HttpConfig,
+    KvConfig,
+    ModelConfig,
+    SchedulerConfig,
+    ZmqConfig,
+)
+
+T = TypeVar("T")
+
+ENGINE_SETTINGS = (ModelConfig, KvConfig, SchedulerConfig, ExpertConfig)
+UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+#: settings given as an argument of its own, or made from another one
+NOT_A_FLAG = {"model", "engine", "http", "zmq"}
+#: shorter or clearer names than the field's own
+FLAG_NAMES = {"endpoint": "zmq"}
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 6GiB, 512MB or 4096. Raises ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 6GiB, 512MB or 4096")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def add_flags(parser: argparse.ArgumentParser, *settings: type) -> None:
+    """One flag per field of each settings class."""
+    for cls in settings:
+        group = parser.add_argument_group((cls.__doc__ or "").strip().splitlines()[0].rstrip("."))
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.name not in NOT_A_FLAG:
+                _add_flag(group, field, hints[field.name])
+
+
+def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+    flag = "--" + FLAG_NAMES.get(field.name, field.name).replace("_", "-")
+    text = field.metadata["help"].replace("%", "%%")
+    if field.default is not None:
+        text += f" (default: {field.default})"
+    if hint is bool:
+        group.add_argument(
+            flag,
+            dest=field.name,
+            action=argparse.BooleanOptionalAction,
+            default=field.default,
+            help=text,
+        )
+        return
+    group.add_argument(
+        flag,
+        dest=field.name,
+        type=_parser_of(field.name, hint),
+        default=field.default,
+        metavar=field.name.rsplit("_", 1)[-1].upper(),
+        help=text,
+    )
+
+
+def _parser_of(name: str, hint: Any) -> Callable[[str], Any]:
+    if isinstance(hint, types.UnionType):
+        (hint,) = (arm for arm in typing.get_args(hint) if arm is not type(None))
+    if name.endswith("_bytes"):
+        return parse_bytes
+    assert hint in (int, float, str, Path), f"setting {name}: no flag for {hint}"
+    return typing.cast(Callable[[str], Any], hint)
+
+
+def read_flags(cls: type[T], args: argparse.Namespace, **given: Any) -> T:
+    """An instance of a settings class from parsed flags. Raises ConfigError for a bad value."""
+    names = {field.name for field in dataclasses.fields(typing.cast(Any, cls))}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    return cls(**{**values, **given})
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """args: with the flags of ENGINE_SETTINGS and `model` (None: the bundled one)."""
+    return EngineConfig(
+        model=read_flags(ModelConfig, args, model=args.model or str(BUNDLED_MODEL)),
+        kv=read_flags(KvConfig, args),
+        scheduler=read_flags(SchedulerConfig, args),
+        experts=read_flags(ExpertConfig, args),
+    )
+
+
+def gateway_config(args: argparse.Namespace, api_key: str | None) -> GatewayConfig:
+    """api_key: from the environment; the flag wins."""
+    return read_flags(
+        GatewayConfig,
+        args,
+        engine=engine_config(args),
+        http=read_flags(HttpConfig, args, api_key=args.api_key or api_key),
+        zmq=read_flags(ZmqConfig, args),
+    )

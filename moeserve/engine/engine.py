@@ -1,0 +1,202 @@
+"""The engine: schedules, runs the model, chooses tokens. `step()` is the design."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from moeserve.config import EngineConfig, KvConfig
+from moeserve.core import (
+    ConfigError,
+    EngineDelta,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    ModelInfo,
+    RequestError,
+    TokenLogprob,
+)
+from moeserve.engine.batch import ScheduledBatch, StepResult
+from moeserve.engine.kv_blocks import BlockManager
+from moeserve.engine.model_runner import ModelRunner, StepOutput, chunk_rows
+from moeserve.engine.request_scheduler import RequestScheduler
+from moeserve.engine.sampler import Sampler, SampleRow, score
+from moeserve.models.kv_pool import KvPool
+from moeserve.models.registry import LoadedModel, load_model
+
+GIB = 1 << 30
+Progress = Callable[[str, float], None]
+
+
+class Engine:
+    """One model and the requests that run on it. One thread calls all methods.
+
+    Errors of a request (a context too long, a full queue) raise RequestError in `add`; whatever
+    happens later arrives as a delta with a finish_reason.
+    """
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
+        self.config = config
+        self.loaded = loaded
+        block_tokens = config.kv.block_tokens
+        num_blocks = _num_kv_blocks(config, loaded)
+        self.blocks = BlockManager(num_blocks, block_tokens, config.kv.prefix_reuse)
+        self.scheduler = RequestScheduler(
+            config.scheduler, self.blocks, loaded.eos_token_ids, loaded.context_tokens
+        )
+        kv = KvPool(loaded.spec, num_blocks, block_tokens, loaded.dtype, loaded.device)
+        self.runner = ModelRunner(loaded.model, kv, block_tokens, loaded.device)
+        self.sampler = Sampler(loaded.spec.vocab_size, loaded.eos_token_ids, loaded.device)
+        self._num_steps = 0
+        self._step_s = 0.0
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+        """Loads the model. Raises ModelError or ConfigError; progress gets (stage, 0..1)."""
+        return cls(config, load_model(config.model, config.experts, progress))
+
+    @property
+    def info(self) -> ModelInfo:
+        spec = self.loaded.spec
+        return ModelInfo(
+            name=self.config.model.name,
+            model_type=spec.model_type,
+            path=str(self.loaded.path),
+            vocab_size=spec.vocab_size,
+            context_tokens=self.loaded.context_tokens,
+            eos_token_ids=tuple(self.loaded.eos_token_ids),
+            num_parameters=self.loaded.num_parameters,
+            num_layers=spec.num_layers,
+            num_moe_layers=spec.num_moe_layers,
+            num_experts=spec.num_experts,
+            dtype=str(self.loaded.dtype).removeprefix("torch."),
+            device=str(self.loaded.device),
+            kv_blocks=self.blocks.num_blocks,
+            block_tokens=self.blocks.block_tokens,
+            notes=self.loaded.notes,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request. Raises RequestError when it can never run or the queue is full."""
+        self._check_token_ids(request)
+        if request.params.seed is None:
+            seed = int.from_bytes(os.urandom(8), "little", signed=True)
+            params = msgspec.structs.replace(request.params, seed=seed)
+            request = msgspec.structs.replace(request, params=params)
+        self.scheduler.add(request, time.time())
+
+    def abort(
+        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
+    ) -> list[EngineDelta]:
+        """Ends a request now; its last delta is returned. Unknown ids are ignored."""
+        return self._ended(self.scheduler.abort(request_id, reason, time.time()))
+
+    def step(self) -> list[EngineDelta]:
+        """Runs the tokens that the scheduler picks; returns what they added to each request."""
+        started_s = time.perf_counter()
+        batch = self.scheduler.schedule(time.time())
+        if batch is None:
+            return self._ended(self.scheduler.drain_events())
+        output = self.runner.forward(batch)
+        result = self._sample(batch, output)
+        deltas = self.scheduler.commit(batch, result, time.time())
+        self._num_steps += 1
+        self._step_s += time.perf_counter() - started_s
+        return self._ended(deltas)
+
+    def stats(self) -> EngineStats:
+        return msgspec.structs.replace(
+            self.scheduler.stats(), num_steps=self._num_steps, step_s=self._step_s
+        )
+
+    def check_integrity(self) -> None:
+        """Checks all bookkeeping; called when idle. Raises AssertionError."""
+        self.scheduler.check_integrity()
+
+    def _sample(self, batch: ScheduledBatch, output: StepOutput) -> StepResult:
+        with torch.inference_mode():
+            chunks = [chunk for chunk in batch.chunks if chunk.samples]
+            rows = [
+                SampleRow(
+                    chunk.sequence.request.request_id,
+                    chunk.sequence.token_ids,
+                    chunk.sequence.num_prompt_tokens,
+                    chunk.sequence.request.params,
+                )
+                for chunk in chunks
+            ]
+            tokens = self.sampler.sample(output.next_token_logits(batch), rows) if rows else []
+            return StepResult(
+                tokens={
+                    row.request_id: token
+                    for row, token in zip(rows, tokens, strict=True)
+                    if token is not None
+                },
+                prompt_logprobs=self._score_prompts(batch, output),
+            )
+
+    @staticmethod
+    def _score_prompts(batch: ScheduledBatch, output: StepOutput) -> dict[str, list[TokenLogprob]]:
+        """Log-probabilities of the prompt tokens that this step's rows predict."""
+        scored: dict[str, list[TokenLogprob]] = {}
+        for chunk, start, _ in chunk_rows(batch):
+            sequence = chunk.sequence
+            num_top = sequence.request.params.prompt_logprobs
+            # The row at position p scores prompt token p + 1; the last prompt row scores none.
+            last = min(chunk.start + chunk.num_tokens + 1, sequence.num_prompt_tokens)
+            targets = sequence.token_ids[chunk.start + 1 : last]
+            if num_top is None or not targets:
+                continue
+            scored[sequence.request.request_id] = [
+                entry
+                for rows, logits in output.prompt_logits(start, len(targets))
+                for entry in score(logits, targets[rows], num_top)
+            ]
+        return scored
+
+    def _ended(self, deltas: list[EngineDelta]) -> list[EngineDelta]:
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self.sampler.forget(delta.request_id)
+        return deltas
+
+    def _check_token_ids(self, request: EngineRequest) -> None:
+        vocab_size = self.loaded.spec.vocab_size
+        params = request.params
+        for field, ids in (
+            ("token_ids", request.token_ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            bad = next((token for token in ids if not 0 <= token < vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"{field}: token id {bad} is outside the vocabulary (0 to {vocab_size - 1})",
+                    field=field,
+                )
+
+
+def _num_kv_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Blocks of the kv pool: as asked, else for full contexts up to 1 GiB."""
+    kv: KvConfig = config.kv
+    if kv.num_blocks is not None:
+        return kv.num_blocks
+    bytes_per_block = KvPool.bytes_per_block(loaded.spec, kv.block_tokens, loaded.dtype)
+    blocks_per_sequence = -(-loaded.context_tokens // kv.block_tokens)
+    wanted = config.scheduler.max_running * blocks_per_sequence
+    affordable = (kv.kv_bytes if kv.kv_bytes is not None else GIB) // bytes_per_block
+    if affordable < 1:
+        raise ConfigError(
+            f"kv_bytes: {kv.kv_bytes} is below one block of {bytes_per_block} bytes",
+            field="kv_bytes",
+            hint="raise --kv-bytes or lower --block-tokens",
+        )
+    return affordable if kv.kv_bytes is not None else min(wanted, affordable)
