@@ -3,7 +3,7 @@
 A family declares one WeightRule per tensor of the model; each rule says which checkpoint tensors
 fill which region of the target. loader.load_weights does the moving:
 
-    WeightRule("layers.0.attn.q", (Q, H), (Part(("model.layers.0.self_attn.q_proj.weight",), ((Q, H),)),))
+    WeightRule("q", (Q, H), (Part(("model.layers.0.self_attn.q_proj.weight",), ((Q, H),)),))
 
 A packed tensor that must change layout is taken apart with `select`, one part per expert, so that
 no more than one expert is ever held twice:
@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 from torch import Tensor
 
 #: basic indexing of leading dimensions; () is the whole tensor
-Index = tuple[Union[slice, int], ...]
+Index = tuple[slice | int, ...]
 Convert = Callable[[Sequence[Tensor]], Tensor]
 
 
