@@ -134,7 +134,7 @@ class MoE(nn.Module):
         order = ids.flatten().argsort(stable=True)  # [T*K], grouped by expert
         tokens = order // self.top_k
         counts = torch.bincount(ids.flatten(), minlength=len(self.experts)).tolist()
-        groups = x.index_select(0, tokens).split(counts)
+        groups = torch.split(x.index_select(0, tokens), counts)
         y = torch.cat([expert(g) for expert, g in zip(self.experts, groups, strict=True)])
         y = y * weights.flatten().index_select(0, order).unsqueeze(-1)
         return torch.zeros_like(x).index_add(0, tokens, y), logits, ids
@@ -163,9 +163,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig, dropout: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Layer(config, dropout) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
