@@ -126,7 +126,7 @@ class Engine:
             chunks = [chunk for chunk in batch.chunks if chunk.samples]
             rows = [
                 SampleRow(
-                    chunk.sequence.request.request_id,
+                    chunk.sequence.request_id,
                     chunk.sequence.token_ids,
                     chunk.sequence.num_prompt_tokens,
                     chunk.sequence.request.params,
@@ -148,16 +148,16 @@ class Engine:
         """Log-probabilities of the prompt tokens that this step's rows predict."""
         scored: dict[str, list[TokenLogprob]] = {}
         for chunk, start, _ in chunk_rows(batch):
-            sequence = chunk.sequence
-            num_top = sequence.request.params.prompt_logprobs
-            # The row at position p scores prompt token p + 1; the last prompt row scores none.
-            last = min(chunk.start + chunk.num_tokens + 1, sequence.num_prompt_tokens)
-            targets = sequence.token_ids[chunk.start + 1 : last]
-            if num_top is None or not targets:
+            if not chunk.scored:
                 continue
-            scored[sequence.request.request_id] = [
+            sequence = chunk.sequence
+            num_top = sequence.request.params.prompt_logprobs or 0
+            targets = sequence.token_ids[chunk.scored.start : chunk.scored.stop]
+            # The row of position p scores the token at p + 1.
+            first_row = start + chunk.scored.start - 1 - chunk.start
+            scored[sequence.request_id] = [
                 entry
-                for rows, logits in output.prompt_logits(start, len(targets))
+                for rows, logits in output.prompt_logits(first_row, len(targets))
                 for entry in score(logits, targets[rows], num_top)
             ]
         return scored
