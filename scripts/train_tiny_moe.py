@@ -54,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=int, default=2, help="torch threads (%(default)s)")
     add("--work-dir", type=Path, default=REPOSITORY / "build" / "tiny-moe", help="checkpoints")
     add("--out", type=Path, default=REPOSITORY / "moeserve" / "assets" / "tiny-moe")
+    add("--hardware-note", default="", help="words for the card, such as: machine shared")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--export-only", action="store_true", help="write --out again, no training")
     mode.add_argument("--eval-only", action="store_true", help="print held-out losses and stop")
@@ -107,7 +108,7 @@ def export(
         load=measure_load(exported, dataset.valid),
         samples=write_samples(args.out, config.seed),
         logit_difference=verify(exported, args.out, rows),
-        num_threads=args.threads,
+        hardware_note=args.hardware_note,
     )
     write_card(facts, args.out)
     print(f"{args.out}: {check_size(args.out):,} bytes, held-out losses {facts.losses}")

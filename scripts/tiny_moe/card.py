@@ -46,7 +46,7 @@ class Facts:
     load: ExpertLoad
     samples: list[Sample]
     logit_difference: float
-    num_threads: int
+    hardware_note: str
 
 
 def draw_losses(progress: Progress, path: Path) -> None:
@@ -167,6 +167,7 @@ def _training(facts: Facts) -> str:
         for flag, name in flags.items()
         if getattr(config, name) != getattr(TrainConfig(), name)
     ]
+    note = f"{facts.hardware_note}; " if facts.hardware_note else ""
     plain = progress.best_tokens * (1 - config.chat_share) / len(facts.corpora)
     passes = ", ".join(
         f"{name} {plain / len(stream.tokens):.1f}" for name, stream in facts.dataset.train.items()
@@ -177,16 +178,17 @@ def _training(facts: Facts) -> str:
 {COMMAND}{"".join(changed)}
 ```
 
-- {progress.best_step} steps of {config.batch_tokens} tokens, {progress.best_tokens:,} tokens seen \
-(the step with the lowest mean held-out loss of {progress.step} run, {config.steps} planned);
-  expected passes over the plain text: {passes}.
+- {progress.best_step} steps of {config.batch_tokens} tokens, {progress.best_tokens:,} tokens in \
+all: the lowest mean held-out loss
+  among {progress.step} steps run of {config.steps} planned.
+- Expected passes over the plain text: {passes}.
 - AdamW (0.9, 0.95), rate {config.learning_rate} with {config.warmup_steps} warm-up steps and a \
 linear decay to zero over the last {config.decay_share:.0%}, weight decay {config.weight_decay},
   gradient clip {config.gradient_clip}, dropout {config.dropout}; rows of 256, 512 and 1024 tokens.
 - Router: load-balancing loss per layer × {config.balance_coefficient}, \
 z-loss × {config.z_coefficient}.
-- {progress.elapsed_s / 60:.0f} minutes of wall time with {facts.num_threads} threads on \
-{_cpu_name()} ({os.cpu_count()} logical CPUs), no GPU; torch {torch.__version__}, float32."""
+- {progress.elapsed_s / 60:.0f} minutes of wall time on {_cpu_name()} ({os.cpu_count()} logical \
+CPUs), no GPU; {note}torch {torch.__version__}, float32."""
 
 
 def _cpu_name() -> str:

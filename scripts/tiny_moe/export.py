@@ -38,6 +38,7 @@ def export_model(model: TinyMoE, tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: t.to(torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
     save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+    (out / WEIGHTS).chmod(0o644)  # safetensors writes it for the owner only
     end_of_text = token_id(tokenizer, END_OF_TEXT)
     end_of_turn = token_id(tokenizer, END_OF_TURN)
     _write_json(out / "config.json", model.config.to_hf(eos_token_id=end_of_turn))
