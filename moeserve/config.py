@@ -213,6 +213,12 @@ def read_environment() -> Environment:
     )
 
 
+def bare_environment() -> dict[str, str]:
+    """For a helper process: what it takes to start Python, and none of the user's secrets."""
+    names = ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def default_endpoint(environment: Environment) -> str:
     """The ipc endpoint that a server binds and a client finds when nothing is named.
 
