@@ -1,0 +1,1 @@
+"""The chat CLI: a conversation in the terminal, with a model here or on a server."""
