@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moeserve.core import TokenLogprob
+from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.sequence import Sequence
 
 
@@ -18,9 +19,6 @@ class ScheduledChunk:
     block_ids: the blocks of positions `[0, stop)`; valid until the step is committed.
     samples: the logits of the last token choose a token (False: more prompt follows, or the
         request only wants its prompt scored).
-    scored: prompt positions whose tokens this chunk must score, empty when not asked for; the
-        logits at position p - 1 score the token at position p. Positions scored before a
-        preemption are left out.
     """
 
     sequence: Sequence
@@ -28,11 +26,23 @@ class ScheduledChunk:
     num_tokens: int
     block_ids: tuple[int, ...]
     samples: bool
-    scored: range = range(0)
 
     @property
     def stop(self) -> int:
         return self.start + self.num_tokens
+
+    @classmethod
+    def of(cls, sequence: Sequence, budget: int, blocks: BlockManager) -> ScheduledChunk:
+        """The next tokens of a running sequence, at most `budget`."""
+        num_tokens = min(budget, sequence.num_tokens_to_compute)
+        stop = sequence.num_computed_tokens + num_tokens
+        return cls(
+            sequence=sequence,
+            start=sequence.num_computed_tokens,
+            num_tokens=num_tokens,
+            block_ids=tuple(sequence.block_ids[: blocks.blocks_for(stop)]),
+            samples=stop == sequence.num_tokens and sequence.request.params.max_tokens > 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,10 @@ class StepResult:
     """What the runner and the sampler made of a batch.
 
     tokens: by request id, one for every chunk with `samples`.
-    prompt_logprobs: by request id, one per position in `chunk.scored`, in that order; a request
-        with nothing scored in this step may be missing.
+    prompt_logprobs: by request id, for requests that asked: one entry for every prompt token that
+        this chunk's logits score, in order. The logits at position p score the prompt token p + 1,
+        so these are positions `start + 1` to `min(stop, num_prompt_tokens - 1)`; the request may be
+        missing where there are none.
     """
 
     tokens: dict[str, SampledToken]

@@ -88,17 +88,38 @@ class BlockManager:
         fresh = self.blocks_for(num_tokens) - len(table.path)
         return fresh + len(table.path) - self._first_with(table.path, 0)
 
-    def num_exclusive(self, table: BlockTable) -> int:
-        """Blocks that nobody but this table holds, so that would become available without it."""
-        return len(table.block_ids) - self._first_with(table.path, 1)
+    def split_shared(
+        self, holders: Sequence[BlockTable], newcomer: BlockTable, num_tokens: int
+    ) -> tuple[int, list[int]]:
+        """How the held blocks would divide if `newcomer` were claimed and extended.
+
+        holders: all tables that hold blocks. Returns the number of blocks that two or more tables
+        would share, and per table (the newcomer's last) the number that it alone would hold.
+        """
+        alone = [len(table.block_ids) - self._first_with(table.path, 1) for table in holders]
+        shared = self.num_held - sum(alone)
+        first, stop = self._first_with(newcomer.path, 1), self._first_with(newcomer.path, 0)
+        if first < stop:
+            # The newcomer would be the second holder of these. One table is the first of them all,
+            # because the holder of the last holds its ancestors.
+            node = newcomer.path[first]
+            for index, table in enumerate(holders):
+                if first < len(table.path) and table.path[first] is node:
+                    alone[index] -= stop - first
+        alone.append(self.blocks_for(num_tokens) - stop)
+        return shared + stop - first, alone
 
     def _first_with(self, path: list[PrefixNode], references: int) -> int:
         """Index of the first node with at most so many references.
 
         A holder of a node holds its ancestors (rule 1): counts never rise along a path, so the
-        place can be found by bisection.
+        place can be found by bisection. Mostly all or none of a path is shared: look there first.
         """
         counts = self._references
+        if not path or counts[path[0].block_id] <= references:
+            return 0
+        if counts[path[-1].block_id] > references:
+            return len(path)
         return bisect_left(path, True, key=lambda node: counts[node.block_id] <= references)
 
     # -- life of a table --------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class Sequence:
         self.table = BlockTable()
         self.num_cached_tokens = 0  # prompt tokens whose kv was reused at first admission
         self.num_preemptions = 0
+        self.most_computed_tokens = 0  # before preemptions; below it, computing is recomputing
         # Entry p scores prompt token p; nothing comes before the first. None: not asked for.
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         if request.params.prompt_logprobs is not None:
@@ -83,6 +84,16 @@ class Sequence:
         if scored is not None and len(scored) < self.num_prompt_tokens:
             return 0
         return len(self.token_ids) - 1
+
+    def add_prompt_logprobs(self, start: int, entries: list[TokenLogprob]) -> None:
+        """Keeps the scores of prompt tokens `start + 1` onwards, where they are still missing.
+
+        After a preemption some come a second time.
+        """
+        known = self.prompt_logprobs
+        if known is not None:
+            assert start + 1 <= len(known) <= self.num_prompt_tokens
+            known.extend(entries[len(known) - (start + 1) :])
 
     def timing(self, now_s: float) -> EngineTiming:
         """Seconds spent waiting, until the first token, and after it, up to `now_s`."""

@@ -1,0 +1,370 @@
+"""Which tokens run in the next step: continuous batching with chunked prefill.
+
+Every step has one token budget. Running decodes go first, one token each; what is left of the
+budget goes to prompts, cut into chunks that fit (Agrawal et al., "Taming Throughput-Latency
+Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024, section 4: decodes never stall behind a
+long prompt, prompts fill the compute that decodes leave over).
+
+Order everywhere is (priority, arrival): smaller priority first, first come first served within
+one. The first waiting request is never overtaken by one behind it that would fit, so equal
+priorities cannot starve each other; a steady stream of more urgent requests can starve less urgent
+ones, which is what priorities ask for. A running request is not stopped because a more urgent one
+arrives; priorities decide who starts next and who gives way when kv runs out.
+
+A sequence gets blocks for all its tokens when it starts, so a prefill never stops half-way for
+want of kv; only decodes grow. When a decode finds no block, the last sequence in order gives up
+its blocks and waits again (preemption by recompute). What it computed stays in the prefix index
+until overwritten, so recompute often costs little. The first sequence in order can take the blocks
+of all others, and alone it fits (`add` saw to that): somebody always advances, everybody finishes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+
+import msgspec
+
+from moeserve.config import SchedulerConfig
+from moeserve.core import (
+    EngineDelta,
+    EngineRequest,
+    EngineStats,
+    ErrorCode,
+    FinishReason,
+    RequestError,
+)
+from moeserve.engine.admission import AdmissionPolicy, check_length, make_admission
+from moeserve.engine.batch import SampledToken, ScheduledBatch, ScheduledChunk, StepResult
+from moeserve.engine.kv_blocks import BlockManager
+from moeserve.engine.sequence import Sequence, SequenceState
+
+_BY_ORDER = attrgetter("order")
+
+
+@dataclass
+class _Counters:
+    """Since the start. recomputed_tokens: computed again because of a preemption."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    recomputed_tokens: int = 0
+    requests_finished: int = 0
+
+
+class RequestScheduler:
+    """Queues, kv bookkeeping and stop conditions of all requests of one engine.
+
+    One thread calls everything. A cycle is `schedule`, the model, `commit`. `schedule` advances no
+    sequence, so a step that failed may be scheduled again, or its requests aborted.
+    All times are `time.time()` seconds, the clock of deadlines.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        blocks: BlockManager,
+        eos_token_ids: Iterable[int],
+        context_tokens: int,
+        admission: AdmissionPolicy | None = None,
+    ) -> None:
+        """admission: instead of the policy that `config.admission` names."""
+        self._config = config
+        self._blocks = blocks
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._context_tokens = context_tokens
+        self._admission = make_admission(config) if admission is None else admission
+        # With no more sequences than tokens in a step, every decode runs in every step.
+        self._max_running = min(config.max_running, config.max_batch_tokens)
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # both sorted by order
+        self._running: list[Sequence] = []
+        self._deadlines: list[tuple[float, int, str]] = []  # heap; may name finished requests
+        self._events: list[EngineDelta] = []
+        self._num_arrivals = 0
+        self._step = 0
+        self._count = _Counters()
+
+    @property
+    def has_work(self) -> bool:
+        """Something waits or runs, or an event was not drained yet."""
+        return bool(self._sequences or self._events)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def stats(self) -> EngineStats:
+        """What the scheduler knows; step counts and times are the engine's."""
+        count = self._count
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            kv_blocks_used=self._blocks.num_held,
+            kv_blocks_total=self._blocks.num_blocks,
+            prefix_cached_blocks=self._blocks.num_idle,
+            num_preemptions=count.preemptions,
+            prompt_tokens=count.prompt_tokens,
+            cached_prompt_tokens=count.cached_prompt_tokens,
+            generated_tokens=count.generated_tokens,
+            requests_finished=count.requests_finished,
+            extra={"recomputed_tokens": float(count.recomputed_tokens)},
+        )
+
+    # -- requests come and go ---------------------------------------------------------------------
+
+    def add(self, request: EngineRequest, now_s: float) -> None:
+        """Queues a request.
+
+        Raises RequestError: OVERLOADED when too many wait, CONTEXT_LENGTH when prompt and output
+        exceed the context or the whole kv pool, INVALID for an empty prompt or an id in use.
+        """
+        name = request.request_id
+        if name in self._sequences:
+            raise RequestError(
+                f"request_id: {name!r} is in use; choose another", field="request_id"
+            )
+        if len(self._waiting) >= self._config.max_waiting:
+            raise RequestError(
+                f"{len(self._waiting)} requests wait already, at most {self._config.max_waiting}",
+                code=ErrorCode.OVERLOADED,
+                hint="retry later, or raise max_waiting",
+            )
+        check_length(request, self._context_tokens, self._blocks)
+        sequence = Sequence(request, self._num_arrivals, now_s)
+        self._num_arrivals += 1
+        self._sequences[name] = sequence
+        insort(self._waiting, sequence, key=_BY_ORDER)
+        if request.deadline_s is not None:
+            heapq.heappush(self._deadlines, (request.deadline_s, sequence.order[1], name))
+
+    def abort(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        now_s: float,
+        error: str | None = None,
+        error_code: ErrorCode | None = None,
+    ) -> list[EngineDelta]:
+        """Ends a request in whatever state it is, also between `schedule` and `commit`.
+
+        reason STOP says that the front found a stop string, so the output is complete and its
+        length is learnt from. Unknown ids give no delta.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return []
+        self._remove(sequence, reason)
+        delta = EngineDelta(
+            request_id=request_id,
+            num_cached_tokens=sequence.num_cached_tokens,
+            finish_reason=reason,
+            error=error,
+            error_code=error_code,
+            timing=sequence.timing(now_s),
+        )
+        return [delta]
+
+    def drain_events(self) -> list[EngineDelta]:
+        """Deltas that arose in `schedule` (passed deadlines). `commit` returns them too."""
+        events, self._events = self._events, []
+        return events
+
+    def _expire(self, now_s: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, arrival, name = heapq.heappop(self._deadlines)
+            sequence = self._sequences.get(name)
+            if sequence is not None and sequence.order[1] == arrival:  # not a reused name
+                self._events += self.abort(name, FinishReason.DEADLINE, now_s)
+
+    def _remove(self, sequence: Sequence, reason: FinishReason) -> None:
+        queue = self._running if sequence.state is SequenceState.RUNNING else self._waiting
+        del queue[bisect_left(queue, sequence.order, key=_BY_ORDER)]
+        del self._sequences[sequence.request_id]
+        self._blocks.release(sequence.table)
+        sequence.table.path.clear()
+        sequence.state = SequenceState.FINISHED
+        self._count.requests_finished += 1
+        ended_by_itself = reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if ended_by_itself and sequence.num_output_tokens:
+            self._admission.observe(sequence.num_output_tokens)
+
+    # -- what runs next ---------------------------------------------------------------------------
+
+    def schedule(self, now_s: float) -> ScheduledBatch | None:
+        """The next step, or None when nothing can run. Ends requests whose deadline passed."""
+        self._expire(now_s)
+        preemptions = self._count.preemptions
+        chunks = self._decodes()
+        budget = self._config.max_batch_tokens - len(chunks)
+        for sequence in self._running:
+            if budget and sequence.num_tokens_to_compute > 1:
+                chunks.append(ScheduledChunk.of(sequence, budget, self._blocks))
+                budget -= chunks[-1].num_tokens
+        if self._count.preemptions == preemptions:  # else kv is short: what starts would be next
+            while budget and (started := self._start_next(now_s)) is not None:
+                chunks.append(ScheduledChunk.of(started, budget, self._blocks))
+                budget -= chunks[-1].num_tokens
+        if not chunks:
+            return None
+        self._step += 1
+        return ScheduledBatch(tuple(chunks), self._step)
+
+    def _decodes(self) -> list[ScheduledChunk]:
+        """One token for every running sequence that lacks just one; preempts where kv is short."""
+        chunks: list[ScheduledChunk] = []
+        position = 0
+        # Victims come from the end, and this walks from the front: no victim is in `chunks` yet.
+        while position < len(self._running):
+            sequence = self._running[position]
+            position += 1
+            if sequence.num_tokens_to_compute > 1:
+                continue
+            while not self._blocks.extend(sequence.table, sequence.num_tokens):
+                victim = self._running.pop()
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            else:
+                chunks.append(ScheduledChunk.of(sequence, 1, self._blocks))
+        return chunks
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes the blocks of a sequence that was running; it waits at its old place in order."""
+        self._blocks.release(sequence.table)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        sequence.state = SequenceState.WAITING
+        insort(self._waiting, sequence, key=_BY_ORDER)
+        self._count.preemptions += 1
+
+    def _start_next(self, now_s: float) -> Sequence | None:
+        """Starts the first waiting sequence, if there is one and it may; None otherwise."""
+        if not self._waiting or len(self._running) >= self._max_running:
+            return None
+        sequence, blocks = self._waiting[0], self._blocks
+        num_reused = blocks.match(sequence.table, sequence.token_ids, sequence.num_reusable_tokens)
+        if blocks.num_blocks_to_take(sequence.table, sequence.num_tokens) > blocks.num_available:
+            return None
+        # Alone everybody may start, whatever is predicted: `add` saw that it fits.
+        if self._running and not self._admission.admits(sequence, self._running, blocks):
+            return None
+        del self._waiting[0]
+        insort(self._running, sequence, key=_BY_ORDER)
+        blocks.claim(sequence.table)
+        blocks.extend(sequence.table, sequence.num_tokens)
+        sequence.state = SequenceState.RUNNING
+        sequence.num_computed_tokens = num_reused
+        if sequence.started_s is None:
+            sequence.started_s = now_s
+            sequence.num_cached_tokens = num_reused
+            self._count.prompt_tokens += sequence.num_prompt_tokens
+            self._count.cached_prompt_tokens += num_reused
+        return sequence
+
+    # -- what came out ----------------------------------------------------------------------------
+
+    def commit(self, batch: ScheduledBatch, result: StepResult, now_s: float) -> list[EngineDelta]:
+        """Advances the sequences of the last scheduled batch by what the model computed.
+
+        One delta per new token, and those that wait in `drain_events`. Requests aborted since
+        `schedule` are passed over.
+        """
+        assert batch.step == self._step, "only the last scheduled batch can be committed"
+        deltas = self.drain_events()
+        for chunk in batch.chunks:
+            if chunk.sequence.state is SequenceState.RUNNING:
+                delta = self._advance(chunk, result, now_s)
+                if delta is not None:
+                    deltas.append(delta)
+        return deltas
+
+    def _advance(
+        self, chunk: ScheduledChunk, result: StepResult, now_s: float
+    ) -> EngineDelta | None:
+        sequence = chunk.sequence
+        assert chunk.start == sequence.num_computed_tokens
+        sequence.num_computed_tokens = chunk.stop
+        again = min(chunk.stop, sequence.most_computed_tokens) - chunk.start
+        self._count.recomputed_tokens += max(again, 0)
+        sequence.most_computed_tokens = max(sequence.most_computed_tokens, chunk.stop)
+        sequence.add_prompt_logprobs(
+            chunk.start, result.prompt_logprobs.get(sequence.request_id, [])
+        )
+        self._blocks.publish(sequence.table, sequence.token_ids, chunk.stop)
+        if chunk.stop < sequence.num_tokens:
+            return None
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+        if not chunk.samples:
+            return self._token_delta(sequence, None, FinishReason.LENGTH, now_s)
+        token = result.tokens[sequence.request_id]
+        sequence.token_ids.append(token.token_id)
+        self._count.generated_tokens += 1
+        return self._token_delta(sequence, token, self._stop_reason(sequence), now_s)
+
+    def _stop_reason(self, sequence: Sequence) -> FinishReason | None:
+        params, token_id = sequence.request.params, sequence.token_ids[-1]
+        is_eos = token_id in self._eos_token_ids and not params.ignore_eos
+        if is_eos or token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if sequence.num_output_tokens >= params.max_tokens else None
+
+    def _token_delta(
+        self,
+        sequence: Sequence,
+        token: SampledToken | None,
+        finish_reason: FinishReason | None,
+        now_s: float,
+    ) -> EngineDelta:
+        """The delta of a sequence whose tokens are all computed; ends it if there is a reason."""
+        prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        if finish_reason is not None:
+            self._remove(sequence, finish_reason)
+        delta = EngineDelta(
+            request_id=sequence.request_id,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=sequence.num_cached_tokens,
+            finish_reason=finish_reason,
+            timing=None if finish_reason is None else sequence.timing(now_s),
+        )
+        if token is None:
+            return delta
+        return msgspec.structs.replace(
+            delta,
+            token_ids=[token.token_id],
+            logprobs=None if token.logprob is None else [token.logprob],
+            stop_token_id=token.token_id if finish_reason is FinishReason.STOP else None,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that queues, states and blocks agree."""
+        for queue, state in (
+            (self._waiting, SequenceState.WAITING),
+            (self._running, SequenceState.RUNNING),
+        ):
+            assert queue == sorted(queue, key=_BY_ORDER)
+            assert all(sequence.state is state for sequence in queue)
+        everyone = self._waiting + self._running
+        assert len(everyone) == len(self._sequences)
+        assert all(self._sequences[s.request_id] is s for s in everyone)
+        assert len(self._running) <= self._max_running
+        for sequence in self._waiting:
+            assert not sequence.block_ids
+            assert sequence.num_computed_tokens == 0
+        size = self._blocks.block_tokens
+        for sequence in self._running:
+            assert sequence.num_computed_tokens < sequence.num_tokens
+            assert len(sequence.block_ids) * size >= sequence.num_tokens - 1
+            if self._blocks.prefix_reuse:
+                assert len(sequence.table.path) == sequence.num_computed_tokens // size
+        self._blocks.check_integrity(sequence.table for sequence in self._running)
