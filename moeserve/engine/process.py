@@ -1,0 +1,141 @@
+"""The engine process: `python -m moeserve.engine.process ENDPOINT < config.json`.
+
+The gateway's supervisor starts it. Standard input holds an EngineConfig as JSON; ENDPOINT is where
+the gateway listens. Logs go to standard error. It ends with the gateway, however that one ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import queue
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from moeserve.config import EngineConfig
+from moeserve.core import EngineDelta, ErrorCode, FinishReason, MoeserveError, RequestError
+from moeserve.engine.channel import Command, EngineChannel
+from moeserve.messages import EngineAbort, EngineShutdown, EngineSubmit
+
+if TYPE_CHECKING:
+    from moeserve.engine.engine import Engine
+
+#: exit status when what was asked for can not be served, however often it is tried
+EXIT_REFUSED = 3
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s engine %(levelname)s %(message)s"
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
+    _die_with(options.parent_pid)
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    channel = EngineChannel(options.endpoint, options.heartbeat_s, options.max_silence_beats)
+    channel.start()
+    try:
+        return _load_and_serve(config, channel)
+    except MoeserveError as error:
+        log.error("%s", error)
+        channel.set_stage("failed", str(error))
+        return EXIT_REFUSED
+    except Exception as error:
+        channel.set_stage("failed", f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        channel.close()
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="moeserve.engine.process")
+    parser.add_argument("endpoint")
+    parser.add_argument("--parent-pid", type=int, required=True)
+    parser.add_argument("--heartbeat-s", type=float, default=1.0)
+    parser.add_argument("--max-silence-beats", type=int, default=30)
+    parser.add_argument("--log-level", default="info")
+    return parser.parse_args(arguments)
+
+
+def _die_with(parent_pid: int) -> None:
+    """Asks the kernel to kill us when the thread that started us ends (prctl(2); Linux only).
+
+    Elsewhere the channel's count of silent heartbeats does it, later.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            error = ctypes.get_errno()
+            raise OSError(error, f"prctl: {os.strerror(error)}")
+    if os.getppid() != parent_pid:  # it died before we asked
+        raise SystemExit(f"engine: the parent {parent_pid} is gone")
+
+
+def _load_and_serve(config: EngineConfig, channel: EngineChannel) -> int:
+    channel.set_stage("loading", "starting")
+    # Imported here: torch takes seconds, and heartbeats already tell that something is going on.
+    from moeserve.engine.engine import Engine
+
+    engine = Engine.from_config(
+        config, lambda stage, part: channel.set_stage("loading", stage, part)
+    )
+    # From here SIGTERM ends the loop between two steps; before, it ends the process at once.
+    signal.signal(signal.SIGTERM, lambda *_: channel.commands.put(EngineShutdown()))
+    channel.set_stage("ready", progress=1.0, info=engine.info)
+    serve(engine, channel)
+    channel.set_stage("stopping")
+    return 0
+
+
+def serve(engine: Engine, channel: EngineChannel) -> None:
+    """Takes commands, steps, sends what the steps gave, until a shutdown. Sleeps when idle."""
+    while True:
+        for command in _take(channel.commands, block=not engine.has_work):
+            if isinstance(command, EngineShutdown):
+                return
+            channel.send(_apply(engine, command), engine.stats())
+        if engine.has_work:
+            channel.send(engine.step(), engine.stats())
+        if not engine.has_work:
+            engine.check_integrity()
+
+
+def _take(commands: queue.SimpleQueue[Command], block: bool) -> Iterator[Command]:
+    """All waiting commands; with `block`, at least one."""
+    if block:
+        yield commands.get()
+    while not commands.empty():  # this thread is the only one that takes
+        yield commands.get()
+
+
+def _apply(engine: Engine, command: EngineSubmit | EngineAbort) -> list[EngineDelta]:
+    if isinstance(command, EngineAbort):
+        return engine.abort(command.request_id, command.reason)
+    try:
+        engine.add(command.request)
+    except RequestError as error:
+        return [_refusal(command.request.request_id, error)]
+    return []
+
+
+def _refusal(request_id: str, error: RequestError) -> EngineDelta:
+    return EngineDelta(
+        request_id=request_id,
+        finish_reason=FinishReason.ERROR,
+        error=str(error),
+        error_code=ErrorCode(error.code),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
