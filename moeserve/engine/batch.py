@@ -19,6 +19,9 @@ class ScheduledChunk:
     block_ids: the blocks of positions `[0, stop)`; valid until the step is committed.
     samples: the logits of the last token choose a token (False: more prompt follows, or the
         request only wants its prompt scored).
+    scored: prompt positions whose tokens this chunk must score, empty when not asked for; the
+        logits at position p - 1 score the token at position p. Those scored before a preemption
+        are left out.
     """
 
     sequence: Sequence
@@ -26,6 +29,7 @@ class ScheduledChunk:
     num_tokens: int
     block_ids: tuple[int, ...]
     samples: bool
+    scored: range = range(0)
 
     @property
     def stop(self) -> int:
@@ -42,6 +46,7 @@ class ScheduledChunk:
             num_tokens=num_tokens,
             block_ids=tuple(sequence.block_ids[: blocks.blocks_for(stop)]),
             samples=stop == sequence.num_tokens and sequence.request.params.max_tokens > 0,
+            scored=sequence.positions_to_score(stop),
         )
 
 
@@ -70,10 +75,8 @@ class StepResult:
     """What the runner and the sampler made of a batch.
 
     tokens: by request id, one for every chunk with `samples`.
-    prompt_logprobs: by request id, for requests that asked: one entry for every prompt token that
-        this chunk's logits score, in order. The logits at position p score the prompt token p + 1,
-        so these are positions `start + 1` to `min(stop, num_prompt_tokens - 1)`; the request may be
-        missing where there are none.
+    prompt_logprobs: by request id, one per position in `chunk.scored`, in that order; a request
+        with nothing scored in this step may be missing.
     """
 
     tokens: dict[str, SampledToken]

@@ -297,9 +297,9 @@ class RequestScheduler:
         again = min(chunk.stop, sequence.most_computed_tokens) - chunk.start
         self._count.recomputed_tokens += max(again, 0)
         sequence.most_computed_tokens = max(sequence.most_computed_tokens, chunk.stop)
-        sequence.add_prompt_logprobs(
-            chunk.start, result.prompt_logprobs.get(sequence.request_id, [])
-        )
+        if chunk.scored:
+            assert sequence.prompt_logprobs is not None
+            sequence.prompt_logprobs += result.prompt_logprobs[sequence.request_id]
         self._blocks.publish(sequence.table, sequence.token_ids, chunk.stop)
         if chunk.stop < sequence.num_tokens:
             return None

@@ -85,15 +85,12 @@ class Sequence:
             return 0
         return len(self.token_ids) - 1
 
-    def add_prompt_logprobs(self, start: int, entries: list[TokenLogprob]) -> None:
-        """Keeps the scores of prompt tokens `start + 1` onwards, where they are still missing.
-
-        After a preemption some come a second time.
-        """
+    def positions_to_score(self, stop: int) -> range:
+        """Prompt positions not scored yet whose scores follow from computing up to `stop`."""
         known = self.prompt_logprobs
-        if known is not None:
-            assert start + 1 <= len(known) <= self.num_prompt_tokens
-            known.extend(entries[len(known) - (start + 1) :])
+        return (
+            range(0) if known is None else range(len(known), min(stop + 1, self.num_prompt_tokens))
+        )
 
     def timing(self, now_s: float) -> EngineTiming:
         """Seconds spent waiting, until the first token, and after it, up to `now_s`."""
