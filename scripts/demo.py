@@ -9,18 +9,14 @@ port and an ipc socket in a directory of its own, so it meets no other server.
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import httpx
+from server_process import running_server
 
 from moeserve.client import Client
 
-START_TIMEOUT_S = 120
 PROMPTS = {
     "zmq": "Once upon a time, there was a little dog named",
     "http": "ROMEO:\nO, ",
@@ -29,38 +25,12 @@ SAMPLING = {"max_tokens": 96, "temperature": 0.7, "seed": 7}
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory(prefix="moeserve-demo-") as directory:
-        runtime = Path(directory)
-        server = start_server(runtime)
-        try:
-            url, endpoint = wait_until_ready(server, runtime)
-            print(f"server ready: {url} and {endpoint}\n")
-            ask_over_zmq(endpoint)
-            ask_over_http(url)
-        finally:
-            status = stop_server(server)
-    print(f"server stopped, exit status {status}")
-    return status
-
-
-def start_server(runtime: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "moeserve.cli", "serve", "--port", "0"]
-    return subprocess.Popen([*command, "--runtime-dir", str(runtime)])
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], runtime: Path) -> tuple[str, str]:
-    """The HTTP address and the ZeroMQ endpoint, once /health says ready."""
-    address = runtime / "server.json"
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        if server.poll() is not None:
-            raise SystemExit(f"the server ended with status {server.returncode}")
-        if address.exists():
-            where = json.loads(address.read_text())
-            if httpx.get(f"{where['http']}/health").status_code == 200:
-                return where["http"], where["zmq"]
-        time.sleep(0.1)
-    raise SystemExit(f"the server was not ready after {START_TIMEOUT_S} s")
+    with running_server() as server:
+        print(f"server ready: {server.http} and {server.zmq}\n")
+        ask_over_zmq(server.zmq)
+        ask_over_http(server.http)
+    print(f"server stopped, exit status {server.process.returncode}")
+    return server.process.returncode
 
 
 def ask_over_zmq(endpoint: str) -> None:
@@ -113,18 +83,6 @@ class Watch:
             f"\n[{self.num_tokens} tokens, {speed:.1f} tok/s, first after "
             f"{(first_s - self.started_s) * 1000:.0f} ms]\n"
         )
-
-
-def stop_server(server: subprocess.Popen[bytes]) -> int:
-    """Asks the server to drain and end; only a server that does not is killed."""
-    server.send_signal(signal.SIGTERM)
-    try:
-        return server.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-        print("the server did not stop within 30 s and was killed", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":
