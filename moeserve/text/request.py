@@ -25,7 +25,7 @@ class GenerateRequest:
     request_id: str
     #: name the client used; None: whichever model is served
     model: str | None = None
-    #: text to continue
+    #: text to continue; bytes are taken as UTF-8
     prompt: object = None
     #: the same, already tokenised: a sequence of ints
     token_ids: object = None
@@ -70,6 +70,7 @@ class PreparedRequest:
     """A checked request: one EngineRequest per answer, and what the text side must do."""
 
     request_id: str
+    prompt: str | None  # the text, if the client sent text
     prompt_token_ids: list[int]
     #: answer `i` is engine_requests[i], with the id "<request_id>/<i>"
     engine_requests: tuple[EngineRequest, ...]

@@ -1,0 +1,274 @@
+"""Text to token ids and back, for one model directory.
+
+The `tokenizers` library encodes. Decoding goes through the bytes of single tokens instead of the
+library's whole-sequence decoder, so that the text of a stream is the same whatever its pieces
+(moeserve/text/detokenize.py). Where the bytes are valid UTF-8 both agree. They differ in one case:
+in a run of byte tokens (`<0xE4>`) with a broken character, the library replaces the whole run by
+U+FFFD, here only the broken character is replaced and its whole neighbours stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from moeserve.core import ModelError, RequestError
+
+NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+TokenBytes = Callable[[str], bytes]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model directory. Raises ModelError naming file and line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path.name}: cannot be read: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
+class Tokenizer:
+    """One model's tokenizer. Safe to use from several threads."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str]) -> None:
+        """special_tokens: content by name ("bos_token"), as chat templates want them."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.special_tokens = special_tokens
+        self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._added = {id: token.content for id, token in added.items()}
+        self._special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._to_bytes, self._drop_lead = _decoding(backend.decoder)
+        self._bytes: dict[int, bytes] = {}  # by id, filled as tokens are met
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Reads tokenizer.json, tokenizer_config.json and special_tokens_map.json of a directory.
+
+        Raises ModelError when tokenizer.json is missing or broken, or its decoder is of a kind that
+        is not implemented.
+        """
+        directory = Path(path)
+        backend = _load_backend(directory / "tokenizer.json")
+        config_path = directory / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        map_path = directory / "special_tokens_map.json"
+        # Files written since `added_tokens_decoder` exists repeat the map in the config; the older
+        # map alone must not override them.
+        if "added_tokens_decoder" not in config and map_path.is_file():
+            config = {**config, **read_json(map_path)}
+        named = {
+            name: _added_token(config[name], f"{config_path.name}: {name}")
+            for name in NAMED_TOKENS
+            if config.get(name) is not None
+        }
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra_tokens = extra.values() if isinstance(extra, dict) else extra
+        backend.add_tokens(_declared_tokens(config, config_path.name))
+        backend.add_special_tokens(
+            [*named.values(), *(_added_token(t, "extra_special_tokens") for t in extra_tokens)]
+        )
+        return cls(backend, {name: token.content for name, token in named.items()})
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids. Raises RequestError for a lone surrogate, which no UTF-8 can hold."""
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:
+            check_text(text, "text")  # says where, if that was the reason
+            raise
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence; U+FFFD for bytes that are no character."""
+        pieces: list[bytes] = []
+        first = True
+        for token_id in token_ids:
+            if skip_special_tokens and token_id in self._special_ids:
+                continue
+            piece = self.token_bytes(token_id, first=first)
+            first = first and not self.token_bytes(token_id)
+            pieces.append(piece)
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int, *, first: bool = False) -> bytes:
+        """Exact bytes of one token; b"" for an id without a token (rows that pad the vocabulary).
+
+        first: as the first token of a text, where some tokenizers drop the space they put before
+        every word.
+        """
+        raw = self._bytes.get(token_id)
+        if raw is None:
+            raw = self._bytes[token_id] = self._find_bytes(token_id)
+        if first and token_id not in self._added:
+            return self._drop_lead(raw)
+        return raw
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        added = self._added.get(token_id)
+        if added is not None:
+            return added.encode()
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        return b"" if token is None else self._to_bytes(token)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token alone; U+FFFD where its bytes are no whole character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def is_special(self, token_id: int) -> bool:
+        """True for control tokens (`<|im_end|>`), which are not part of an answer's text."""
+        return token_id in self._special_ids
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact name in the vocabulary."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+
+def check_text(text: str, field: str) -> str:
+    """The text itself. Raises RequestError with the position of the first lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise RequestError(
+            f"{field}: U+{code:04X} at character {error.start} is half of a surrogate pair, "
+            "which is not valid Unicode text",
+            field=field,
+            hint="send whole characters, encoded as UTF-8",
+        ) from error
+    return text
+
+
+def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise ModelError(
+            f"{path}: not found",
+            hint="a model directory needs tokenizer.json; "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it",
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"{path}: is not a tokenizer: {error}") from error
+
+
+def _added_token(value: object, where: str) -> tokenizers.AddedToken:
+    """A special token as the config files write it: a string, or an object with `content`."""
+    if isinstance(value, str):
+        return tokenizers.AddedToken(value, special=True, normalized=False)
+    content = value.get("content") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(content, str):
+        raise ModelError(f"{where}: {value!r} is neither a string nor an object with `content`")
+    flags = {
+        name: bool(value[name])
+        for name in ("single_word", "lstrip", "rstrip", "normalized")
+        if name in value
+    }
+    return tokenizers.AddedToken(content, special=bool(value.get("special", True)), **flags)
+
+
+def _declared_tokens(config: dict[str, Any], where: str) -> list[tokenizers.AddedToken]:
+    """Tokens of `added_tokens_decoder`, in the order of their ids."""
+    declared = config.get("added_tokens_decoder") or {}
+    if not isinstance(declared, dict) or not all(str(key).isdigit() for key in declared):
+        raise ModelError(f"{where}: added_tokens_decoder must map token ids to tokens")
+    ordered = sorted(declared.items(), key=lambda item: int(item[0]))
+    return [_added_token(token, f"{where}: added_tokens_decoder[{key}]") for key, token in ordered]
+
+
+# -- bytes of a token, by the kind of decoder ---------------------------------------------------
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character to byte of byte-level BPE (Radford et al. 2019, GPT-2): printable Latin-1 stands
+    for itself, the other bytes for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet.update({chr(0x100 + n): byte for n, byte in enumerate(others)})
+    return alphabet
+
+
+def _byte_level(alphabet: dict[str, int], token: str) -> bytes:
+    # A token with any other character was put into the vocabulary as plain text.
+    if all(char in alphabet for char in token):
+        return bytes(alphabet[char] for char in token)
+    return token.encode()
+
+
+def _sentencepiece(replacements: list[tuple[str, str]], byte_fallback: bool, token: str) -> bytes:
+    if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes.fromhex(token[3:5])
+        except ValueError:
+            pass  # "<0xZZ>" is ordinary text
+    for pattern, content in replacements:
+        token = token.replace(pattern, content)
+    return token.encode()
+
+
+def _keep(raw: bytes) -> bytes:
+    return raw
+
+
+def _drop_one_space(raw: bytes) -> bytes:
+    return raw.removeprefix(b" ")
+
+
+def _drop_all_spaces(raw: bytes) -> bytes:
+    return raw.replace(b" ", b"")
+
+
+def _decoding(decoder: Any) -> tuple[TokenBytes, Callable[[bytes], bytes]]:
+    """How a token becomes bytes, and what the first token of a text loses.
+
+    Raises ModelError for a decoder that is not byte-level, byte-fallback or Metaspace.
+    """
+    spec: dict[str, Any] = {"type": "none"}
+    if decoder is not None:
+        spec = json.loads(decoder.__getstate__())
+    steps: list[dict[str, Any]] = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return partial(_byte_level, _byte_alphabet()), _keep
+    replacements: list[tuple[str, str]] = []
+    drop_lead = _keep
+    for step in steps:
+        match step:
+            case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)}:
+                replacements.append((pattern, content))
+            case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+                drop_lead = _drop_one_space
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                replacements.append((mark, " "))
+                if step.get("prepend_scheme", "always") != "never":
+                    drop_lead = _drop_all_spaces
+            case {"type": "ByteFallback" | "Fuse"}:
+                pass
+            case _:
+                raise ModelError(
+                    f"tokenizer.json: decoder {json.dumps(step, ensure_ascii=False)} is not "
+                    "implemented; implemented are ByteLevel, Metaspace, and sequences of Replace "
+                    "(string), ByteFallback, Fuse and Strip (one leading space)"
+                )
+    return partial(_sentencepiece, replacements, "ByteFallback" in kinds), drop_lead
