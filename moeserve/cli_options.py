@@ -109,6 +109,8 @@ def gateway_config(args: argparse.Namespace, api_key: str | None) -> GatewayConf
         GatewayConfig,
         args,
         engine=engine_config(args),
-        http=read_flags(HttpConfig, args, api_key=args.api_key or api_key),
+        http=read_flags(
+            HttpConfig, args, api_key=api_key if args.api_key is None else args.api_key
+        ),
         zmq=read_flags(ZmqConfig, args),
     )

@@ -144,14 +144,19 @@ class HttpConfig:
     )
     max_body_bytes: int = setting(4 * 1024 * 1024, "largest request body")
     max_header_bytes: int = setting(32 * 1024, "largest request head (all headers together)")
+    body_timeout_s: float = setting(60.0, "seconds a body may stall while it arrives")
+    max_prompts: int = setting(256, "prompts in one request to /v1/completions")
     max_n: int = setting(16, "answers per request")
     max_tokens_cap: int | None = setting(None, "tokens per answer; None: the context length")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port: {self.port} is not 0 to 65535", field="port")
-        for name in ("max_body_bytes", "max_header_bytes", "max_n"):
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("api_key: it is empty; give a key, or leave it out to serve openly")
+        for name in ("max_body_bytes", "max_header_bytes", "max_prompts", "max_n"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("body_timeout_s", self.body_timeout_s, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
