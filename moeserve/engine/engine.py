@@ -15,12 +15,13 @@ from moeserve.core import (
     EngineDelta,
     EngineRequest,
     EngineStats,
+    ErrorCode,
     FinishReason,
     ModelInfo,
     RequestError,
     TokenLogprob,
 )
-from moeserve.engine.batch import ScheduledBatch, StepResult
+from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
 from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.model_runner import ModelRunner, StepOutput, chunk_rows
 from moeserve.engine.request_scheduler import RequestScheduler
@@ -106,8 +107,8 @@ class Engine:
         if batch is None:
             return self._ended(self.scheduler.drain_events())
         output = self.runner.forward(batch)
-        result = self._sample(batch, output)
-        deltas = self.scheduler.commit(batch, result, time.time())
+        result, failed = self._sample(batch, output)
+        deltas = failed + self.scheduler.commit(batch, result, time.time())
         self._num_steps += 1
         self._step_s += time.perf_counter() - started_s
         return self._ended(deltas)
@@ -121,27 +122,35 @@ class Engine:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""
         self.scheduler.check_integrity()
 
-    def _sample(self, batch: ScheduledBatch, output: StepOutput) -> StepResult:
+    def _sample(
+        self, batch: ScheduledBatch, output: StepOutput
+    ) -> tuple[StepResult, list[EngineDelta]]:
+        """The step's result, and the last deltas of requests whose logits hold NaN."""
+        chunks = [chunk for chunk in batch.chunks if chunk.samples]
+        rows = [
+            SampleRow(s.request_id, s.token_ids, s.num_prompt_tokens, s.request.params)
+            for s in (chunk.sequence for chunk in chunks)
+        ]
         with torch.inference_mode():
-            chunks = [chunk for chunk in batch.chunks if chunk.samples]
-            rows = [
-                SampleRow(
-                    chunk.sequence.request_id,
-                    chunk.sequence.token_ids,
-                    chunk.sequence.num_prompt_tokens,
-                    chunk.sequence.request.params,
-                )
-                for chunk in chunks
-            ]
-            tokens = self.sampler.sample(output.next_token_logits(batch), rows) if rows else []
-            return StepResult(
-                tokens={
-                    row.request_id: token
-                    for row, token in zip(rows, tokens, strict=True)
-                    if token is not None
-                },
-                prompt_logprobs=self._score_prompts(batch, output),
-            )
+            sampled = self.sampler.sample(output.next_token_logits(batch), rows) if rows else []
+            prompt_logprobs = self._score_prompts(batch, output)
+        tokens: dict[str, SampledToken] = {}
+        failed: list[EngineDelta] = []
+        for row, token in zip(rows, sampled, strict=True):
+            if token is None:
+                failed += self._fail(row.request_id)
+            else:
+                tokens[row.request_id] = token
+        return StepResult(tokens, prompt_logprobs), failed
+
+    def _fail(self, request_id: str) -> list[EngineDelta]:
+        return self.scheduler.abort(
+            request_id,
+            FinishReason.ERROR,
+            time.time(),
+            error="the model produced NaN for this prompt; --check-weights finds broken weights",
+            error_code=ErrorCode.INTERNAL,
+        )
 
     @staticmethod
     def _score_prompts(batch: ScheduledBatch, output: StepOutput) -> dict[str, list[TokenLogprob]]:
