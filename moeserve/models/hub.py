@@ -45,9 +45,9 @@ def resolve_model(
 ) -> Path:
     """The directory of a model: `config.model` itself, or the snapshot of that hub id.
 
-    An existing path wins over a hub id of the same name. Without `config.offline` the hub is asked
-    which commit the revision means (unless it is one) and what is missing is downloaded; an
-    unreachable hub is an error, never a silent answer from the cache.
+    An existing path wins over a hub id of the same name. Without `config.offline` what is missing
+    is downloaded, and unless the revision is a full commit an unreachable hub is an error: the
+    cache may hold another commit than the branch names today.
 
     cache_dir, endpoint: default: huggingface_hub's own (HF_HUB_CACHE, HF_ENDPOINT).
 
@@ -71,14 +71,14 @@ def resolve_model(
     _check_hub_id(config)
     token = environment.hf_token
     try:
-        revision = config.revision
-        if not config.offline and not (revision and COMMIT.fullmatch(revision)):
-            info = HfApi(endpoint=endpoint, token=token).model_info(config.model, revision=revision)
-            revision = info.sha
+        pinned = config.revision is not None and COMMIT.fullmatch(config.revision)
+        if not config.offline and not pinned:
+            # snapshot_download answers from the cache when the hub does not: ask the hub first.
+            HfApi(endpoint=endpoint, token=token).model_info(config.model, revision=config.revision)
         return Path(
             snapshot_download(
                 config.model,
-                revision=revision,
+                revision=config.revision,
                 cache_dir=cache_dir,
                 endpoint=endpoint,
                 token=token,

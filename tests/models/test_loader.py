@@ -261,13 +261,13 @@ print(json.dumps({"model": model, "peak": memory("VmHWM") - before}))
 def test_peak_memory_is_the_model_and_little_more(tmp_path: Path) -> None:
     """The rule is: at most the model plus 1 GiB, whatever its size.
 
-    A float32 checkpoint of 768 MiB becomes a bfloat16 model of 384 MiB. Were mapped pages kept,
-    the peak would be 768 MiB above the model; the bound here is 300 MiB.
+    A float32 checkpoint of 512 MiB becomes a bfloat16 model of 256 MiB. Were mapped pages kept,
+    the peak would be 512 MiB above the model; the bound here is 300 MiB.
     """
     mebi = 1024 * 1024
     location = {}
     torch.manual_seed(0)
-    for shard, shape in enumerate([(16, 2048, 2048), (32768, 2048), (8, 4096, 2048)]):
+    for shard, shape in enumerate([(16, 2048, 2048), (16384, 2048), (8, 2048, 2048)]):
         file = f"model-{shard + 1:05}-of-00003.safetensors"
         name = f"layer{shard}"
         block = torch.randn(1024, 2048)
@@ -281,6 +281,7 @@ def test_peak_memory_is_the_model_and_little_more(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     measured = json.loads(run.stdout)
-    assert measured["model"] == 384 * mebi
+    assert measured["model"] == 256 * mebi
     assert measured["peak"] <= measured["model"] + 300 * mebi, measured
-    print(measured)
+    for file in set(location.values()):
+        (tmp_path / file).unlink()  # pytest keeps the directories of its last runs
