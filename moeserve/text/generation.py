@@ -90,6 +90,10 @@ class GenerationState:
             total_ms=1e3 * (end_s - received_s),
         )
 
+    def num_tokens(self, index: int) -> int:
+        """Tokens of one answer so far."""
+        return self._answers[self.prepared.engine_requests[index].request_id].num_tokens
+
     def feed(self, delta: EngineDelta) -> Progress:
         """Takes one delta of one answer; deltas behind the end of an answer are dropped.
 
