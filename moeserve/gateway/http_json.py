@@ -1,0 +1,137 @@
+"""Reading a JSON request body into a checked struct, with errors that name the field and the fix.
+
+A field that would change the answer and is not implemented is refused by name; an unknown field is
+refused with the nearest known one. Nothing a client sends is silently ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from email.message import Message as MailMessage
+from typing import Any, Final, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from moeserve.core import unknown_fields
+from moeserve.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, invalid
+
+MAX_JSON_DEPTH: Final = 16
+#: integers beyond that are no count, id or seed; msgspec would build them at any length
+MAX_INTEGER: Final = 2**64
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+#: field -> the values that mean "not used" (null always does)
+Unimplemented = Mapping[str, tuple[object, ...]]
+
+
+async def read_json(request: Request, kind: type[T], unimplemented: Unimplemented) -> T:
+    """The request's body as `kind`. Raises ApiError saying what is wrong and where."""
+    check_content_type(request.headers.get("content-type"))
+    try:
+        body = await request.body()
+    except ClientDisconnect as error:
+        raise ApiError(CLIENT_CLOSED_REQUEST, "the client left while sending") from error
+    return to_struct(decode(body), kind, unimplemented)
+
+
+def check_content_type(content_type: str | None) -> None:
+    """Only application/json: a web page may send other types to a local server unasked.
+
+    Browsers ask no permission (CORS preflight) for text/plain or form bodies.
+    """
+    header = MailMessage()
+    header["content-type"] = content_type or ""
+    if content_type is None or header.get_content_type() != "application/json":
+        raise ApiError(
+            415,
+            f"content-type: {content_type!r} is not supported; send application/json",
+            code="unsupported_media_type",
+        )
+
+
+def decode(body: bytes) -> dict[str, Any]:
+    """A JSON object from bytes. NaN, Infinity, deep nesting and huge integers are refused."""
+    if not body:
+        raise invalid("body: it is empty; send a JSON object")
+    try:
+        value = msgspec.json.decode(body)
+    except UnicodeDecodeError as error:
+        raise invalid(f"body: not valid UTF-8 ({error.reason})") from error
+    except RecursionError as error:
+        raise invalid(f"body: JSON nested deeper than {MAX_JSON_DEPTH} levels") from error
+    except msgspec.DecodeError as error:
+        raise invalid(f"body: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise invalid(f"body: expected a JSON object, got {type(value).__name__}")
+    _check_values(value)
+    return value
+
+
+def _check_values(value: Any) -> None:
+    """Refuses deep nesting and huge integers, level by level and without recursion."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            inner.extend(item.values() if isinstance(item, dict) else item)
+        if any(isinstance(item, int) and abs(item) >= MAX_INTEGER for item in inner):
+            raise invalid("body: an integer is beyond 64 bits")
+        level = [item for item in inner if isinstance(item, (dict, list))]
+        if not level:
+            return
+    raise invalid(f"body: JSON nested deeper than {MAX_JSON_DEPTH} levels")
+
+
+def to_struct(fields: dict[str, Any], kind: type[T], unimplemented: Unimplemented) -> T:
+    """Checks names, then types. Raises ApiError naming the field."""
+    given = without_unimplemented(fields, unimplemented)
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
+    for name in unknown_fields(given, known):
+        raise _unknown(name, known)
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(str(error)) from error
+
+
+def without_unimplemented(
+    fields: Mapping[str, Any], unimplemented: Unimplemented, where: str = ""
+) -> dict[str, Any]:
+    """`fields` less those that are not implemented and not used either."""
+    kept = {}
+    for name, value in fields.items():
+        if name not in unimplemented:
+            kept[name] = value
+            continue
+        neutral = unimplemented[name]
+        if value is not None and value not in neutral:
+            allowed = " or ".join(msgspec.json.encode(v).decode() for v in (None, *neutral))
+            raise ApiError(
+                400,
+                f"{where}{name}: not implemented by this server; leave it out (or send {allowed})",
+                param=f"{where}{name}",
+                code="unsupported_parameter",
+            )
+    return kept
+
+
+def _unknown(name: str, known: set[str]) -> ApiError:
+    close = difflib.get_close_matches(name[:64], known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+    return ApiError(
+        400, f"{name[:64]!r}: unknown field ({hint})", param=name[:64], code="unknown_parameter"
+    )
+
+
+def _wrong_type(text: str) -> ApiError:
+    """msgspec says "Expected `int`, got `str` - at `$.max_tokens`"; the field comes first here."""
+    what, _, path = text.partition(" - at `$")
+    field = re.sub(r"^\.", "", path.rstrip("`")) or None
+    message = (what[:1].lower() + what[1:]).replace("`", "")
+    return ApiError(
+        400, f"{field}: {message}" if field else message, param=field, code="invalid_type"
+    )

@@ -1,0 +1,89 @@
+"""uvicorn, held by us: binds first, serves until told, leaves signals alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Final
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from moeserve.config import HttpConfig
+from moeserve.core import ConfigError
+
+#: seconds in which finished answers must reach their readers when the server ends
+FLUSH_S: Final = 2
+#: what the parser accepts beyond max_header_bytes, so that our own 431 can answer
+HEAD_SLACK_BYTES: Final = 64 * 1024
+
+log = logging.getLogger(__name__)
+
+
+def bind(config: HttpConfig) -> socket.socket:
+    """A listening socket. Raises ConfigError naming address, reason and fix."""
+    try:
+        found = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"http: cannot listen on {config.host}:{config.port}: {error.strerror or error}",
+            field="port",
+            hint="choose another --port, or --port 0 for a free one, or another --host",
+        ) from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """http://HOST:PORT as a client on this machine writes it."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Uvicorn(uvicorn.Server):
+    """Without uvicorn's signal handlers: the gateway drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """Serves an ASGI application on a bound socket."""
+
+    def __init__(self, app: ASGIApp, config: HttpConfig, listener: socket.socket) -> None:
+        self._listener = listener
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                h11_max_incomplete_event_size=config.max_header_bytes + HEAD_SLACK_BYTES,
+                timeout_graceful_shutdown=FLUSH_S,
+            )
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Serves from now on; the task ends when the server does."""
+        self._task = asyncio.create_task(self._server.serve([self._listener]), name="http")
+        return self._task
+
+    async def stop(self) -> None:
+        """Closes the listener, gives open responses FLUSH_S to reach their readers."""
+        if self._task is not None:
+            self._server.should_exit = True
+            await asyncio.wait({self._task})
+            self._task.result()
