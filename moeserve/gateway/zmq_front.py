@@ -1,0 +1,342 @@
+"""The ZeroMQ front: docs/protocol.md spoken over the generation service.
+
+One ROUTER socket, one task that reads it, one task per request. Nothing here waits for a client: a
+send either goes into that client's bounded queue or the request's task tries again later, and
+while it does the service merges what the engine adds. So a client that never reads costs its own
+answers' memory and nobody else's time; after `peer_timeout_s` it is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+from collections.abc import Callable
+
+import zmq
+import zmq.asyncio
+
+from moeserve.config import ZmqConfig
+from moeserve.core import ErrorCode, MoeserveError, RequestError
+from moeserve.framing import ProtocolError, client_server_wire
+from moeserve.gateway.curve import ClientGate, load_server_keys
+from moeserve.gateway.service import GenerationService
+from moeserve.gateway.zmq_endpoint import check_endpoint
+from moeserve.gateway.zmq_send import Sent, try_send
+from moeserve.gateway.zmq_session import (
+    ActiveRequest,
+    CreditGate,
+    LimitedLog,
+    Session,
+    check_credit,
+    check_submit,
+    chunk_message,
+    done_message,
+    error_message,
+    generate_request,
+)
+from moeserve.messages import (
+    Accepted,
+    Cancel,
+    Credit,
+    FromClient,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Submit,
+    Welcome,
+)
+
+MAX_SESSIONS = 1024
+#: messages queued to one client before sends wait; what the service merges meanwhile is bounded
+SEND_QUEUE_MESSAGES = 256
+#: messages of one client read ahead by ZeroMQ; each may have max_message_bytes
+RECEIVE_QUEUE_MESSAGES = 32
+#: pause before a full queue is tried again
+RETRY_S = 0.02
+
+log = logging.getLogger(__name__)
+
+
+class ZmqFront:
+    """Serves ZeroMQ clients at `endpoint`. Lives in one event loop.
+
+    service: asked for per request; raises RequestError while there is none (loading, draining).
+    server: name and version for the welcome.
+    """
+
+    def __init__(
+        self,
+        config: ZmqConfig,
+        endpoint: str,
+        service: Callable[[], GenerationService],
+        server: str = "moeserve",
+    ) -> None:
+        self.endpoint = endpoint
+        self._config = config
+        self._service = service
+        self._server = server
+        self._max_silent_beats = math.ceil(config.peer_timeout_s / config.heartbeat_s)
+        self._wire = client_server_wire(config.max_message_bytes)
+        self._log = LimitedLog(log)
+        self._sessions: dict[bytes, Session] = {}
+        self._numbers = itertools.count(1)
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.ROUTER)
+        self._gate: ClientGate | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # -- for the server --------------------------------------------------------------------------
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    async def start(self) -> None:
+        """Binds; `endpoint` is then the real one (a port of 0 or * is resolved).
+
+        Raises ConfigError for an endpoint that others could reach, or that is taken.
+        """
+        curve_dir = self._config.curve_dir
+        check_endpoint(self.endpoint, has_curve=curve_dir is not None)
+        socket = self._socket
+        socket.router_mandatory = True  # a client that is gone is an error, not a silent drop
+        socket.sndhwm = SEND_QUEUE_MESSAGES
+        socket.rcvhwm = RECEIVE_QUEUE_MESSAGES
+        socket.maxmsgsize = self._config.max_message_bytes
+        socket.linger = 500  # ms for last words
+        socket.ipv6 = self.endpoint.startswith("tcp://[")
+        if curve_dir is not None:
+            self._gate = ClientGate(self._context, load_server_keys(curve_dir))
+            self._gate.start()
+            self._gate.secure(socket)
+        try:
+            socket.bind(self.endpoint)
+        except zmq.ZMQError as error:
+            raise _cannot_bind(self.endpoint, error) from error
+        self.endpoint = socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._tasks = [
+            asyncio.create_task(self._receive(), name="zmq-front-receive"),
+            asyncio.create_task(self._beat(), name="zmq-front-beat"),
+        ]
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Waits until every request has had its last message; False when that took too long."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Ends every request with an error and closes the socket."""
+        ended = RequestError("the server has stopped", code=ErrorCode.UNAVAILABLE)
+        tasks = list(self._tasks)
+        for session in self._sessions.values():
+            for request in session.requests.values():
+                self._send(session, error_message(request.request_id, ended))
+                if request.task is not None:
+                    tasks.append(request.task)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._gate is not None:
+            self._gate.stop()
+        self._socket.close()
+        await asyncio.to_thread(self._context.term)  # waits for `linger` at most
+
+    # -- sockets and sessions --------------------------------------------------------------------
+
+    def _send(self, session: Session, message: Message) -> Sent:
+        return try_send(self._socket, session.peer, self._wire.encode(message))
+
+    async def _deliver(self, session: Session, message: Message) -> None:
+        """Sends, waiting for room. The caller's task is cancelled when the client goes away."""
+        while (sent := self._send(session, message)) is not Sent.YES:
+            if sent is Sent.GONE:
+                self._drop(session, "it has disconnected")
+            await asyncio.sleep(RETRY_S)
+
+    async def _receive(self) -> None:
+        while True:
+            peer, *frames = await self._socket.recv_multipart()
+            session = self._sessions.get(peer)
+            if session is not None:
+                session.silent_beats = 0
+            try:
+                message, raw = self._wire.decode(frames)
+            except ProtocolError as error:
+                self._log.warning("zmq: bad message from %s: %s", peer.hex(), error)
+                reply = error_message(error.request_id, error)
+                try_send(self._socket, peer, self._wire.encode(reply))
+            else:
+                self._take(peer, session, message, raw)
+            # A socket that always has more would never let the loop run anything else.
+            await asyncio.sleep(0)
+
+    def _take(
+        self, peer: bytes, session: Session | None, message: FromClient, raw: list[bytes]
+    ) -> None:
+        if isinstance(message, Hello):
+            self._welcome(peer, session, message)
+        elif session is None:
+            self._take_stranger(peer, message)
+        elif isinstance(message, Submit):
+            self._submit(session, message, raw)
+        elif isinstance(message, Cancel):
+            if request := session.requests.get(message.request_id):
+                request.cancel()
+        elif isinstance(message, Credit):
+            self._take_credit(session, message)
+        elif isinstance(message, Ping):
+            self._send(session, Pong(number=message.number))
+        # What is left is Pong, which says no more than that the client lives.
+
+    def _welcome(self, peer: bytes, session: Session | None, hello: Hello) -> None:
+        if session is None:
+            if len(self._sessions) >= MAX_SESSIONS:
+                error = RequestError(
+                    f"{MAX_SESSIONS} clients are connected already",
+                    code=ErrorCode.OVERLOADED,
+                    hint="try again later",
+                )
+                try_send(self._socket, peer, self._wire.encode(error_message(None, error)))
+                return
+            session = self._sessions[peer] = Session(peer, next(self._numbers))
+            log.info("zmq: client %d is here (%.64r)", session.number, hello.client)
+        try:
+            models = [self._service().info.name]
+        except RequestError:
+            models = []  # still loading: requests will say so
+        config = self._config
+        self._send(
+            session,
+            Welcome(
+                server=self._server,
+                models=models,
+                heartbeat_ms=round(config.heartbeat_s * 1000),
+                timeout_ms=round(config.peer_timeout_s * 1000),
+                max_message_bytes=config.max_message_bytes,
+                max_in_flight=config.max_in_flight,
+            ),
+        )
+
+    def _take_stranger(self, peer: bytes, message: FromClient) -> None:
+        """Someone whose session is over, or who never said hello."""
+        if isinstance(message, Ping):
+            reply: Message = Pong(number=message.number, known=False)
+        else:
+            request_id = message.request_id if isinstance(message, Submit) else None
+            reply = error_message(request_id, ProtocolError("send hello first"))
+        try_send(self._socket, peer, self._wire.encode(reply))
+
+    def _take_credit(self, session: Session, message: Credit) -> None:
+        request = session.requests.get(message.request_id)
+        if request is None:
+            return  # given while the end was under way
+        try:
+            check_credit("chunks", message.chunks)
+        except RequestError as error:
+            self._send(session, error_message(None, error))
+        else:
+            request.credit.add(message.chunks)
+
+    async def _beat(self) -> None:
+        """Pings every client; drops those that are silent, or do not read, for too long.
+
+        Beats are counted, not seconds, so that a server that was suspended drops nobody.
+        """
+        number = 0
+        while True:
+            await asyncio.sleep(self._config.heartbeat_s)
+            number += 1
+            for session in list(self._sessions.values()):
+                session.silent_beats += 1
+                sent = self._send(session, Ping(number=number))
+                session.blocked_beats = session.blocked_beats + 1 if sent is Sent.FULL else 0
+                if sent is Sent.GONE:
+                    self._drop(session, "it has disconnected")
+                elif session.silent_beats > self._max_silent_beats:
+                    self._drop(session, f"silent for {self._config.peer_timeout_s:g} s")
+                elif session.blocked_beats > self._max_silent_beats:
+                    self._drop(session, f"read nothing for {self._config.peer_timeout_s:g} s")
+
+    def _drop(self, session: Session, reason: str) -> None:
+        """Forgets a client; its requests are cancelled."""
+        if self._sessions.pop(session.peer, None) is None:
+            return
+        num_requests = len(session.requests)
+        log.info(
+            "zmq: client %d is gone: %s; %d requests cancelled",
+            *(session.number, reason, num_requests),
+        )
+        for request in list(session.requests.values()):
+            if request.task is not None:
+                request.task.cancel()
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def _submit(self, session: Session, submit: Submit, raw: list[bytes]) -> None:
+        try:
+            check_submit(session, submit, self._config.max_in_flight)
+        except RequestError as error:
+            self._send(session, error_message(submit.request_id, error))
+            return
+        request = ActiveRequest(submit.request_id, CreditGate(submit.credit))
+        session.requests[submit.request_id] = request
+        self._idle.clear()
+        request.task = asyncio.create_task(
+            self._serve(session, request, submit, raw), name=f"zmq request {submit.request_id}"
+        )
+        request.task.add_done_callback(lambda task: self._ended(session, request, task))
+
+    async def _serve(
+        self, session: Session, request: ActiveRequest, submit: Submit, raw: list[bytes]
+    ) -> None:
+        """One request from its submit to its last message."""
+        try:
+            request_id = f"zmq-{session.number}-{next(self._numbers)}"
+            generation = await self._service().start(generate_request(submit, raw, request_id))
+        except MoeserveError as error:
+            await self._deliver(session, error_message(submit.request_id, error))
+            return
+        try:
+            request.started(generation)
+            prepared = generation.prepared
+            accepted = Accepted(
+                request_id=submit.request_id, prompt_tokens=len(prepared.prompt_token_ids)
+            )
+            await self._deliver(session, accepted)
+            num_open = prepared.num_answers
+            while num_open:
+                # Credit first: what comes while we wait is merged by the service.
+                await request.credit.take()
+                event = await anext(generation)
+                await self._deliver(session, chunk_message(submit.request_id, event))
+                num_open -= event.finish_reason is not None
+            await self._deliver(session, done_message(submit.request_id, generation))
+        except RequestError as error:
+            await self._deliver(session, error_message(submit.request_id, error))
+        finally:
+            generation.cancel()
+
+    def _ended(self, session: Session, request: ActiveRequest, task: asyncio.Task[None]) -> None:
+        del session.requests[request.request_id]
+        if not any(other.requests for other in self._sessions.values()):
+            self._idle.set()
+        if not task.cancelled() and (failure := task.exception()) is not None:
+            log.error("zmq: request %s failed", request.request_id, exc_info=failure)
+            error = RequestError("internal error", code=ErrorCode.INTERNAL)
+            self._send(session, error_message(request.request_id, error))
+
+
+def _cannot_bind(endpoint: str, error: zmq.ZMQError) -> MoeserveError:
+    return MoeserveError(
+        f"endpoint: cannot bind {endpoint}: {error.strerror}",
+        field="endpoint",
+        hint="another process may use it; name another endpoint with --zmq",
+    )
