@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import httpx
 
-from moeserve.client import Client
+from moeserve.client import Client, ClientError
+from moeserve.config import EngineConfig
 from moeserve.core import ErrorCode, MoeserveError
-from moeserve.llm import LLM
-
-Message = Mapping[str, str]  # role, content
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,16 @@ class Piece:
     finish_reason: str | None = None
 
 
+Message: TypeAlias = Mapping[str, str]  # role, content
+PieceStream: TypeAlias = Generator[Piece, None, None]
+
+
 class Backend(Protocol):
     """One place to ask. Closing a stream early (or interrupting it) cancels the answer."""
 
     name: str
 
-    def stream(self, messages: Sequence[Message], params: Mapping[str, Any]) -> Iterator[Piece]:
+    def stream(self, messages: Sequence[Message], params: Mapping[str, Any]) -> PieceStream:
         """Pieces of the answer to the last message. Raises MoeserveError."""
         ...
 
@@ -41,20 +43,54 @@ class Backend(Protocol):
 class LocalBackend:
     """The engine in this process."""
 
-    def __init__(self, llm: LLM, name: str) -> None:
-        self.name = name
-        self._llm = llm
+    def __init__(self, config: EngineConfig) -> None:
+        # Imported here: only this backend needs torch, and a chat with a server starts at once.
+        from moeserve.llm import LLM
 
-    def stream(self, messages: Sequence[Message], params: Mapping[str, Any]) -> Iterator[Piece]:
+        self._llm = LLM.from_config(config)
+        self.name = config.model.name
+
+    def stream(self, messages: Sequence[Message], params: Mapping[str, Any]) -> PieceStream:
         num_tokens = 0
-        with closing(self._llm.stream([dict(m) for m in messages], **params)) as events:
-            for event in events:
-                num_tokens += len(event.token_ids)
-                reason = event.finish_reason.value if event.finish_reason else None
-                yield Piece(event.text, num_tokens, reason)
+        for event in self._llm.stream(messages, params):
+            num_tokens += len(event.token_ids)
+            reason = event.finish_reason.value if event.finish_reason else None
+            yield Piece(event.text, num_tokens, reason)
 
     def close(self) -> None:
         self._llm.close()
+
+
+class ZmqBackend:
+    """A moeserve server over ZeroMQ."""
+
+    def __init__(self, endpoint: str, curve_dir: str | None) -> None:
+        with _client_errors():
+            self._client = Client(endpoint, curve_dir=curve_dir)
+            try:
+                self.name = self._client.server_info().models[0]
+            except ClientError:
+                self._client.close()
+                raise
+
+    def stream(self, messages: Sequence[Message], params: Mapping[str, Any]) -> PieceStream:
+        num_tokens = 0
+        with _client_errors(), self._client.stream(messages=messages, **params) as chunks:
+            for chunk in chunks:
+                num_tokens += len(chunk.token_ids)
+                yield Piece(chunk.text, num_tokens, chunk.finish_reason)
+
+    def close(self) -> None:
+        self._client.close()
+
+
+@contextmanager
+def _client_errors() -> Iterator[None]:
+    """The client knows nothing of moeserve's errors; the chat knows only those."""
+    try:
+        yield
+    except ClientError as error:
+        raise MoeserveError(str(error), code=ErrorCode(error.code), field=error.field) from error
 
 
 class HttpBackend:
@@ -77,7 +113,7 @@ class HttpBackend:
         _raise_for(answer)
         return str(answer.json()["data"][0]["id"])
 
-    def stream(self, messages: Sequence[Message], params: Mapping[str, Any]) -> Iterator[Piece]:
+    def stream(self, messages: Sequence[Message], params: Mapping[str, Any]) -> PieceStream:
         body = {
             "model": self.name,
             "messages": [dict(m) for m in messages],

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 def _backend(args: argparse.Namespace, environment: Environment) -> Backend:
     if (args.url or args.zmq) and args.model:
         raise MoeserveError(
-            f"model: {args.model} cannot be loaded on a server", hint="leave MODEL or --url/--zmq out"
+            f"model: {args.model} cannot be loaded on a server",
+            hint="leave MODEL or --url/--zmq out",
         )
     if args.url:
         return HttpBackend(args.url, args.api_key or environment.api_key)
