@@ -1,6 +1,6 @@
 """Decode and prefill speed of the engine beside transformers, same checkpoint, same run.
 
-    python scripts/bench_decode.py [--model DIR] [--repeats 5] [--out benchmarks/results]
+    python scripts/bench_decode.py [--model DIR] [--device cuda] [--repeats 5] [--out DIR]
 
 Theory. A decode step of batch 1 reads every active weight once, so its bound is bytes over memory
 bandwidth; the script measures the bandwidth (a sum over a buffer far larger than the caches) and
@@ -38,6 +38,8 @@ PREFILL_TOKENS = 512
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED_MODEL))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="directory for the result, named by date")
@@ -46,7 +48,8 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     engine = Engine.from_config(
         EngineConfig(
-            model=ModelConfig(model=args.model), experts=ExpertConfig(num_threads=args.threads)
+            model=ModelConfig(model=args.model, device=args.device, dtype=args.dtype),
+            experts=ExpertConfig(num_threads=args.threads),
         )
     )
     figures = measure_engine(engine, args.repeats)
@@ -58,7 +61,8 @@ def main() -> int:
         "model": engine.info.name,
         "parameters": engine.info.num_parameters,
         "dtype": engine.info.dtype,
-        "machine": machine(args.threads),
+        "device": engine.info.device,
+        "machine": machine(args.threads, torch.device(args.device)),
         "tokens_per_s": {name: round(value, 2) for name, value in figures.items()},
     }
     for name, value in figures.items():
@@ -70,27 +74,33 @@ def main() -> int:
     return 0
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: torch.device) -> dict[str, Any]:
     """What the figures hold for."""
     models = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
+    facts: dict[str, Any] = {}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        facts = {"gpu": card.name, "gpu_memory_gib": round(card.total_memory / 2**30, 1)}
+        facts |= {"multiprocessors": card.multi_processor_count, "cuda": torch.version.cuda}
     return {
+        **facts,
         "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "read_bandwidth_gb_s": round(read_bandwidth() / 1e9, 1),
+        "read_bandwidth_gb_s": round(read_bandwidth(device) / 1e9, 1),
     }
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of summing 2 GiB, best of five."""
-    data = torch.ones(1 << 29)
-    return data.nbytes / min(timed(data.sum) for _ in range(5))
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second of summing 2 GiB of the device's memory, best of five."""
+    data = torch.ones(1 << 29, device=device)
+    return data.nbytes / min(timed(lambda: data.sum().item()) for _ in range(5))
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -132,10 +142,11 @@ def measure_transformers(path: str, engine: Engine, repeats: int) -> dict[str, f
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, engine.info.dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    device = torch.device(engine.info.device)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
 
     def run(streams: int, prompt_tokens: int, new_tokens: int) -> None:
-        ids = torch.full((streams, prompt_tokens), 7)
+        ids = torch.full((streams, prompt_tokens), 7, device=device)
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
