@@ -1,0 +1,102 @@
+"""Experts on the CPU through torch: the portable backend, and the reference of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeserve.core import ExpertSpec, ExpertWeights, ModelError
+from moeserve.cpu_backend.activations import gated_activation
+from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
+from moeserve.cpu_backend.grouping import group_pairs, weighted_sum
+from moeserve.cpu_backend.linear import linear
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Views into the layer's tensors, made once: slicing per step costs more than a small GEMM."""
+
+    gate_up: Tensor  # [2I, H]
+    down: Tensor  # [H, I]
+    gate_up_bias: Tensor | None  # [2I]
+    down_bias: Tensor | None  # [H]
+
+
+@dataclass(frozen=True)
+class Layer:
+    spec: ExpertSpec
+    activation: Callable[[Tensor], Tensor]
+    experts: tuple[Expert, ...]
+
+
+class TorchTicket:
+    """A Ticket on a future of the backend's thread."""
+
+    def __init__(self, future: Future[Tensor]) -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def wait(self) -> Tensor:
+        return self._future.result()
+
+
+class TorchBackend(CpuBackend):
+    """Row (token) results depend on that row alone where `is_row_invariant` holds.
+
+    One background thread takes submitted jobs; inside a job torch's own threads share each product.
+    """
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._layers: dict[int, Layer] = {}
+        # Starts its thread with the first job, so a backend that is never submitted to has none.
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moeserve-experts")
+
+    def add_layer(self, layer: int, spec: ExpertSpec, weights: ExpertWeights) -> None:
+        if layer in self._layers:
+            raise ModelError(f"layer {layer}: its experts were added before")
+        self._layers[layer] = Layer(spec, gated_activation(spec), _split(weights))
+
+    def submit(self, job: ExpertJob) -> TorchTicket:
+        return TorchTicket(self._pool.submit(self.run, job))
+
+    @torch.inference_mode()
+    def run(self, job: ExpertJob) -> Tensor:
+        layer = self._layers[job.layer]
+        num_tokens, top_k = job.routing.ids.shape
+        pair_out = job.x.new_zeros((num_tokens * top_k, layer.spec.hidden_size))  # [T*K, H]
+        for expert_id, pairs in group_pairs(job.routing.ids, job.experts):
+            rows = job.x.index_select(0, pairs.div(top_k, rounding_mode="floor"))  # [M, H]
+            pair_out.index_copy_(0, pairs, _expert_ffn(layer, expert_id, rows))
+        return weighted_sum(pair_out.view(num_tokens, top_k, -1), job.routing.weights)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+
+def _split(weights: ExpertWeights) -> tuple[Expert, ...]:
+    num_experts = weights.gate_up.shape[0]
+    absent: tuple[None, ...] = (None,) * num_experts
+    return tuple(
+        Expert(*tensors)
+        for tensors in zip(
+            weights.gate_up.unbind(),
+            weights.down.unbind(),
+            absent if weights.gate_up_bias is None else weights.gate_up_bias.unbind(),
+            absent if weights.down_bias is None else weights.down_bias.unbind(),
+            strict=True,
+        )
+    )
+
+
+def _expert_ffn(layer: Layer, expert_id: int, rows: Tensor) -> Tensor:
+    expert = layer.experts[expert_id]
+    hidden = layer.activation(linear(rows, expert.gate_up, expert.gate_up_bias))  # [M, I]
+    return linear(hidden, expert.down, expert.down_bias)  # [M, H]

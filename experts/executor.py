@@ -1,0 +1,37 @@
+"""Runs a placement: CPU work beside device work, then the sum of both."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moeserve.cache.expert_cache import LayerSlots
+from moeserve.core import Placement, Routing
+from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
+from moeserve.experts.device.torch_grouped import GroupedExperts
+
+
+class Executor:
+    """One layer's expert work. `device` is None where the layer has no experts on a device."""
+
+    def __init__(self, backend: CpuBackend, device: GroupedExperts | None) -> None:
+        self._backend = backend
+        self._device = device
+
+    def run(self, x: Tensor, routing: Routing, placement: Placement, slots: LayerSlots) -> Tensor:
+        """x [T, H] to the weighted sum of each row's experts, [T, H] in the dtype of x.
+
+        Sums are kept in float32 and rounded once. A row adds its experts in the order of its
+        routing on each side, and then the two sides.
+        """
+        num_experts = len(slots.slots)
+        if len(placement.on_cpu) == num_experts:
+            return self._backend.run(ExpertJob(placement.layer, x, routing)).to(x.dtype)
+        assert self._device is not None, "the placement uses a device that the layer has not"
+        if not placement.on_cpu:
+            return self._device.run(x, routing, slots).to(x.dtype)
+        host_routing = Routing(routing.ids.cpu(), routing.weights.cpu())
+        job = ExpertJob(placement.layer, x.cpu(), host_routing, placement.on_cpu)
+        ticket = self._backend.submit(job)
+        on_device = placement.on_device + placement.fetch_first
+        total = self._device.run(x, routing, slots, on_device)
+        return (total + ticket.wait().to(total.device)).to(x.dtype)

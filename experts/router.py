@@ -1,0 +1,165 @@
+"""Hidden states to Routing: every scoring rule the families need, as data.
+
+Sources, by value of `RouterSpec`:
+softmax over all experts, then top-k: Mixtral (arXiv 2401.04088), Qwen MoE, OLMoE (2409.02060).
+group-limited softmax: DeepSeek-V2 (2405.04434, section 2.2.2).
+sigmoid with a correction bias that chooses but does not weigh, groups ranked by the sum of their
+two best: DeepSeek-V3 (2412.19437, sections 2.1.2 and 4.2), GLM-4.5 (2508.06471).
+top-k of the logits, then softmax over those k: gpt-oss (2508.10925).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeserve.core import ModelError, Routing
+from moeserve.cpu_backend.linear import linear
+
+SCORES = ("softmax", "sigmoid", "softmax_topk")
+GROUP_SCORES = ("max", "top2_sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """How one MoE layer chooses its experts. Pure data; construction checks it (ModelError)."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    #: softmax or sigmoid of all logits, then top-k; softmax_topk: top-k, then softmax of those
+    score: str = "softmax"
+    #: logits in float32 whatever the compute dtype (DeepSeek, GLM); else in the compute dtype
+    float32_logits: bool = False
+    #: divide the k weights by their sum plus `normalize_eps`
+    normalize: bool = False
+    normalize_eps: float = 0.0
+    #: factor on the weights, after normalisation
+    scale: float = 1.0
+    #: experts stand in that many groups of equal size; the best `top_groups` groups may be chosen
+    num_groups: int = 1
+    top_groups: int = 1
+    #: value of a group: its best expert, or the sum of its two best
+    group_score: str = "max"
+    #: a per-expert bias is added to the logits (gpt-oss)
+    bias: bool = False
+    #: a per-expert bias is added to the scores when choosing, not when weighing
+    correction_bias: bool = False
+    #: round the weights to the compute dtype, as the family's reference does (Qwen, OLMoE, gpt-oss)
+    round_weights: bool = False
+
+    def __post_init__(self) -> None:
+        self._check("score", self.score, self.score in SCORES, f"one of {', '.join(SCORES)}")
+        good = self.group_score in GROUP_SCORES
+        self._check("group_score", self.group_score, good, f"one of {', '.join(GROUP_SCORES)}")
+        self._check("num_experts", self.num_experts, self.num_experts >= 1, "1 or more")
+        groups = self.num_groups
+        good = groups >= 1 and self.num_experts % groups == 0
+        self._check("num_groups", groups, good, f"a divisor of num_experts ({self.num_experts})")
+        good = 1 <= self.top_groups <= groups
+        self._check("top_groups", self.top_groups, good, f"1 to num_groups ({groups})")
+        group_size = self.num_experts // groups
+        reachable = self.top_groups * group_size
+        good = 1 <= self.top_k <= reachable
+        self._check(
+            "top_k", self.top_k, good, f"1 to {reachable}, the experts of top_groups groups"
+        )
+        if self.limits_groups and self.group_score == "top2_sum":
+            self._check("num_groups", groups, group_size >= 2, "at least two experts in a group")
+        if self.score == "softmax_topk":
+            plain = not (self.limits_groups or self.correction_bias or self.normalize)
+            limit = "softmax_topk takes no groups, correction bias or normalisation"
+            self._check("score", self.score, plain, limit)
+
+    @property
+    def limits_groups(self) -> bool:
+        """Whether some experts are out of reach of a token because of its groups."""
+        return self.top_groups < self.num_groups
+
+    @staticmethod
+    def _check(field: str, value: object, good: bool, limit: str) -> None:
+        if not good:
+            raise ModelError(f"router {field}: {value!r}; allowed: {limit}", field=field)
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """weight: [E, H]. bias, correction_bias: [E], present exactly where the spec says so."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    correction_bias: Tensor | None = None
+
+
+class Router:
+    """The gate of one MoE layer: `router(x)` with x [T, H] gives the Routing of its T tokens."""
+
+    def __init__(self, spec: RouterSpec, weights: RouterWeights) -> None:
+        """Raises ModelError where tensors and spec do not fit."""
+        _check_shapes(spec, weights)
+        self.spec = spec
+        logits_dtype = torch.float32 if spec.float32_logits else weights.weight.dtype
+        self._dtype = logits_dtype
+        self._weight = weights.weight.to(logits_dtype)
+        self._bias = None if weights.bias is None else weights.bias.to(logits_dtype)
+        correction = weights.correction_bias
+        self._correction = None if correction is None else correction.to(torch.float32)
+
+    def __call__(self, x: Tensor) -> Routing:
+        spec = self.spec
+        logits = linear(x.to(self._dtype), self._weight, self._bias)  # [T, E]
+        if spec.score == "softmax_topk":
+            # Chosen before float32, so that ties of rounded logits fall as in the reference.
+            top_logits, ids = logits.topk(spec.top_k, dim=-1)  # [T, K]
+            weights = top_logits.softmax(dim=-1, dtype=torch.float32)
+        else:
+            scores = self._scores(logits.float())
+            ids, weights = self._choose(scores)
+        if spec.normalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + spec.normalize_eps)
+        if spec.scale != 1.0:
+            weights = weights * spec.scale
+        if spec.round_weights and x.dtype != torch.float32:
+            weights = weights.to(x.dtype).float()
+        return Routing(ids=ids, weights=weights)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=-1) if self.spec.score == "softmax" else logits.sigmoid()
+
+    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """scores [T, E] float32 to ids and the scores there, both [T, K]."""
+        choice = scores if self._correction is None else scores + self._correction
+        if self.spec.limits_groups:
+            choice = self._mask_groups(choice)
+        top, ids = choice.topk(self.spec.top_k, dim=-1)
+        return ids, top if self._correction is None else scores.gather(-1, ids)
+
+    def _mask_groups(self, choice: Tensor) -> Tensor:
+        """Puts experts outside the token's best groups at -inf.
+
+        Not at 0: a corrected score may be negative, and 0 would then let a forbidden expert win.
+        """
+        spec = self.spec
+        grouped = torch.unflatten(choice, -1, (spec.num_groups, -1))  # [T, G, E/G]
+        if spec.group_score == "max":
+            group_scores = grouped.amax(dim=-1)  # [T, G]
+        else:
+            group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        best = group_scores.topk(spec.top_groups, dim=-1).indices  # [T, top_groups]
+        outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, best, False)
+        return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def _check_shapes(spec: RouterSpec, weights: RouterWeights) -> None:
+    experts = (spec.num_experts,)
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
+        "weight": (weights.weight, (spec.num_experts, spec.hidden_size)),
+        "bias": (weights.bias, experts if spec.bias else None),
+        "correction_bias": (weights.correction_bias, experts if spec.correction_bias else None),
+    }
+    for name, (tensor, shape) in expected.items():
+        found = None if tensor is None else tuple(tensor.shape)
+        if found != shape:
+            raise ModelError(f"router {name}: shape {found}, expected {shape}", field=name)
