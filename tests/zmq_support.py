@@ -1,0 +1,183 @@
+"""The real front, service, link, channel and scheduler around an engine that echoes the prompt.
+
+Only the model is missing: token i of an answer is token i of the prompt, over and over. So every
+answer says whose it is. The engine steps only while its gate is open.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from moeserve.config import SchedulerConfig, ZmqConfig
+from moeserve.core import EngineDelta, EngineRequest, EngineStats, FinishReason, ModelInfo
+from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
+from moeserve.engine.channel import EngineChannel
+from moeserve.engine.kv_blocks import BlockManager
+from moeserve.engine.process import serve
+from moeserve.engine.request_scheduler import RequestScheduler
+from moeserve.gateway.service import GenerationService
+from moeserve.gateway.zmq_front import ZmqFront
+from moeserve.gateway.zmq_link import ZmqEngineLink
+from moeserve.messages import EngineShutdown
+from moeserve.text.assets import TextAssets
+from moeserve.text.request import RequestLimits
+from moeserve.text.tokenizer import Tokenizer
+
+CONTEXT_TOKENS = 100_000
+
+INFO = ModelInfo(
+    name="echo",
+    model_type="echo",
+    path="/nowhere",
+    vocab_size=256,
+    context_tokens=CONTEXT_TOKENS,
+    eos_token_ids=(),
+    num_parameters=0,
+    num_layers=0,
+    num_moe_layers=0,
+    num_experts=0,
+    dtype="float32",
+    device="cpu",
+    kv_blocks=20_000,
+    block_tokens=16,
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte of UTF-8."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: number for number, letter in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend, {})
+
+
+class EchoEngine:
+    """The interface of moeserve.engine.engine.Engine over the real request scheduler."""
+
+    info = INFO
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.integrity_checks = 0
+        blocks = BlockManager(INFO.kv_blocks, INFO.block_tokens, prefix_reuse=True)
+        self.scheduler = RequestScheduler(SchedulerConfig(), blocks, (), CONTEXT_TOKENS)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: EngineRequest) -> None:
+        self.scheduler.add(request, time.time())
+
+    def abort(
+        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
+    ) -> list[EngineDelta]:
+        return self.scheduler.abort(request_id, reason, time.time())
+
+    def step(self) -> list[EngineDelta]:
+        # A closed gate makes short empty steps, so that commands are still taken.
+        if not self.gate.wait(0.01):
+            return self.scheduler.drain_events()
+        batch = self.scheduler.schedule(time.time())
+        if batch is None:
+            return self.scheduler.drain_events()
+        return self.scheduler.commit(batch, self._echo(batch), time.time())
+
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats()
+
+    def check_integrity(self) -> None:
+        self.integrity_checks += 1
+        self.scheduler.check_integrity()
+
+    @staticmethod
+    def _echo(batch: ScheduledBatch) -> StepResult:
+        tokens = {}
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            if chunk.samples:
+                position = (len(sequence.token_ids) - sequence.num_prompt_tokens) % (
+                    sequence.num_prompt_tokens
+                )
+                token = SampledToken(sequence.token_ids[position])
+                tokens[sequence.request.request_id] = token
+        return StepResult(tokens)
+
+
+class EngineThread:
+    """process.serve in a thread, connected like the engine process is."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.engine = EchoEngine()
+        self.channel = EngineChannel(endpoint, heartbeat_s=0.2, max_silence_beats=10_000)
+        self._thread = threading.Thread(target=self._run)
+
+    def start(self) -> None:
+        self.channel.start()
+        self.channel.set_stage("ready", info=INFO)
+        self._thread.start()
+
+    def _run(self) -> None:
+        serve(self.engine, self.channel)  # type: ignore[arg-type]
+
+    def stop(self) -> None:
+        self.channel.commands.put(EngineShutdown())
+        self._thread.join()
+        self.channel.close()
+
+
+@dataclass
+class Stack:
+    link: ZmqEngineLink
+    service: GenerationService
+    front: ZmqFront
+    thread: EngineThread
+
+    @property
+    def engine(self) -> EchoEngine:
+        return self.thread.engine
+
+    @property
+    def endpoint(self) -> str:
+        return self.front.endpoint
+
+
+def private_directory(path: Path) -> Path:
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
+
+
+@asynccontextmanager
+async def running_stack(
+    directory: Path, config: ZmqConfig | None = None, endpoint: str | None = None
+) -> AsyncIterator[Stack]:
+    """A front at `endpoint` (default: ipc in `directory`) with everything behind it."""
+    sockets = private_directory(directory / "sockets")
+    link = ZmqEngineLink(f"ipc://{sockets / 'engine.sock'}", heartbeat_s=0.2)
+    await link.start()
+    thread = EngineThread(link.endpoint)
+    thread.start()
+    await link.wait_for(lambda status: status.stage == "ready")
+    assets = TextAssets(byte_tokenizer(), None, {})
+    limits = RequestLimits(default_max_tokens=64)
+    service = GenerationService(link, limits, assets=assets)
+    front = ZmqFront(
+        config or ZmqConfig(), endpoint or f"ipc://{sockets / 'client.sock'}", lambda: service
+    )
+    await front.start()
+    try:
+        yield Stack(link, service, front, thread)
+    finally:
+        await front.stop()
+        thread.stop()
+        await link.stop()
