@@ -81,6 +81,11 @@ class EngineSupervisor:
             await self._watch
         self._link.mark_down("stopping", "the server stops")
 
+    def kill(self) -> None:
+        """Ends the engine process now; `stop` is still needed after it."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
     @staticmethod
     def _given_up(status: EngineStatus) -> bool:
         return status.stage in ("failed", "stopping") and not status.epoch
