@@ -22,6 +22,7 @@ from moeserve.models.weight_map import Part, WeightRule
 PIECE_BYTES = 64 * 1024 * 1024
 COPIED_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 STAGE = "loading weights"
+NUM_REPORTS = 1000  # a model has up to 100,000 parts; nobody wants to hear of each
 
 Progress = Callable[[str, float], None]
 
@@ -56,7 +57,7 @@ def load_weights(
     work = [(part, targets[rule.target]) for rule in rules for part in rule.parts]
     work.sort(key=lambda item: checkpoint.position(item[0].names[0]))
     total = sum(_num_bytes(checkpoint, part) for part, _ in work)
-    done, report = 0, progress or (lambda stage, fraction: None)
+    done, reported, report = 0, 0, progress or (lambda stage, fraction: None)
     not_finite: dict[str, Counter[str]] = {}
     report(STAGE, 0.0)
     for part, target in work:
@@ -68,7 +69,9 @@ def load_weights(
             for name in part.names:
                 checkpoint.release(name)
             done += num_bytes
-            report(STAGE, done / max(1, total))
+            if reported + total // NUM_REPORTS <= done < total:
+                report(STAGE, done / total)
+                reported = done
     if not_finite:
         raise _not_finite_error(checkpoint, not_finite)
     report(STAGE, 1.0)

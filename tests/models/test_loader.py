@@ -216,7 +216,21 @@ def test_progress_goes_up_to_one_by_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     seen: list[tuple[str, float]] = []
     load(tmp_path, tensors, rules, progress=lambda *said: seen.append(said))
     assert {stage for stage, _ in seen} == {"loading weights"}
-    assert [fraction for _, fraction in seen] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [fraction for _, fraction in seen] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_progress_of_many_parts_is_told_a_thousand_times(tmp_path: Path) -> None:
+    count = 4000
+    parts = tuple(Part(("a",), ((count,),), (i,), (i,), lambda s: s[0]) for i in range(count))
+    seen: list[float] = []
+    rules = [WeightRule("a", (count,), parts)]
+    tensors = {"a": torch.randn(count)}
+    loaded = load(tmp_path, tensors, rules, progress=lambda _, fraction: seen.append(fraction))
+    assert torch.equal(loaded["a"], tensors["a"])
+    assert seen == sorted(set(seen))
+    assert seen[0] == 0
+    assert seen[-1] == 1
+    assert 900 <= len(seen) <= 1001
 
 
 def test_no_memory_names_the_tensor_and_the_device(tmp_path: Path) -> None:
