@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 
-def group_pairs(ids: Tensor, experts: tuple[int, ...] | None) -> list[tuple[int, Tensor]]:
-    """ids [T, K] to (expert, its pairs), ascending; pair t*K + k is token t's k-th choice.
+def run_grouped(
+    x: Tensor,
+    ids: Tensor,
+    experts: tuple[int, ...] | None,
+    run_expert: Callable[[int, Tensor], Tensor],
+) -> Tensor:
+    """Calls run_expert(expert, its rows [M, H]) -> [M, H] for every expert that a token chose.
 
-    Only those in `experts`, where given. The pairs of an expert ascend too.
+    x: [T, H]. ids: [T, K]. experts: those to run, None for all. Returns [T, K, H]: what each
+    token's k-th choice gave, zero where it was not run. Reads the ids back to the host once.
     """
-    flat = ids.flatten()
-    counts: list[int] = flat.bincount().tolist()
-    groups = flat.argsort(stable=True).split_with_sizes(counts)
-    wanted = range(len(counts)) if experts is None else experts
-    wanted_present = (e for e in sorted(wanted) if e < len(counts) and counts[e])
-    return [(e, groups[e]) for e in wanted_present]
+    num_tokens, top_k = ids.shape
+    chosen = None if experts is None else frozenset(experts)
+    pairs = ids.flatten()  # pair t*K + k is token t's k-th choice
+    order = pairs.argsort(stable=True)  # pairs by expert
+    counts: list[int] = pairs.bincount().tolist()
+    rows = x.index_select(0, order.div(top_k, rounding_mode="floor"))  # [T*K, H]
+    outs = [
+        run_expert(expert, group) if chosen is None or expert in chosen else torch.zeros_like(group)
+        for expert, group in enumerate(rows.split_with_sizes(counts))
+        if counts[expert]
+    ]
+    grouped = torch.cat(outs)  # [T*K, H]
+    return torch.empty_like(grouped).index_copy_(0, order, grouped).view(num_tokens, top_k, -1)
 
 
 def weighted_sum(pair_out: Tensor, weights: Tensor) -> Tensor:
-    """pair_out [T, K, H] and weights [T, K] to [T, H] float32, added in the order of k."""
-    total = pair_out[:, 0].float() * weights[:, :1]
-    for k in range(1, weights.shape[1]):
-        total += pair_out[:, k].float() * weights[:, k : k + 1]
-    return total
+    """pair_out [T, K, H] and weights [T, K] float32 to [T, H] float32."""
+    return (pair_out * weights.unsqueeze(-1)).sum(dim=1)

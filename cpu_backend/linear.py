@@ -19,7 +19,7 @@ ROW_INVARIANT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def is_row_invariant(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `linear` gives a row the same bits in every batch, as far as it is known."""
-    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    onednn: bool = torch.backends.mkldnn.is_available()
     return device.type == "cpu" and dtype in ROW_INVARIANT_DTYPES and onednn
 
 
@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[0] == 0 or not is_row_invariant(x.dtype, x.device):
         return functional.linear(x, weight, bias)
     if x.shape[0] == 1:
-        return _inner_product(x.repeat(2, 1), weight, bias)[:1]
+        return _inner_product(torch.cat((x, x)), weight, bias)[:1]
     return _inner_product(x, weight, bias)
 
 

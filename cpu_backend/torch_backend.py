@@ -12,7 +12,7 @@ from torch import Tensor
 from moeserve.core import ExpertSpec, ExpertWeights, ModelError
 from moeserve.cpu_backend.activations import gated_activation
 from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
-from moeserve.cpu_backend.grouping import group_pairs, weighted_sum
+from moeserve.cpu_backend.grouping import run_grouped, weighted_sum
 from moeserve.cpu_backend.linear import linear
 
 
@@ -31,6 +31,15 @@ class Layer:
     spec: ExpertSpec
     activation: Callable[[Tensor], Tensor]
     experts: tuple[Expert, ...]
+
+    def run_expert(self, expert_id: int, rows: Tensor) -> Tensor:
+        """rows: [M, H], M at least 1. Returns [M, H]."""
+        expert = self.experts[expert_id]
+        num_rows = rows.shape[0]
+        if num_rows == 1:  # doubled here once, or `linear` would do it twice
+            rows = torch.cat((rows, rows))
+        hidden = self.activation(linear(rows, expert.gate_up, expert.gate_up_bias))  # [M, I]
+        return linear(hidden, expert.down, expert.down_bias)[:num_rows]
 
 
 class TorchTicket:
@@ -70,12 +79,8 @@ class TorchBackend(CpuBackend):
     @torch.inference_mode()
     def run(self, job: ExpertJob) -> Tensor:
         layer = self._layers[job.layer]
-        num_tokens, top_k = job.routing.ids.shape
-        pair_out = job.x.new_zeros((num_tokens * top_k, layer.spec.hidden_size))  # [T*K, H]
-        for expert_id, pairs in group_pairs(job.routing.ids, job.experts):
-            rows = job.x.index_select(0, pairs.div(top_k, rounding_mode="floor"))  # [M, H]
-            pair_out.index_copy_(0, pairs, _expert_ffn(layer, expert_id, rows))
-        return weighted_sum(pair_out.view(num_tokens, top_k, -1), job.routing.weights)
+        pair_out = run_grouped(job.x, job.routing.ids, job.experts, layer.run_expert)
+        return weighted_sum(pair_out, job.routing.weights)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
@@ -94,9 +99,3 @@ def _split(weights: ExpertWeights) -> tuple[Expert, ...]:
             strict=True,
         )
     )
-
-
-def _expert_ffn(layer: Layer, expert_id: int, rows: Tensor) -> Tensor:
-    expert = layer.experts[expert_id]
-    hidden = layer.activation(linear(rows, expert.gate_up, expert.gate_up_bias))  # [M, I]
-    return linear(hidden, expert.down, expert.down_bias)  # [M, H]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from moeserve.cache.expert_cache import LayerSlots
 from moeserve.core import ExpertSpec, ExpertWeights, Routing
 from moeserve.cpu_backend.activations import gated_activation
-from moeserve.cpu_backend.grouping import group_pairs, weighted_sum
+from moeserve.cpu_backend.grouping import run_grouped, weighted_sum
 from moeserve.cpu_backend.linear import linear
 
 GroupedMm = Callable[..., Tensor]
@@ -55,13 +56,13 @@ class GroupedExperts:
         experts: tuple[int, ...] | None = None,
     ) -> Tensor:
         """x [T, H] to the weighted sums over `experts` (None: all), [T, H] float32."""
-        num_tokens, top_k = routing.ids.shape
         grouped_mm = self._grouped_mm
         if experts is None and grouped_mm is not None:
             pair_out = self._run_grouped(x, self._pool_rows(slots)[routing.ids], grouped_mm)
         else:
-            pair_out = self._run_loop(x, routing.ids, slots, experts)
-        return weighted_sum(pair_out.view(num_tokens, top_k, -1), routing.weights)
+            run_expert = partial(self._run_expert, slots)
+            pair_out = run_grouped(x, routing.ids, experts, run_expert)
+        return weighted_sum(pair_out, routing.weights)
 
     def _pool_rows(self, slots: LayerSlots) -> Tensor:
         """[E] int64 on the device: the pool row of each expert. Copied there once per version."""
@@ -72,7 +73,7 @@ class GroupedExperts:
         return self._rows
 
     def _run_grouped(self, x: Tensor, pool_rows: Tensor, grouped_mm: GroupedMm) -> Tensor:
-        """pool_rows: [T, K]. Returns [T*K, H], one row per pair."""
+        """pool_rows: [T, K]. Returns [T, K, H]."""
         pool = self._pool
         num_slots, top_k = pool.down.shape[0], pool_rows.shape[1]
         sorted_rows, order = pool_rows.flatten().sort(stable=True)  # [T*K]
@@ -85,19 +86,12 @@ class GroupedExperts:
         out = grouped_mm(self._activation(gate_up), pool.down.transpose(-2, -1), offs=ends)
         if pool.down_bias is not None:
             out += pool.down_bias[sorted_rows]
-        return torch.empty_like(out).index_copy_(0, order, out)
+        return torch.empty_like(out).index_copy_(0, order, out).view(*pool_rows.shape, -1)
 
-    def _run_loop(
-        self, x: Tensor, ids: Tensor, slots: LayerSlots, experts: tuple[int, ...] | None
-    ) -> Tensor:
-        pool, top_k = self._pool, ids.shape[1]
-        pair_out = x.new_zeros((ids.numel(), x.shape[1]))  # [T*K, H]
-        gate_up_bias, down_bias = pool.gate_up_bias, pool.down_bias
-        for expert, pairs in group_pairs(ids, experts):
-            row = slots.slots[expert] - self._first_slot
-            rows = x[pairs.div(top_k, rounding_mode="floor")]  # [M, H]
-            bias = None if gate_up_bias is None else gate_up_bias[row]
-            hidden = self._activation(linear(rows, pool.gate_up[row], bias))  # [M, I]
-            bias = None if down_bias is None else down_bias[row]
-            pair_out.index_copy_(0, pairs, linear(hidden, pool.down[row], bias))
-        return pair_out
+    def _run_expert(self, slots: LayerSlots, expert: int, rows: Tensor) -> Tensor:
+        """rows: [M, H] to [M, H]."""
+        pool, row = self._pool, slots.slots[expert] - self._first_slot
+        gate_up_bias = None if pool.gate_up_bias is None else pool.gate_up_bias[row]
+        down_bias = None if pool.down_bias is None else pool.down_bias[row]
+        hidden = self._activation(linear(rows, pool.gate_up[row], gate_up_bias))  # [M, I]
+        return linear(hidden, pool.down[row], down_bias)
