@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from moeserve.core import ModelError, RequestError, SamplingParams
 from moeserve.text.chat_template import ChatTemplate, TemplateLimits
 from moeserve.text.tokenizer import Tokenizer, read_json
@@ -61,7 +63,7 @@ def load_defaults(path: str | Path) -> dict[str, Any]:
         if config.get(theirs) is not None
     }
     try:
-        SamplingParams(**defaults)
-    except (RequestError, TypeError) as error:
+        msgspec.convert(defaults, SamplingParams)
+    except (RequestError, msgspec.ValidationError) as error:
         raise ModelError(f"{file}: {error}") from error
     return defaults

@@ -182,6 +182,7 @@ class _Renderer:
                 env=bare_environment(),
                 start_new_session=True,
             )
+        self.pid = process.pid
         self._connection = ours
         # Also ends the process when nobody holds this object any more, and at exit.
         self.end = weakref.finalize(self, _end_process, process, ours)

@@ -72,7 +72,7 @@ def byte_fallback(path: Path, add_bos: bool = True, metaspace_decoder: bool = Fa
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.train_from_iterator(
-        [text for text in CORPUS[:3]],
+        CORPUS[:3],
         trainers.BpeTrainer(
             vocab_size=520, special_tokens=[*SPECIAL, *byte_tokens], show_progress=False
         ),
