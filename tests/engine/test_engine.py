@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import secrets
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moeserve.config import (
@@ -85,10 +87,15 @@ def tokens(deltas: list[EngineDelta]) -> list[int]:
 
 
 def transformers_greedy(oracle: Any, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
     output = oracle.generate(
-        torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None,
+        ids,
+        attention_mask=torch.ones_like(ids),  # else token 0 counts as padding
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     return output[0, len(prompt) :].tolist()
 
 
@@ -231,15 +238,19 @@ def test_refusals_name_the_field(checkpoint: Path) -> None:
     assert not engine.has_work
 
 
-def test_nan_ends_one_request_and_not_the_engine(checkpoint: Path) -> None:
-    engine = make_engine(checkpoint, KvConfig(block_tokens=4, num_blocks=64, prefix_reuse=False))
-    before = tokens(finish(engine, [greedy("a", [1, 2, 3], 5)])["a"])
-    embedding = engine.loaded.model.embedding
-    embedding[7] = torch.nan
+def test_nan_ends_one_request_and_not_the_engine(checkpoint: Path, tmp_path: Path) -> None:
+    expected = tokens(finish(make_engine(checkpoint), [greedy("a", [1, 2, 3], 5)])["a"])
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.embed_tokens.weight"][7] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    engine = make_engine(tmp_path)
     deltas = finish(engine, [greedy("good", [1, 2, 3], 5), greedy("bad", [7, 2], 5)])
     assert deltas["bad"][-1].finish_reason is FinishReason.ERROR
     assert "NaN" in (deltas["bad"][-1].error or "")
-    assert tokens(deltas["good"]) == before
+    assert tokens(deltas["good"]) == expected
+    again = finish(engine, [greedy("after", [1, 2, 3], 5)])  # in blocks that held NaN
+    assert tokens(again["after"]) == expected
 
 
 def test_random_operations_leak_nothing(checkpoint: Path) -> None:
