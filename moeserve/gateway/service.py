@@ -435,6 +435,8 @@ class GenerationService:
 
     async def drain(self, timeout_s: float) -> bool:
         """Waits until no request runs; False when that took longer than timeout_s."""
+        if self._idle.is_set():
+            return True  # with a timeout of 0 wait_for would not even look
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except asyncio.TimeoutError:
