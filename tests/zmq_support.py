@@ -6,14 +6,19 @@ answer says whose it is. The engine steps only while its gate is open.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import tokenizers
+import zmq
+import zmq.asyncio
 
 from moeserve.config import SchedulerConfig, ZmqConfig
 from moeserve.core import EngineDelta, EngineRequest, EngineStats, FinishReason, ModelInfo
@@ -22,6 +27,7 @@ from moeserve.engine.channel import EngineChannel
 from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.process import serve
 from moeserve.engine.request_scheduler import RequestScheduler
+from moeserve.framing import CLIENT_VERSION
 from moeserve.gateway.service import GenerationService
 from moeserve.gateway.zmq_front import ZmqFront
 from moeserve.gateway.zmq_link import ZmqEngineLink
@@ -181,3 +187,84 @@ async def running_stack(
         await front.stop()
         thread.stop()
         await link.stop()
+
+
+class RawClient:
+    """A client that sends what it is told to, right or wrong, and answers nothing by itself."""
+
+    def __init__(self, endpoint: str, **options: int) -> None:
+        self.context = zmq.asyncio.Context()
+        self.socket: zmq.asyncio.Socket = self.context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        for name, value in options.items():
+            setattr(self.socket, name, value)
+        self.socket.connect(endpoint)
+
+    async def __aenter__(self) -> RawClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
+
+    async def send(self, kind: str, *raw: bytes, **fields: Any) -> None:
+        header = msgpack.packb({"type": kind, **fields})
+        await self.socket.send_multipart([CLIENT_VERSION, header, *raw])
+
+    async def receive(self) -> dict[str, Any]:
+        """The next message that is no ping."""
+        while True:
+            frames = await asyncio.wait_for(self.socket.recv_multipart(), 20)
+            assert frames[0] == CLIENT_VERSION
+            message = msgpack.unpackb(frames[1], strict_map_key=False)
+            if message["type"] != "ping":
+                return dict(message)
+
+    async def hello(self) -> dict[str, Any]:
+        await self.send("hello", client="raw")
+        welcome = await self.receive()
+        assert welcome["type"] == "welcome", welcome
+        return welcome
+
+    async def submit(self, request_id: str, prompt: str, credit: int = 1000, **params: Any) -> None:
+        await self.send(
+            "submit", request_id=request_id, prompt=prompt, credit=credit, params=params
+        )
+
+    async def until_end(self, request_id: str) -> list[dict[str, Any]]:
+        """The messages of one request to its last one; other requests' are skipped."""
+        messages = []
+        while True:
+            message = await self.receive()
+            if message.get("request_id") == request_id:
+                messages.append(message)
+                if message["type"] in ("done", "error"):
+                    return messages
+
+    async def received_before_pong(self) -> list[dict[str, Any]]:
+        """Everything the server had sent when it answered a ping."""
+        await self.send("ping", number=77)
+        messages = []
+        while (message := await self.receive())["type"] != "pong":
+            messages.append(message)
+        return messages
+
+
+def text_of(messages: list[dict[str, Any]]) -> str:
+    return "".join(message["text"] for message in messages if message["type"] == "chunk")
+
+
+def echoed(prompt: str, num_tokens: int) -> str:
+    """What the echoing engine answers to an ASCII prompt."""
+    return (prompt * (num_tokens // len(prompt) + 1))[:num_tokens]
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Waits for something that other tasks or threads bring about."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, "it never came about"
+        await asyncio.sleep(0.005)

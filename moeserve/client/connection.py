@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
@@ -48,6 +49,9 @@ class Connection:
         self._silent_beats = 0
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.DEALER)
+        # A context that is collected with open sockets would wait for them for ever; this closes
+        # them when a client is dropped unclosed. At exit the process takes everything with it.
+        weakref.finalize(self, self._context.destroy, 0).atexit = False
         self._monitor: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
