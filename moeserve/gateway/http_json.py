@@ -7,7 +7,6 @@ refused with the nearest known one. Nothing a client sends is silently ignored.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from email.message import Message as MailMessage
 from typing import Any, Final, TypeVar
@@ -130,7 +129,7 @@ def _unknown(name: str, known: set[str]) -> ApiError:
 def _wrong_type(text: str) -> ApiError:
     """msgspec says "Expected `int`, got `str` - at `$.max_tokens`"; the field comes first here."""
     what, _, path = text.partition(" - at `$")
-    field = re.sub(r"^\.", "", path.rstrip("`")) or None
+    field = path.rstrip("`").removeprefix(".").replace("[...]", "") or None
     message = (what[:1].lower() + what[1:]).replace("`", "")
     return ApiError(
         400, f"{field}: {message}" if field else message, param=field, code="invalid_type"

@@ -69,6 +69,10 @@ class _Chat:
         self.service = service
         self.envelope = Envelope("chatcmpl", service.info)
         self.num_answers = 1 if body.n is None else body.n
+        #: the service's name of a field -> the client's
+        self.field_names = {"logprobs": "top_logprobs"}
+        if body.max_completion_tokens is not None:
+            self.field_names["max_tokens"] = "max_completion_tokens"
         self._check()
         self.request = self._generate_request()
 
@@ -103,7 +107,7 @@ class _Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The response body of a request that does not stream."""
-        async with running(self.service, [self.request]) as generations:
+        async with running(self.service, [self.request], self.field_names) as generations:
             [answers] = await collect(generations, self.num_answers)
             choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
             response = self.envelope.around("chat.completion", choices)
@@ -126,7 +130,7 @@ class _Chat:
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The encoded events of a request that streams: role, text, finish reason, usage."""
-        async with running(self.service, [self.request]) as generations:
+        async with running(self.service, [self.request], self.field_names) as generations:
             opened: set[int] = set()
             async for _, event in merged(generations):
                 if event.index not in opened:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -40,6 +41,9 @@ from moeserve.text.events import TextEvent, TokenText
 from moeserve.text.request import GenerateRequest
 
 KIND: Final = "text_completion"
+
+#: the service's name of a field -> the client's
+FIELD_NAMES: Final = MappingProxyType({"token_ids": "prompt"})
 
 Prompt = str | list[int]
 
@@ -128,7 +132,7 @@ class _Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The response body of a request that does not stream."""
-        async with running(self.service, self.requests) as generations:
+        async with running(self.service, self.requests, FIELD_NAMES) as generations:
             answers = await collect(generations, self.num_answers)
             choices = [
                 self._choice(number, index, generations[number], answer)
@@ -171,7 +175,7 @@ class _Completion:
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The encoded events of a request that streams."""
-        async with running(self.service, self.requests) as generations:
+        async with running(self.service, self.requests, FIELD_NAMES) as generations:
             echoed: set[tuple[int, int]] = set()
             async for number, event in merged(generations):
                 first = (number, event.index) not in echoed

@@ -62,18 +62,34 @@ def wants_usage(body: GenerationFields) -> bool:
 
 @asynccontextmanager
 async def running(
-    service: GenerationService, requests: Sequence[GenerateRequest]
+    service: GenerationService,
+    requests: Sequence[GenerateRequest],
+    names: Mapping[str, str],
 ) -> AsyncIterator[list[Generation]]:
-    """Starts the requests; on leaving, whatever has not finished is cancelled."""
+    """Starts the requests; on leaving, whatever has not finished is cancelled.
+
+    names: what the client calls a field, where that differs from what the service calls it.
+    """
     started: list[Generation] = []
     try:
         for request in requests:
-            generation = await service.start(request)
+            try:
+                generation = await service.start(request)
+            except RequestError as error:
+                raise _in_words_of_the_client(error, names) from error
             started.append(generation)  # one at a time: a later failure cancels the earlier ones
         yield started
     finally:
         for generation in started:
             generation.cancel()
+
+
+def _in_words_of_the_client(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """The same error about the field as the client named it; its message starts with the name."""
+    if error.field is None or error.field not in names:
+        return error
+    name = names[error.field]
+    return RequestError(name + str(error).removeprefix(error.field), code=error.code, field=name)
 
 
 async def merged(
