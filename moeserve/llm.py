@@ -8,8 +8,8 @@ import signal
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, TypeAlias
@@ -153,21 +153,24 @@ class LLM:
             for i, prompt in enumerate(each)
         ]
         collected = [_Collector(job) for job in jobs]
-        for number, event in self._run(jobs):
-            collected[number].add(event)
+        with closing(self._run(jobs)) as numbered:
+            for number, event in numbered:
+                collected[number].add(event)
         return [collector.result() for collector in collected]
 
     def chat(self, messages: Sequence[Message], params: Params = None, **given: Any) -> Result:
         """The answer to a conversation: messages with `role` and `content`."""
         return self.generate(messages, params, **given)[0]
 
-    def stream(self, prompt: Prompt, params: Params = None, **given: Any) -> Iterator[TextEvent]:
+    def stream(
+        self, prompt: Prompt, params: Params = None, **given: Any
+    ) -> Generator[TextEvent, None, None]:
         """The events of one prompt as they arise. Closing the iterator ends the generation.
 
         The request is checked here, not at the first event. Raises RequestError.
         """
         job = self._prepare(prompt, params, given, None)
-        return (event for _, event in self._run([job]))
+        return self._stream(job)
 
     def close(self) -> None:
         """Frees the model. Further calls raise MoeserveError. Safe to call again."""
@@ -215,7 +218,7 @@ class LLM:
             raise RequestError(f"{name}: {error}", code=error.code, field=error.field) from error
         return _Job(GenerationState(prepared, self.tokenizer))
 
-    def _run(self, jobs: list[_Job]) -> Iterator[tuple[int, TextEvent]]:
+    def _run(self, jobs: list[_Job]) -> Generator[tuple[int, TextEvent], None, None]:
         """Events of the jobs with the job's number, until all are finished."""
         to_add = deque(
             (job, request) for job in jobs for request in job.state.prepared.engine_requests
@@ -236,6 +239,11 @@ class LLM:
         finally:
             with _interrupt_later(), self._lock:
                 self._abandon(jobs)
+
+    def _stream(self, job: _Job) -> Generator[TextEvent, None, None]:
+        with closing(self._run([job])) as numbered:
+            for _, event in numbered:
+                yield event
 
     def _use_engine(self) -> Engine:
         if self._engine is None:
@@ -313,7 +321,8 @@ class _Collector:
         self._texts[event.index].append(event.text)
         answer.token_ids.extend(event.token_ids)
         if event.logprobs is not None:
-            answer.logprobs = [*(answer.logprobs or ()), *event.logprobs]
+            answer.logprobs = answer.logprobs or []
+            answer.logprobs.extend(event.logprobs)
         if event.finish_reason is not None:
             answer.finish_reason = event.finish_reason
             answer.stop = event.stop
