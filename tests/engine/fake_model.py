@@ -1,0 +1,80 @@
+"""A model that needs no weights: the next token is a function of the whole prefix.
+
+It keeps its own kv: per block slot the token that was written there. Reading a context back through
+the block table must give exactly the sequence's tokens, so a block that was reused wrongly, shared
+while written, or overwritten too early shows at once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence as Seq
+
+from moeserve.core import EngineRequest, SamplingParams, TokenLogprob
+from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
+
+VOCAB = 5  # small, so that prefixes of different requests meet by chance
+EOS = 0
+
+
+def next_token(prefix: Seq[int]) -> int:
+    """Any of the vocabulary, end-of-sequence in about one of eleven cases."""
+    digest = zlib.crc32(repr(list(prefix)).encode())
+    return EOS if digest % 11 == 0 else 1 + digest // 11 % (VOCAB - 1)
+
+
+def expected_output(request: EngineRequest) -> list[int]:
+    """What an undisturbed run gives."""
+    tokens = list(request.token_ids)
+    for _ in range(request.params.max_tokens):
+        tokens.append(next_token(tokens))
+        if tokens[-1] == EOS and not request.params.ignore_eos:
+            break
+    return tokens[len(request.token_ids) :]
+
+
+def score(token_id: int) -> TokenLogprob:
+    return TokenLogprob(token_id=token_id, logprob=-1.0, rank=1, top=[])
+
+
+def request(name: str, token_ids: Seq[int], max_tokens: int = 8, **more: object) -> EngineRequest:
+    names = ("priority", "deadline_s")
+    own = {key: more.pop(key) for key in names if key in more}
+    params = SamplingParams(max_tokens=max_tokens, **more)  # type: ignore[arg-type]
+    return EngineRequest(request_id=name, token_ids=list(token_ids), params=params, **own)  # type: ignore[arg-type]
+
+
+class FakeModel:
+    """Runs batches like a model runner would: all writes of a step first, then all reads."""
+
+    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.slots: list[int | None] = [None] * (num_blocks * block_tokens)
+
+    def _slot(self, block_ids: Seq[int], position: int) -> int:
+        return block_ids[position // self.block_tokens] * self.block_tokens + (
+            position % self.block_tokens
+        )
+
+    def run(self, batch: ScheduledBatch) -> StepResult:
+        written: set[int] = set()
+        for chunk in batch.chunks:
+            for position in range(chunk.start, chunk.stop):
+                slot = self._slot(chunk.block_ids, position)
+                assert slot not in written, "two chunks write one slot"
+                written.add(slot)
+                self.slots[slot] = chunk.sequence.token_ids[position]
+        tokens, scores = {}, {}
+        for chunk in batch.chunks:
+            context = [self.slots[self._slot(chunk.block_ids, p)] for p in range(chunk.stop)]
+            assert context == chunk.sequence.token_ids[: chunk.stop], "kv of another prefix"
+            request = chunk.sequence.request
+            if chunk.samples:
+                token_id = next_token(context)
+                logprob = None if request.params.logprobs is None else score(token_id)
+                tokens[request.request_id] = SampledToken(token_id, logprob)
+            if chunk.scored:
+                assert chunk.start < chunk.scored[0] <= chunk.scored[-1] <= chunk.stop
+                targets = [request.token_ids[position] for position in chunk.scored]
+                scores[request.request_id] = [score(token) for token in targets]
+        return StepResult(tokens, scores)
