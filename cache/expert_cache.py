@@ -174,14 +174,17 @@ class ExpertCache:
         self._leases.append(lease)
         wanted = [ExpertKey(layer, e) for e in placement.fetch_first]
         absent = [key for key in wanted if key not in self._slots]
-        self._make_room(len(absent), protect=None)
-        if len(absent) > len(self._free):
+        victims = self._victims(len(absent), protect=None)
+        available = len(self._free) + len(victims)
+        if len(absent) > available:
             self._leases.remove(lease)
             raise CacheError(
-                f"layer {layer}: {len(absent)} experts must be fetched, {len(self._free)} of"
+                f"layer {layer}: {len(absent)} experts must be fetched, {available} of"
                 f" {self.num_slots} slots can be had",
                 hint="give the tier more memory or the step fewer tokens",
             )
+        for key in victims:
+            self.evict(key)
         self.policy.used(layer, lease.experts)
         return lease, tuple(self._begin(key) for key in absent)
 
@@ -194,7 +197,8 @@ class ExpertCache:
         still on its way. Present experts are skipped. The caller moves the bytes.
         """
         absent = [key for key in dict.fromkeys(keys) if key not in self._slots]
-        self._make_room(len(absent), protect)
+        for key in self._victims(len(absent), protect):
+            self.evict(key)
         return tuple(self._begin(key) for key in absent[: len(self._free)])
 
     def complete(self, key: ExpertKey) -> None:
@@ -221,16 +225,15 @@ class ExpertCache:
 
     # Inside
 
-    def _make_room(self, count: int, protect: Placement | None) -> None:
-        """Evicts, by the policy's choice, until `count` slots are free or no victim is left."""
+    def _victims(self, count: int, protect: Placement | None) -> list[ExpertKey]:
+        """What the policy gives up to make `count` slots free; fewer where it has no more."""
         short = count - len(self._free)
         if short <= 0:
-            return
+            return []
         kept = set() if protect is None else _named(protect)
         ready = (k for k, slot in self._slots.items() if slot.state is ExpertState.READY)
         candidates = [k for k in ready if k not in kept and not self._pinned(k)]
-        for key in self.policy.victims(candidates, short)[:short]:
-            self.evict(key)
+        return self.policy.victims(candidates, short)[:short]
 
     def _begin(self, key: ExpertKey) -> Load:
         slot = self._free.pop()

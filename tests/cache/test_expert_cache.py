@@ -1,0 +1,270 @@
+"""The cache's books against a plain model of them, under random operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from moeserve.cache.expert_cache import (
+    CacheError,
+    ExpertCache,
+    ExpertState,
+    LayerSlots,
+    Load,
+    Tier,
+    resident_cache,
+)
+from moeserve.cache.policies.base import Policy
+from moeserve.cache.policies.resident import ResidentPolicy
+from moeserve.core import ExpertKey, Placement
+
+LAYERS = {1: 3, 4: 5}
+KEYS = [ExpertKey(layer, e) for layer, size in LAYERS.items() for e in range(size)]
+
+
+class OldestFirst(Policy):
+    """Gives up what was loaded longest ago, and hears of every arrival and loss once."""
+
+    name = "oldest first"
+
+    def __init__(self) -> None:
+        self.order: list[ExpertKey] = []
+        self.uses: list[tuple[int, tuple[int, ...]]] = []
+
+    def used(self, layer: int, experts: Iterable[int]) -> None:
+        self.uses.append((layer, tuple(experts)))
+
+    def loaded(self, key: ExpertKey) -> None:
+        assert key not in self.order
+        self.order.append(key)
+
+    def evicted(self, key: ExpertKey) -> None:
+        self.order.remove(key)
+
+    def victims(self, candidates: Sequence[ExpertKey], count: int) -> list[ExpertKey]:
+        return [key for key in self.order if key in candidates][:count]
+
+
+def placement_of(layer: int, read: Iterable[int], fetch: Iterable[int]) -> Placement:
+    return Placement(layer, on_device=tuple(read), fetch_first=tuple(fetch))
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Model: key to slot of what is loading and what is ready, and the pins of every open lease."""
+
+    @initialize(num_slots=st.integers(1, len(KEYS)))
+    def begin(self, num_slots: int) -> None:
+        self.policy = OldestFirst()
+        self.cache = ExpertCache(Tier.DEVICE, LAYERS, num_slots, self.policy)
+        self.num_slots = num_slots
+        self.loading: dict[ExpertKey, int] = {}
+        self.ready: dict[ExpertKey, int] = {}
+        self.leases: list[tuple[ExitStack, set[ExpertKey]]] = []
+
+    def teardown(self) -> None:
+        for stack, _ in getattr(self, "leases", []):
+            stack.close()
+
+    @property
+    def pinned(self) -> set[ExpertKey]:
+        return {key for _, keys in self.leases for key in keys}
+
+    def started(self, loads: Sequence[Load], kept: set[ExpertKey]) -> None:
+        """Follows loads into the model: a slot came from the free ones or from a victim."""
+        lost = {k for k in self.ready if self.cache.state(k) is ExpertState.ABSENT}
+        assert not lost & kept, "a pinned or protected expert was evicted"
+        for key in lost:
+            del self.ready[key]
+        taken = set(self.loading.values()) | set(self.ready.values())
+        for load in loads:
+            assert load.key not in self.loading
+            assert load.key not in self.ready
+            assert load.slot not in taken, "a slot given twice"
+            assert 0 <= load.slot < self.num_slots
+            taken.add(load.slot)
+            self.loading[load.key] = load.slot
+
+    @rule(keys=st.lists(st.sampled_from(KEYS), max_size=6), data=st.data())
+    def prefetch(self, keys: list[ExpertKey], data: st.DataObject) -> None:
+        protect = None
+        kept = self.pinned | set(self.loading)
+        if data.draw(st.booleans()):
+            layer = data.draw(st.sampled_from(sorted(LAYERS)))
+            experts = data.draw(st.sets(st.integers(0, LAYERS[layer] - 1)))
+            protect = Placement(layer, on_cpu=tuple(experts))
+            kept |= {ExpertKey(layer, e) for e in experts}
+        absent = [k for k in dict.fromkeys(keys) if k not in self.loading and k not in self.ready]
+        available = self.num_slots - len(self.loading.keys() | (self.ready.keys() & kept))
+        loads = self.cache.prefetch(keys, protect)
+        assert [load.key for load in loads] == absent[:available]
+        self.started(loads, kept)
+
+    @rule(data=st.data())
+    def acquire(self, data: st.DataObject) -> None:
+        layer = data.draw(st.sampled_from(sorted(LAYERS)))
+        here = [k.expert for k in self.ready if k.layer == layer]
+        read = data.draw(st.sets(st.sampled_from(here))) if here else set()
+        others = sorted(set(range(LAYERS[layer])) - read)
+        fetch = data.draw(st.sets(st.sampled_from(others))) if others else set()
+        pins = {ExpertKey(layer, e) for e in read | fetch}
+        absent = {k for k in pins if k not in self.loading and k not in self.ready}
+        held = self.pinned | pins | set(self.loading)
+        available = self.num_slots - len(held - absent)
+        placement = placement_of(layer, sorted(read), sorted(fetch))
+        stack = ExitStack()
+        if len(absent) > available:
+            with pytest.raises(CacheError, match=f"layer {layer}"):
+                stack.enter_context(self.cache.acquire(placement))
+            return  # and nothing has changed: books_agree
+        uses = len(self.policy.uses)
+        slots = stack.enter_context(self.cache.acquire(placement))
+        assert self.policy.uses[uses:] == [(layer, tuple(sorted(read) + sorted(fetch)))]
+        assert {load.key for load in slots.loads} == absent
+        self.started(slots.loads, self.pinned | pins)
+        self.leases.append((stack, pins))
+        for key in pins:
+            expected = self.ready.get(key, self.loading.get(key))
+            assert slots.slots[key.expert] == expected
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.leases) - 1))
+        stack, _ = self.leases.pop(number)
+        stack.close()
+
+    @precondition(lambda self: self.loading)
+    @rule(data=st.data(), arrives=st.booleans())
+    def load_ends(self, data: st.DataObject, arrives: bool) -> None:
+        key = data.draw(st.sampled_from(sorted(self.loading)))
+        slot = self.loading.pop(key)
+        if arrives:
+            self.cache.complete(key)
+            self.ready[key] = slot
+        else:
+            self.cache.abandon(key)
+            for _, pins in self.leases:
+                pins.discard(key)
+
+    @rule(key=st.sampled_from(KEYS))
+    def evict(self, key: ExpertKey) -> None:
+        if key in self.ready and key not in self.pinned:
+            self.cache.evict(key)
+            del self.ready[key]
+        else:
+            with pytest.raises(CacheError):
+                self.cache.evict(key)
+
+    @rule(key=st.sampled_from(KEYS), arrives=st.booleans())
+    def end_a_load_that_is_none(self, key: ExpertKey, arrives: bool) -> None:
+        if key not in self.loading:
+            with pytest.raises(CacheError, match="not loading"):
+                (self.cache.complete if arrives else self.cache.abandon)(key)
+
+    @rule(layer=st.sampled_from(sorted(LAYERS)))
+    def read_what_is_not_ready(self, layer: int) -> None:
+        missing = [e for e in range(LAYERS[layer]) if ExpertKey(layer, e) not in self.ready]
+        for e in missing:
+            with (
+                pytest.raises(CacheError, match="not ready"),
+                self.cache.acquire(placement_of(layer, [e], [])),
+            ):
+                raise AssertionError("a lease on an expert that is not there")
+
+    @invariant()
+    def books_agree(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check_integrity()
+        assert self.cache.num_free == self.num_slots - len(self.loading) - len(self.ready)
+        assert sorted(self.policy.order) == sorted(self.ready)
+        for layer, size in LAYERS.items():
+            keys = [ExpertKey(layer, e) for e in range(size)]
+            residency = self.cache.residency(layer)
+            assert residency.ready == {k.expert for k in keys if k in self.ready}
+            assert residency.complete == (len(residency.ready) == size)
+            held = {**self.loading, **self.ready}
+            assert self.cache.slots(layer).slots == tuple(held.get(k, -1) for k in keys)
+            for key in keys:
+                expected = (
+                    ExpertState.READY
+                    if key in self.ready
+                    else ExpertState.LOADING
+                    if key in self.loading
+                    else ExpertState.ABSENT
+                )
+                assert self.cache.state(key) is expected
+
+
+CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCacheMachine = CacheMachine.TestCase
+
+
+def test_everything_resident() -> None:
+    cache = resident_cache(Tier.HOST, LAYERS, ResidentPolicy())
+    cache.check_integrity()
+    assert all(cache.state(key) is ExpertState.READY for key in KEYS)
+    assert cache.num_free == 0
+    for layer, size in LAYERS.items():
+        assert cache.residency(layer).complete
+        slots = cache.slots(layer).slots
+        assert slots == tuple(range(slots[0], slots[0] + size)), "one layer's slots stand together"
+
+
+def test_a_resident_layer_is_found_and_not_computed() -> None:
+    """What a step asks for is the same object every time, and there are no loads."""
+    cache = resident_cache(Tier.HOST, LAYERS, ResidentPolicy())
+    placement = Placement(4, on_cpu=tuple(range(5)))
+    with cache.acquire(placement) as first:
+        pass
+    with cache.acquire(placement) as second:
+        assert second is first is cache.slots(4)
+        assert second.loads == ()
+    assert cache.residency(4) is cache.residency(4)
+
+
+def test_a_step_that_fails_gives_its_lease_back() -> None:
+    cache = ExpertCache(Tier.HOST, LAYERS, 2, OldestFirst())
+    for load in cache.prefetch(KEYS[:2]):
+        cache.complete(load.key)
+    with pytest.raises(RuntimeError), cache.acquire(Placement(1, on_cpu=(0, 1))):
+        raise RuntimeError("the step failed")
+    cache.evict(KEYS[0])
+    cache.check_integrity()
+
+
+def test_version_changes_with_the_slots() -> None:
+    cache = ExpertCache(Tier.HOST, LAYERS, 2, OldestFirst())
+    seen: list[LayerSlots] = [cache.slots(1)]
+    for load in cache.prefetch(KEYS[:2]):
+        cache.complete(load.key)
+    seen.append(cache.slots(1))
+    cache.evict(KEYS[0])
+    seen.append(cache.slots(1))
+    assert [s.slots for s in seen] == [(-1, -1, -1), (0, 1, -1), (-1, 1, -1)]
+    assert len({s.version for s in seen}) == 3
+
+
+def test_resident_policy_gives_nothing_up() -> None:
+    cache = ExpertCache(Tier.HOST, LAYERS, 3, ResidentPolicy())
+    for load in cache.prefetch(KEYS):
+        cache.complete(load.key)
+    assert cache.prefetch(KEYS) == ()
+    with (
+        pytest.raises(CacheError, match="5 experts must be fetched, 0 of 3 slots"),
+        cache.acquire(Placement(4, fetch_first=(0, 1, 2, 3, 4))),
+    ):
+        raise AssertionError("five experts in no slot")
+    cache.check_integrity()
+    assert cache.residency(1).complete
