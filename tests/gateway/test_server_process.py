@@ -1,0 +1,133 @@
+"""The server as a process: addresses, readiness, draining, the second signal, refusals."""
+
+from __future__ import annotations
+
+import json
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from server_process import Server, running_server
+
+LONG = {"prompt": "Once upon a time", "ignore_eos": True, "stream": True}
+
+
+def serve(*flags: str) -> subprocess.CompletedProcess[str]:
+    """Runs a server that is expected to end by itself."""
+    command = [sys.executable, "-m", "moeserve.cli", "serve", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with running_server("--drain-s", "60") as server:
+        yield server
+
+
+def wait_for(server: Server, status: str) -> None:
+    while (got := httpx.get(f"{server.http}/health").json()["status"]) != status:
+        assert got == "ready", got
+
+
+class Reader(threading.Thread):
+    """Reads one long stream; `started` is set by its first event."""
+
+    def __init__(self, server: Server, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self._server = server
+        self._body = {**LONG, "max_tokens": max_tokens}
+        self.started = threading.Event()
+        self.lines: list[str] = []
+
+    def run(self) -> None:
+        url = f"{self._server.http}/v1/completions"
+        with httpx.stream("POST", url, json=self._body, timeout=60) as response:
+            for line in filter(None, response.iter_lines()):
+                self.lines.append(line)
+                self.started.set()
+
+
+def test_drains_on_the_first_signal(server: Server) -> None:
+    reader = Reader(server, max_tokens=200)
+    reader.start()
+    assert reader.started.wait(60)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(server, "draining")
+    refused = httpx.post(f"{server.http}/v1/completions", json={"prompt": "a"})
+    assert refused.status_code == 503
+    reader.join(60)
+    assert reader.lines[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in reader.lines[-2]
+    assert server.process.wait(60) == 0
+
+
+def test_ends_at_once_on_the_second_signal(server: Server) -> None:
+    reader = Reader(server, max_tokens=900)
+    reader.start()
+    assert reader.started.wait(60)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(server, "draining")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0
+    reader.join(60)
+    assert "event: error" in reader.lines
+    assert "shutting down" in reader.lines[-1]
+
+
+def test_addresses_and_ready_line(tmp_path: Path) -> None:
+    runtime = tmp_path / "run"
+    command = [sys.executable, "-m", "moeserve.cli", "serve", "--port", "0", "--api-key", "k"]
+    with subprocess.Popen(
+        [*command, "--runtime-dir", str(runtime)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        listening = process.stdout.readline()
+        addresses = json.loads((runtime / "server.json").read_text())
+        assert addresses["http"] in listening
+        assert addresses["zmq"] in listening
+        assert addresses["pid"] == process.pid
+        assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
+        assert httpx.get(f"{addresses['http']}/health").json()["status"] in ("loading", "ready")
+        assert "ready" in process.stdout.readline()
+        assert httpx.get(f"{addresses['http']}/health").status_code == 200
+        assert httpx.get(f"{addresses['http']}/v1/models").status_code == 401
+        second = serve("--port", "0", "--runtime-dir", str(runtime))
+        assert second.returncode == 2
+        assert "already" in second.stderr
+        assert (runtime / "server.json").exists(), "the second server removed the first one's file"
+        taken = serve("--port", addresses["http"].rsplit(":", 1)[1])
+        assert taken.returncode == 2
+        assert "--port" in taken.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    assert not (runtime / "server.json").exists()
+
+
+def test_a_model_that_does_not_load_ends_the_server(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "perceptron"}')
+    ended = serve(str(tmp_path), "--port", "0", "--runtime-dir", str(tmp_path / "run"))
+    assert ended.returncode == 2
+    assert "perceptron" in ended.stderr
+
+
+def test_an_engine_that_is_killed_comes_back(server: Server) -> None:
+    body = {"prompt": "a", "max_tokens": 2, "temperature": 0}
+    before = httpx.post(f"{server.http}/v1/completions", json=body).json()["choices"]
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    [engine] = [int(pid) for pid in children.read_text().split()]
+    reader = Reader(server, max_tokens=900)
+    reader.start()
+    assert reader.started.wait(60)
+    subprocess.run(["kill", "-KILL", str(engine)], check=True)
+    reader.join(60)
+    assert "event: error" in reader.lines
+    while httpx.get(f"{server.http}/health").status_code != 200:
+        assert server.process.poll() is None
+    after = httpx.post(f"{server.http}/v1/completions", json=body).json()["choices"]
+    assert after == before
