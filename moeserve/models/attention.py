@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeserve.models.kv_pool import KvLayer
-from moeserve.models.layers import Linear, RmsNorm
+from moeserve.models.layers import Linear, RmsNorm, per_head
 from moeserve.models.rope import rotate_
 from moeserve.models.spec import AttentionSpec, MlaSpec, QkNorm
-from moeserve.models.step_context import AttentionLayout, SpanGroup, StepContext
+from moeserve.models.step_context import AttentionLayout, AttentionTile, StepContext
 
 
 def attend(
     queries: Tensor,
     kv: KvLayer,
-    groups: tuple[SpanGroup, ...],
+    tiles: tuple[AttentionTile, ...],
     value_start: int,
     scale: float,
     sinks: Tensor | None = None,
@@ -35,32 +35,34 @@ def attend(
     """
     num_heads, group_heads, key_dim = queries.shape[1:]
     out = queries.new_empty(*queries.shape[:3], kv.width - value_start)
-    for group in groups:
+    for tile in tiles:
         # [B, kv_heads, C, width]
-        context = kv.gather(group.kv_rows).view(group.num_spans, num_heads, -1, kv.width)
-        for tile in group.tiles:
-            rows = queries[tile.rows].unflatten(0, (group.num_spans, tile.num_rows))
-            columns = context[:, :, : tile.columns]
-            mixed = F.scaled_dot_product_attention(
-                rows.permute(0, 2, 3, 1, 4).flatten(2, 3),  # [B, kv_heads, G * r, D]
-                columns[..., :key_dim],
-                columns[..., value_start:],
-                attn_mask=tile.mask if sinks is None else _with_sinks(tile.mask, sinks),
-                scale=scale,
-            )
-            mixed = mixed.unflatten(2, (group_heads, tile.num_rows)).permute(0, 3, 1, 2, 4)
-            out[tile.rows] = mixed.flatten(0, 1)
+        context = kv.gather(tile.kv_rows).view(tile.num_spans, num_heads, -1, kv.width)
+        rows = queries[tile.rows].unflatten(0, (tile.num_spans, tile.num_rows))
+        rows = rows.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, kv_heads, G * r, D]
+        num_query_rows = rows.shape[2]
+        padding = tile.mask.shape[2] - num_query_rows
+        mixed = F.scaled_dot_product_attention(
+            F.pad(rows, (0, 0, 0, padding)) if padding else rows,
+            context[..., :key_dim],
+            context[..., value_start:],
+            attn_mask=tile.mask if sinks is None else _with_sinks(tile, sinks),
+            scale=scale,
+        )
+        mixed = mixed[:, :, :num_query_rows].unflatten(2, (group_heads, tile.num_rows))
+        out[tile.rows] = mixed.permute(0, 3, 1, 2, 4).flatten(0, 1)
     return out
 
 
-def _with_sinks(mask: Tensor, sinks: Tensor) -> Tensor:
-    """Column 0 reads a key and a value of zero, so what is added to its score is its logit.
+def _with_sinks(tile: AttentionTile, sinks: Tensor) -> Tensor:
+    """The tile's mask, [B, kv_heads, M, C], with the sinks in column 0.
 
-    mask: [B, 1, G * r, C] -> [B, kv_heads, G * r, C].
+    That column reads a key and a value of zero, so what is added to its score is its logit.
     """
     num_heads, group_heads = sinks.shape
-    mask = mask.repeat(1, num_heads, 1, 1)
-    mask.unflatten(2, (group_heads, -1))[..., 0] = sinks[:, :, None]
+    mask = tile.mask.repeat(1, num_heads, 1, 1)
+    logits = sinks.repeat_interleave(tile.num_rows, dim=1)  # [kv_heads, G * r]
+    mask[:, :, : group_heads * tile.num_rows, 0] = logits
     return mask
 
 
@@ -83,7 +85,9 @@ class Attention:
 
     def __init__(self, spec: AttentionSpec, weights: AttentionWeights, norm_eps: float) -> None:
         self.spec = spec
-        self.layout = AttentionLayout(spec.num_kv_heads, spec.heads_per_kv_head, spec.window)
+        self.layout = AttentionLayout(
+            spec.num_kv_heads, spec.heads_per_kv_head, spec.kv_shape[1], spec.window
+        )
         self._weights = weights
         self._norm_eps = norm_eps
 
@@ -101,8 +105,8 @@ class Attention:
             qkv.clamp_(-spec.clip_qkv, spec.clip_qkv)
         rotate_(queries_and_key[..., : spec.rope.dim], step.turns[spec.rope])
         kv.write(step.kv_write_slots, qkv[:, :, group:])
-        groups = step.groups[self.layout]
-        mixed = attend(qkv[:, :, :group], kv, groups, spec.head_dim, spec.scale, weights.sinks)
+        tiles = step.tiles[self.layout]
+        mixed = attend(qkv[:, :, :group], kv, tiles, spec.head_dim, spec.scale, weights.sinks)
         return weights.output(mixed.flatten(1))
 
     def _norm_heads(self, x: Tensor) -> None:
@@ -150,7 +154,7 @@ class LatentAttention:
 
     def __init__(self, spec: MlaSpec, weights: MlaWeights) -> None:
         self.spec = spec
-        self.layout = AttentionLayout(1, spec.num_heads, None)
+        self.layout = AttentionLayout(1, spec.num_heads, spec.kv_shape[1], None)
         self._weights = weights
 
     def __call__(self, x: Tensor, step: StepContext, kv: KvLayer) -> Tensor:
@@ -165,8 +169,7 @@ class LatentAttention:
         entry = weights.kv_down(x)  # [T, kv_rank + rope], what the pool keeps of a token
         entry[:, : spec.kv_lora_rank] = weights.kv_norm(entry[:, : spec.kv_lora_rank])
         queries = x.new_empty(len(x), 1, spec.num_heads, kv.width)
-        absorbed = torch.bmm(nope.transpose(0, 1), weights.key_up)  # [heads, T, kv_rank]
-        queries[:, 0, :, : spec.kv_lora_rank] = absorbed.transpose(0, 1)
+        queries[:, 0, :, : spec.kv_lora_rank] = per_head(nope, weights.key_up)
         queries[:, 0, :, spec.kv_lora_rank :] = rotated
         turns = step.turns[spec.rope]
         rotate_(queries[..., spec.kv_lora_rank :], turns)
@@ -175,7 +178,6 @@ class LatentAttention:
         kv.write(step.kv_write_slots, entry)
         # The value is the whole key: the fused kernels want both equally wide, and the rotated
         # part of the result is dropped.
-        mixed = attend(queries, kv, step.groups[self.layout], 0, spec.scale)
-        mixed = mixed[:, 0, :, : spec.kv_lora_rank].transpose(0, 1)  # [heads, T, kv_rank]
-        values = torch.bmm(mixed, weights.value_up)  # [heads, T, value]
-        return weights.output(values.transpose(0, 1).flatten(1))
+        mixed = attend(queries, kv, step.tiles[self.layout], 0, spec.scale)
+        values = per_head(mixed[:, 0, :, : spec.kv_lora_rank], weights.value_up)
+        return weights.output(values.flatten(1))

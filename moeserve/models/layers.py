@@ -1,4 +1,8 @@
-"""The small parts of a model: plain classes around tensors that are already in place."""
+"""The small parts of a model: plain classes around tensors that are already in place.
+
+Products go through the CPU backend's `linear`, which on the CPU gives a row the same bits whatever
+rows stand beside it, and elsewhere is torch's own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeserve.cpu_backend.linear import linear
+
+#: torch multiplies batched matrices below that size by loops of its own
+SMALL_PRODUCT = 400
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -18,7 +27,20 @@ class Linear:
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x: [T, heads, in], weight: [heads, in, out] -> [T, heads, out].
+
+    Rows are padded to two, and to SMALL_PRODUCT multiplications in all: below, torch and MKL take
+    kernels that round differently.
+    """
+    padding = max(2, SMALL_PRODUCT // weight[0].numel() + 1) - len(x)
+    rows = x.transpose(0, 1)
+    if padding > 0:
+        rows = F.pad(rows, (0, 0, 0, padding))
+    return torch.bmm(rows, weight)[:, : len(x)].transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -41,8 +63,11 @@ class GatedFfn:
     activation: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate).mul_(up))
+        # Doubled like every single row in a product, here once: an activation, too, takes another
+        # path for a lone row, whose numbers adjoin in memory.
+        rows = x if len(x) != 1 else x.expand(2, -1)
+        gate, up = self.gate_up(rows).chunk(2, dim=-1)
+        return self.down(self.activation(gate).mul_(up))[: len(x)]
 
 
 @dataclass(frozen=True)
@@ -54,4 +79,9 @@ class SharedExpert:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.ffn(x)
-        return y if self.gate is None else y.mul_(torch.sigmoid(F.linear(x, self.gate)))
+        if self.gate is None:
+            return y
+        # In float64, whose last bits are lost: sigmoid of a row's one number would otherwise round
+        # by where in a vector it stands, which is to say by the number of its neighbours.
+        weight = torch.sigmoid(linear(x, self.gate).double()).to(x.dtype)
+        return y * weight

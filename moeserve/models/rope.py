@@ -64,9 +64,15 @@ class Rope:
         self._amplitude = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
 
     def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [T] -> cosine and signed sine, each [T, 1, 1, dim] float32."""
-        angles = (positions[:, None].float() * self._frequencies)[:, None, None]
-        return angles.cos() * self._amplitude, angles.sin() * (self._sine_sign * self._amplitude)
+        """positions: [T] -> cosine and signed sine, each [T, 1, 1, dim] float32.
+
+        Angles are float32 products, as everywhere. Their cosines are taken in float64, whose last
+        bits are lost: in float32 they depend on where in a vector register a number stands, which
+        is to say on the number of rows.
+        """
+        angles = (positions[:, None].float() * self._frequencies)[:, None, None].double()
+        cosine, sine = angles.cos().float(), angles.sin().float()
+        return cosine * self._amplitude, sine * (self._sine_sign * self._amplitude)
 
 
 def rotate_(x: Tensor, turns: tuple[Tensor, Tensor]) -> None:

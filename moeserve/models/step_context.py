@@ -1,8 +1,16 @@
-"""What all layers need to know of a step, worked out once: rotations, kv rows, masks."""
+"""What all layers need to know of a step, worked out once: rotations, kv rows, masks.
+
+A row's result must not depend, to the bit, on what else is in the batch or on how its prompt was
+cut into chunks. torch's fused attention on the CPU keeps that promise where a token always stands
+at the same place of a vector and of a block of columns, longer contexts come in whole steps of
+STEP_COLUMNS, and query rows in whole STEP_ROWS; otherwise MKL takes other kernels, which add in
+another order. So a token's column follows from its position alone. Measured, not documented:
+tests/models/test_same_bits.py tries it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,9 +22,19 @@ from moeserve.models.kv_pool import KvPool
 from moeserve.models.rope import Rope
 from moeserve.models.spec import RopeSpec
 
-#: Query rows are cut into tiles so that one tile's scores, all heads of one sequence together,
-#: stay below this many numbers: it bounds the memory of the masks and of attention itself.
+#: kv columns that fused attention takes at a time (torch's CPU kernel: kvSplitSize)
+BLOCK_COLUMNS = 512
+#: contexts above that many columns are padded to a multiple of it
+STEP_COLUMNS = 256
+#: no vector register holds more numbers, and GPU kernels want multiples of 8 or 16
+ALIGNED_COLUMNS = 16
+#: query rows are padded to a multiple of it
+STEP_ROWS = 8
+#: Rows of a sequence are computed in tiles of at most that many, each with the context it sees.
+MAX_TILE_ROWS = 64
+#: bounds on the numbers in a tile's scores and in the kv that is gathered for it
 TILE_SCORES = 1 << 22
+TILE_KV = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -25,35 +43,25 @@ class AttentionLayout:
 
     num_kv_heads: int
     heads_per_kv_head: int
+    kv_width: int
     window: int | None
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Query rows that are multiplied together: r rows of each of B sequences.
+class AttentionTile:
+    """r query rows of each of B sequences, with equally many kv columns: one fused product.
 
-    rows: the B * r batch rows, sequence by sequence. num_rows: r.
-    columns: how many kv columns they need. mask: [B, 1, G * r, columns] to be added to scores,
-    rows in the order (query head of the kv head's group, row).
-    """
-
-    rows: slice | Tensor
-    num_rows: int
-    columns: int
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class SpanGroup:
-    """B sequences with equally many rows and kv columns, which are read from the pool together.
-
-    kv_rows: [B * kv_heads * C], rows of a KvLayer. Column 0 is the null slot, then comes the
-    context (or its last part, under a window), then again the null slot.
+    rows: the B * r batch rows, sequence by sequence. kv_rows: [B * kv_heads * C], rows of a
+    KvLayer; column 0 is the null slot, then the context, then again the null slot.
+    mask: [B, 1, M, C] to be added to scores, rows in the order (query head of the kv head, row);
+    M is G * r and padding up to a multiple of STEP_ROWS.
     """
 
     num_spans: int
+    num_rows: int
+    rows: slice | Tensor
     kv_rows: Tensor
-    tiles: tuple[Tile, ...]
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class StepContext:
     step: int
     kv_write_slots: Tensor
     turns: Mapping[RopeSpec, tuple[Tensor, Tensor]]
-    groups: Mapping[AttentionLayout, tuple[SpanGroup, ...]]
+    tiles: Mapping[AttentionLayout, tuple[AttentionTile, ...]]
 
     @staticmethod
     def build(
@@ -77,94 +85,123 @@ class StepContext:
             step=batch.step,
             kv_write_slots=batch.kv_write_slots,
             turns={spec: rope.turns(batch.positions) for spec, rope in ropes.items()},
-            groups={
-                layout: tuple(
-                    _group(spans, columns, layout, kv.null_slot, dtype)
-                    for columns, spans in _alike(batch.spans, layout)
-                )
+            tiles={
+                layout: attention_tiles(batch.spans, layout, kv.null_slot, dtype)
                 for layout in layouts
             },
         )
 
 
-def _visible_tokens(span: Span, window: int | None) -> int:
-    """How many of the last tokens of its context the rows of a span can see."""
-    if window is None:
-        return span.context_tokens
-    return min(span.context_tokens, window + span.num_rows - 1)
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of one span that go into one tile, and the tokens they see."""
+
+    first_row: int  # in the batch
+    num_rows: int
+    first_token: int
+    end_token: int  # one beyond the last row's own
+    kv_slots: Tensor  # of the span
+
+    @property
+    def num_columns(self) -> int:
+        """One for the null slot and one per token, rounded up to few distinct numbers."""
+        columns = self.end_token - self.first_token + 1
+        if columns > STEP_COLUMNS:
+            step = STEP_COLUMNS
+        else:
+            step = max(ALIGNED_COLUMNS, 1 << max(0, columns.bit_length() - 4))
+        return -(-columns // step) * step
 
 
-def _columns_for(num_tokens: int) -> int:
-    """kv columns for that many tokens: one for the null slot, rounded up to few distinct sizes.
-
-    Depends on nothing but the number, so that a sequence is computed alike whatever runs beside
-    it. At most an eighth of the columns is empty from 128 up.
-    """
-    columns = num_tokens + 1
-    step = max(16, 1 << max(0, columns.bit_length() - 4))
-    return -(-columns // step) * step
-
-
-def _alike(spans: Iterable[Span], layout: AttentionLayout) -> Iterable[tuple[int, list[Span]]]:
-    """The spans by equal number of columns and rows: (columns, spans)."""
-    alike: dict[tuple[int, int], list[Span]] = {}
+def attention_tiles(
+    spans: Iterable[Span], layout: AttentionLayout, null_slot: int, dtype: torch.dtype
+) -> tuple[AttentionTile, ...]:
+    """The tiles that together compute all rows of the spans."""
+    alike: dict[tuple[int, int], list[_Piece]] = {}
     for span in spans:
-        columns = _columns_for(_visible_tokens(span, layout.window))
-        alike.setdefault((columns, span.num_rows), []).append(span)
-    return [(columns, group) for (columns, _), group in alike.items()]
+        for piece in _pieces(span, layout):
+            alike.setdefault((piece.num_columns, piece.num_rows), []).append(piece)
+    tiles: list[AttentionTile] = []
+    for (columns, _), pieces in alike.items():
+        together = max(1, TILE_KV // (columns * layout.num_kv_heads * layout.kv_width))
+        tiles += [
+            _tile(pieces[start : start + together], columns, layout, null_slot, dtype)
+            for start in range(0, len(pieces), together)
+        ]
+    return tuple(tiles)
 
 
-def _group(
-    spans: list[Span], columns: int, layout: AttentionLayout, null_slot: int, dtype: torch.dtype
-) -> SpanGroup:
-    device = spans[0].kv_slots.device
-    visible = [_visible_tokens(span, layout.window) for span in spans]
-    slots = torch.full((len(spans), columns), null_slot, dtype=torch.int64, device=device)
-    for line, span, count in zip(slots, spans, visible, strict=True):
-        line[1 : count + 1] = span.kv_slots[span.context_tokens - count :]
+def _pieces(span: Span, layout: AttentionLayout) -> Iterator[_Piece]:
+    tile_rows = TILE_SCORES // (layout.heads_per_kv_head * (span.context_tokens + 1))
+    tile_rows = max(1, min(tile_rows, MAX_TILE_ROWS))
+    window = layout.window
+    for start in range(0, span.num_rows, tile_rows):
+        stop = min(start + tile_rows, span.num_rows)
+        end_token = span.context_tokens - span.num_rows + stop
+        first_token = 0
+        if window is not None:
+            # Where a window and a tile fit into one step, only a token's place in a vector counts.
+            fits = window + MAX_TILE_ROWS + ALIGNED_COLUMNS <= STEP_COLUMNS
+            step = ALIGNED_COLUMNS if fits else BLOCK_COLUMNS
+            oldest = max(0, end_token - (stop - start) - window + 1)
+            first_token = oldest // step * step
+        yield _Piece(span.start + start, stop - start, first_token, end_token, span.kv_slots)
+
+
+def _tile(
+    pieces: list[_Piece],
+    columns: int,
+    layout: AttentionLayout,
+    null_slot: int,
+    dtype: torch.dtype,
+) -> AttentionTile:
+    device = pieces[0].kv_slots.device
+    slots = torch.full((len(pieces), columns), null_slot, dtype=torch.int64, device=device)
+    for line, piece in zip(slots, pieces, strict=True):
+        seen = piece.kv_slots[piece.first_token : piece.end_token]
+        line[1 : len(seen) + 1] = seen
     heads = torch.arange(layout.num_kv_heads, device=device)
     kv_rows = slots[:, None, :] * layout.num_kv_heads + heads[:, None]  # [B, kv_heads, C]
-    visible_tokens = torch.tensor(visible, device=device)
-    num_rows = spans[0].num_rows
-    num_heads = layout.num_kv_heads * layout.heads_per_kv_head
-    tile_rows = max(1, TILE_SCORES // (num_heads * columns))
-    tiles = []
-    for start in range(0, num_rows, tile_rows):
-        stop = min(start + tile_rows, num_rows)
-        needed = min(columns, _columns_for(max(visible) - num_rows + stop))
-        mask = _mask(visible_tokens, num_rows, start, stop, needed, layout.window, dtype)
-        mask = mask[:, None].expand(-1, layout.heads_per_kv_head, -1, -1).flatten(1, 2)
-        tiles.append(Tile(_rows(spans, start, stop), stop - start, needed, mask[:, None]))
-    return SpanGroup(len(spans), kv_rows.flatten(), tuple(tiles))
+    return AttentionTile(
+        num_spans=len(pieces),
+        num_rows=pieces[0].num_rows,
+        rows=_rows(pieces),
+        kv_rows=kv_rows.flatten(),
+        mask=_mask(pieces, columns, layout, dtype, device),
+    )
 
 
 def _mask(
-    visible_tokens: Tensor,
-    num_rows: int,
-    start: int,
-    stop: int,
+    pieces: list[_Piece],
     columns: int,
-    window: int | None,
+    layout: AttentionLayout,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
-    """[B, stop - start, columns]: 0 where the row sees the column, else -inf.
+    """[B, 1, M, C]: 0 where the row sees the column, else -inf.
 
-    Column c holds token c - 1 of the visible ones, row t is token visible - num_rows + t.
+    Column c holds token first_token + c - 1; row t of r is token end_token - r + t.
     """
-    device = visible_tokens.device
-    row = torch.arange(start, stop, device=device)[:, None] - num_rows  # [rows, 1]
-    token = torch.arange(-1, columns - 1, device=device)  # [columns]
-    distance = visible_tokens[:, None, None] + row - token  # [B, rows, columns]
+    num_rows = pieces[0].num_rows
+    end = torch.tensor([piece.end_token - piece.first_token for piece in pieces], device=device)
+    row = torch.arange(-num_rows, 0, device=device)[:, None]  # [r, 1]
+    token = torch.arange(-1, columns - 1, device=device)  # [C]
+    distance = end[:, None, None] + row - token  # [B, r, C]
     hidden = (distance < 0) | (token < 0)
-    if window is not None:
-        hidden |= distance >= window
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+    if layout.window is not None:
+        hidden |= distance >= layout.window
+    group = layout.heads_per_kv_head
+    padded = -(-group * num_rows // STEP_ROWS) * STEP_ROWS
+    mask = torch.zeros(len(pieces), 1, padded, columns, dtype=dtype, device=device)
+    real = mask[:, 0, : group * num_rows].unflatten(1, (group, num_rows))
+    real.masked_fill_(hidden[:, None], -torch.inf)
+    return mask
 
 
-def _rows(spans: list[Span], start: int, stop: int) -> slice | Tensor:
-    """Batch rows start..stop of every span; a slice, which copies nothing, where they adjoin."""
-    ranges = [range(span.start + start, span.start + stop) for span in spans]
+def _rows(pieces: list[_Piece]) -> slice | Tensor:
+    """Batch rows of every piece; a slice, which copies nothing, where they adjoin."""
+    ranges = [range(piece.first_row, piece.first_row + piece.num_rows) for piece in pieces]
     if all(before.stop == after.start for before, after in pairwise(ranges)):
         return slice(ranges[0].start, ranges[-1].stop)
     rows = [row for each in ranges for row in each]
-    return torch.tensor(rows, device=spans[0].kv_slots.device)
+    return torch.tensor(rows, device=pieces[0].kv_slots.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeserve.cpu_backend.linear import linear
 from moeserve.experts.layer import MoELayer
 from moeserve.models.attention import Attention, LatentAttention
 from moeserve.models.inputs import ForwardBatch
@@ -79,4 +80,4 @@ class Transformer:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R, H] as returned by forward -> [R, V] float32."""
-        return F.linear(hidden, self._head).float()
+        return linear(hidden, self._head).float()
