@@ -27,17 +27,19 @@ from moeserve.core import (
     SamplingParams,
 )
 from moeserve.engine.engine import Engine
-from moeserve.messages import Timing, Usage
 from moeserve.text.assets import TextAssets
-from moeserve.text.events import TextEvent, TokenText
+from moeserve.text.events import TextEvent
 from moeserve.text.generation import GenerationState
 from moeserve.text.prepare import prepare
 from moeserve.text.request import GenerateRequest, RequestLimits
+from moeserve.text.result import Answer, Result, ResultCollector
 from moeserve.text.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]  # text, token ids or a conversation
 Params: TypeAlias = SamplingParams | Mapping[str, Any] | None
+
+__all__ = ["LLM", "Answer", "Result"]
 
 SETTINGS: dict[str, type] = {
     "model": ModelConfig,
@@ -46,33 +48,6 @@ SETTINGS: dict[str, type] = {
     "experts": ExpertConfig,
 }
 OFFLINE_LIMITS = RequestLimits(max_n=4096, max_stop_strings=256, max_stop_chars=4096)
-
-
-@dataclass
-class Answer:
-    """One of the `n` answers to a prompt. Its fields are those of the events, joined."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenText] | None = None
-    finish_reason: FinishReason | None = None
-    stop: str | int | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of one prompt."""
-
-    prompt_token_ids: list[int]
-    prompt_logprobs: tuple[TokenText, ...] | None
-    answers: list[Answer]
-    usage: Usage
-    timing: Timing
-
-    @property
-    def text(self) -> str:
-        """The text of the first answer."""
-        return self.answers[0].text
 
 
 class LLM:
@@ -152,7 +127,7 @@ class LLM:
             self._prepare(prompt, params, given, f"prompts[{i}]" if len(each) > 1 else None)
             for i, prompt in enumerate(each)
         ]
-        collected = [_Collector(job) for job in jobs]
+        collected = [ResultCollector(job.state) for job in jobs]
         with closing(self._run(jobs)) as numbered:
             for number, event in numbered:
                 collected[number].add(event)
@@ -305,39 +280,6 @@ class _Job:
     @property
     def has_news(self) -> bool:
         return bool(self.events) or self.error is not None
-
-
-class _Collector:
-    """Joins the events of one prompt."""
-
-    def __init__(self, job: _Job) -> None:
-        self._state = job.state
-        num_answers = job.state.prepared.num_answers
-        self._answers = [Answer() for _ in range(num_answers)]
-        self._texts: list[list[str]] = [[] for _ in range(num_answers)]
-
-    def add(self, event: TextEvent) -> None:
-        answer = self._answers[event.index]
-        self._texts[event.index].append(event.text)
-        answer.token_ids.extend(event.token_ids)
-        if event.logprobs is not None:
-            answer.logprobs = answer.logprobs or []
-            answer.logprobs.extend(event.logprobs)
-        if event.finish_reason is not None:
-            answer.finish_reason = event.finish_reason
-            answer.stop = event.stop
-
-    def result(self) -> Result:
-        for answer, texts in zip(self._answers, self._texts, strict=True):
-            answer.text = "".join(texts)
-        state = self._state
-        return Result(
-            prompt_token_ids=state.prepared.prompt_token_ids,
-            prompt_logprobs=state.prompt_logprobs,
-            answers=self._answers,
-            usage=state.usage,
-            timing=state.timing,
-        )
 
 
 def _is_one_prompt(prompts: Any) -> bool:

@@ -11,7 +11,8 @@ import msgspec
 
 from moeserve.core import ModelError, RequestError, SamplingParams
 from moeserve.text.chat_template import ChatTemplate, TemplateLimits
-from moeserve.text.tokenizer import Tokenizer, read_json
+from moeserve.text.checks import read_json
+from moeserve.text.tokenizer import Tokenizer
 
 # Fields of generation_config.json that are defaults of a request, and their names there.
 DEFAULT_FIELDS = {

@@ -21,7 +21,7 @@ from typing import Any
 from moeserve.config import bare_environment
 from moeserve.core import ErrorCode, ModelError, RequestError
 from moeserve.text import template_renderer
-from moeserve.text.tokenizer import read_json
+from moeserve.text.checks import read_json
 
 STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 STARTUP_SECONDS = 30.0

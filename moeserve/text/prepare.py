@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +17,9 @@ from moeserve.core import (
     unknown_fields,
 )
 from moeserve.text.assets import TextAssets
+from moeserve.text.checks import check_text, shown
+from moeserve.text.conversation import check_messages
 from moeserve.text.request import GenerateRequest, PreparedRequest, RequestLimits
-from moeserve.text.tokenizer import check_text
 
 SAMPLING_TYPES: dict[str, Any] = {
     field.name: field.type for field in msgspec.structs.fields(SamplingParams)
@@ -30,7 +30,6 @@ TEXT_TYPES: dict[str, Any] = {
     "include_stop": bool,
     "skip_special_tokens": bool,
 }
-MAX_SHOWN_CHARS = 80
 
 
 def prepare(
@@ -43,7 +42,7 @@ def prepare(
     """
     if request.model is not None and request.model != info.name:
         raise RequestError(
-            f"model: {_shown(request.model)} is not served here; this server has {info.name!r}",
+            f"model: {shown(request.model)} is not served here; this server has {info.name!r}",
             code=ErrorCode.UNKNOWN_MODEL,
             field="model",
         )
@@ -121,12 +120,12 @@ def _convert(name: str, value: object, wanted: Any) -> Any:
     try:
         return msgspec.convert(value, wanted, str_keys=True)
     except msgspec.ValidationError as error:
-        raise RequestError(f"{name}: {_shown(value)}: {error}", field=name) from error
+        raise RequestError(f"{name}: {shown(value)}: {error}", field=name) from error
 
 
 def _check_range(name: str, value: int) -> None:
     if not -(2**63) <= value < 2**63:  # what the wire to the engine can hold
-        raise RequestError(f"{name}: {_shown(value)} is no 64-bit integer", field=name)
+        raise RequestError(f"{name}: {shown(value)} is no 64-bit integer", field=name)
 
 
 def _check_stop(stop: str | list[str], limits: RequestLimits) -> tuple[str, ...]:
@@ -230,7 +229,7 @@ def _check_prompt(prompt: object) -> str:
                 field="prompt",
             ) from error
     if not isinstance(prompt, str):
-        raise RequestError(f"prompt: {_shown(prompt)} is no text", field="prompt")
+        raise RequestError(f"prompt: {shown(prompt)} is no text", field="prompt")
     if not prompt:
         raise RequestError("prompt: it is empty", field="prompt", hint="send at least a character")
     return check_text(prompt, "prompt")
@@ -238,11 +237,11 @@ def _check_prompt(prompt: object) -> str:
 
 def _check_token_ids(token_ids: object) -> list[int]:
     if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
-        raise RequestError(f"token_ids: {_shown(token_ids)} is no list of ids", field="token_ids")
+        raise RequestError(f"token_ids: {shown(token_ids)} is no list of ids", field="token_ids")
     for index, token_id in enumerate(token_ids):
         if not isinstance(token_id, int) or isinstance(token_id, bool):
             raise RequestError(
-                f"token_ids[{index}]: {_shown(token_id)} is no whole number", field="token_ids"
+                f"token_ids[{index}]: {shown(token_id)} is no whole number", field="token_ids"
             )
     return list(token_ids)
 
@@ -259,11 +258,8 @@ def _check_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-# -- messages -----------------------------------------------------------------------------------
-
-
 def _render(request: GenerateRequest, assets: TextAssets) -> str:
-    messages = _check_messages(request.messages)
+    messages = check_messages(request.messages)
     if assets.chat_template is None:
         raise RequestError(
             "messages: this model has no chat template",
@@ -277,56 +273,3 @@ def _render(request: GenerateRequest, assets: TextAssets) -> str:
         variables=request.template_variables,
     )
     return check_text(text, "messages")
-
-
-def _check_messages(messages: object) -> list[dict[str, Any]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        raise RequestError(f"messages: {_shown(messages)} is no list", field="messages")
-    if not messages:
-        raise RequestError(
-            "messages: it is empty", field="messages", hint="send at least one message"
-        )
-    return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _check_message(message: object, where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
-        raise RequestError(f"{where}: {_shown(message)} is no object", field=where)
-    role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise RequestError(
-            f"{where}.role: {_shown(role)} is no role",
-            field=f"{where}.role",
-            hint="such as 'user', 'assistant' or 'system'",
-        )
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return dict(message)  # an assistant that only calls tools says nothing
-    return {**message, "content": _content_text(content, f"{where}.content")}
-
-
-def _content_text(content: object, where: str) -> str:
-    """The text of a message: as it is, or the text parts of the OpenAI form, joined."""
-    if isinstance(content, str):
-        return check_text(content, where)
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise RequestError(f"{where}: {_shown(content)} is no text", field=where)
-    texts: list[str] = []
-    for index, part in enumerate(content):
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(text, str):
-            raise RequestError(
-                f"{where}[{index}]: {_shown(part)} is not supported; only parts of type 'text' are",
-                field=where,
-            )
-        texts.append(check_text(text, f"{where}[{index}].text"))
-    return "\n".join(texts)
-
-
-def _shown(value: object) -> str:
-    """A value in an error message: short and shallow, whatever was sent."""
-    if value is None:
-        return "null"
-    shortener = reprlib.Repr()
-    shortener.maxstring = shortener.maxother = shortener.maxlong = MAX_SHOWN_CHARS
-    return f"{type(value).__name__} {shortener.repr(value)}"

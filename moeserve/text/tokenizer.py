@@ -9,15 +9,15 @@ U+FFFD, here only the broken character is replaced and its whole neighbours stay
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from moeserve.core import ModelError, RequestError
+from moeserve.core import ModelError
+from moeserve.text.checks import check_text, read_json
+from moeserve.text.token_bytes import decoding_of
 
 NAMED_TOKENS = (
     "bos_token",
@@ -28,21 +28,6 @@ NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
-
-TokenBytes = Callable[[str], bytes]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model directory. Raises ModelError naming file and line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path.name}: cannot be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds a {type(value).__name__}, expected an object")
-    return value
 
 
 class Tokenizer:
@@ -57,7 +42,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = {id: token.content for id, token in added.items()}
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
-        self._to_bytes, self._drop_lead = _decoding(backend.decoder)
+        self._to_bytes, self._drop_lead = decoding_of(backend.decoder)
         self._bytes: dict[int, bytes] = {}  # by id, filled as tokens are met
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
 
@@ -77,17 +62,14 @@ class Tokenizer:
         # map alone must not override them.
         if "added_tokens_decoder" not in config and map_path.is_file():
             config = {**config, **read_json(map_path)}
-        named = {
-            name: _added_token(config[name], f"{config_path.name}: {name}")
-            for name in NAMED_TOKENS
-            if config.get(name) is not None
-        }
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        extra_tokens = extra.values() if isinstance(extra, dict) else extra
-        backend.add_tokens(_declared_tokens(config, config_path.name))
-        backend.add_special_tokens(
-            [*named.values(), *(_added_token(t, "extra_special_tokens") for t in extra_tokens)]
-        )
+        where = config_path.name
+        backend.add_tokens(list(_declared_tokens(config, where)))
+        # Flags (does the token eat the space before it?) are those of the file that declares all
+        # tokens; a name in the config only points at one.
+        declared = _declared_tokens(config, where) or backend.get_added_tokens_decoder().values()
+        flagged = {token.content: token for token in declared}
+        named, unnamed = _special_tokens(config, where)
+        backend.add_special_tokens([flagged.get(t.content, t) for t in (*named.values(), *unnamed)])
         return cls(backend, {name: token.content for name, token in named.items()})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -144,21 +126,6 @@ class Tokenizer:
         return found
 
 
-def check_text(text: str, field: str) -> str:
-    """The text itself. Raises RequestError with the position of the first lone surrogate."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise RequestError(
-            f"{field}: U+{code:04X} at character {error.start} is half of a surrogate pair, "
-            "which is not valid Unicode text",
-            field=field,
-            hint="send whole characters, encoded as UTF-8",
-        ) from error
-    return text
-
-
 def _load_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise ModelError(
@@ -172,7 +139,7 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
         raise ModelError(f"{path}: is not a tokenizer: {error}") from error
 
 
-def _added_token(value: object, where: str) -> tokenizers.AddedToken:
+def _added_token(value: object, where: str, special: bool = True) -> tokenizers.AddedToken:
     """A special token as the config files write it: a string, or an object with `content`."""
     if isinstance(value, str):
         return tokenizers.AddedToken(value, special=True, normalized=False)
@@ -184,7 +151,7 @@ def _added_token(value: object, where: str) -> tokenizers.AddedToken:
         for name in ("single_word", "lstrip", "rstrip", "normalized")
         if name in value
     }
-    return tokenizers.AddedToken(content, special=bool(value.get("special", True)), **flags)
+    return tokenizers.AddedToken(content, special=bool(value.get("special", special)), **flags)
 
 
 def _declared_tokens(config: dict[str, Any], where: str) -> list[tokenizers.AddedToken]:
@@ -193,82 +160,29 @@ def _declared_tokens(config: dict[str, Any], where: str) -> list[tokenizers.Adde
     if not isinstance(declared, dict) or not all(str(key).isdigit() for key in declared):
         raise ModelError(f"{where}: added_tokens_decoder must map token ids to tokens")
     ordered = sorted(declared.items(), key=lambda item: int(item[0]))
-    return [_added_token(token, f"{where}: added_tokens_decoder[{key}]") for key, token in ordered]
+    return [
+        _added_token(token, f"{where}: added_tokens_decoder[{key}]", special=False)
+        for key, token in ordered
+    ]
 
 
-# -- bytes of a token, by the kind of decoder ---------------------------------------------------
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Character to byte of byte-level BPE (Radford et al. 2019, GPT-2): printable Latin-1 stands
-    for itself, the other bytes for the characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet.update({chr(0x100 + n): byte for n, byte in enumerate(others)})
-    return alphabet
-
-
-def _byte_level(alphabet: dict[str, int], token: str) -> bytes:
-    # A token with any other character was put into the vocabulary as plain text.
-    if all(char in alphabet for char in token):
-        return bytes(alphabet[char] for char in token)
-    return token.encode()
-
-
-def _sentencepiece(replacements: list[tuple[str, str]], byte_fallback: bool, token: str) -> bytes:
-    if byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes.fromhex(token[3:5])
-        except ValueError:
-            pass  # "<0xZZ>" is ordinary text
-    for pattern, content in replacements:
-        token = token.replace(pattern, content)
-    return token.encode()
-
-
-def _keep(raw: bytes) -> bytes:
-    return raw
-
-
-def _drop_one_space(raw: bytes) -> bytes:
-    return raw.removeprefix(b" ")
-
-
-def _drop_all_spaces(raw: bytes) -> bytes:
-    return raw.replace(b" ", b"")
-
-
-def _decoding(decoder: Any) -> tuple[TokenBytes, Callable[[bytes], bytes]]:
-    """How a token becomes bytes, and what the first token of a text loses.
-
-    Raises ModelError for a decoder that is not byte-level, byte-fallback or Metaspace.
-    """
-    spec: dict[str, Any] = {"type": "none"}
-    if decoder is not None:
-        spec = json.loads(decoder.__getstate__())
-    steps: list[dict[str, Any]] = spec["decoders"] if spec["type"] == "Sequence" else [spec]
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
-        return partial(_byte_level, _byte_alphabet()), _keep
-    replacements: list[tuple[str, str]] = []
-    drop_lead = _keep
-    for step in steps:
-        match step:
-            case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)}:
-                replacements.append((pattern, content))
-            case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
-                drop_lead = _drop_one_space
-            case {"type": "Metaspace", "replacement": str(mark)}:
-                replacements.append((mark, " "))
-                if step.get("prepend_scheme", "always") != "never":
-                    drop_lead = _drop_all_spaces
-            case {"type": "ByteFallback" | "Fuse"}:
-                pass
-            case _:
-                raise ModelError(
-                    f"tokenizer.json: decoder {json.dumps(step, ensure_ascii=False)} is not "
-                    "implemented; implemented are ByteLevel, Metaspace, and sequences of Replace "
-                    "(string), ByteFallback, Fuse and Strip (one leading space)"
-                )
-    return partial(_sentencepiece, replacements, "ByteFallback" in kinds), drop_lead
+def _special_tokens(
+    config: dict[str, Any], where: str
+) -> tuple[dict[str, tokenizers.AddedToken], list[tokenizers.AddedToken]]:
+    """Special tokens with a name (`bos_token`; models may have names of their own) and without."""
+    named = {
+        name: value
+        for name, value in config.items()
+        if name in NAMED_TOKENS or (name.endswith("_token") and isinstance(value, str))
+    }
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        named, extra = {**named, **extra}, []
+    return (
+        {
+            name: _added_token(value, f"{where}: {name}")
+            for name, value in named.items()
+            if value is not None
+        },
+        [_added_token(value, f"{where}: extra_special_tokens") for value in extra],
+    )

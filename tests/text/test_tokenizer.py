@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import text_models
@@ -109,6 +110,47 @@ def test_lone_surrogates_are_refused_with_their_position(byte_level_path: Path) 
     with pytest.raises(RequestError, match=r"U\+D83D at character 3") as caught:
         Tokenizer.load(byte_level_path).encode("abc\ud83d def")
     assert caught.value.field == "text"
+
+
+FLAGS = {"lstrip": False, "rstrip": True, "normalized": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"mask_token": "<mask>"},  # its flags are those in tokenizer.json
+        {"mask_token": {"__type": "AddedToken", "content": "<mask>", **FLAGS}},
+        {
+            "added_tokens_decoder": {
+                "0": {"content": "<s>", "special": True},
+                "406": {"content": "<x>", **FLAGS},
+                "500": {"content": "fox", "lstrip": True, "normalized": True},
+            }
+        },
+        {"bos_token": "river"},  # a word of the vocabulary made special
+        {"additional_special_tokens": ["<a>", "<b>"], "extra_special_tokens": None},
+        {"extra_special_tokens": {"image_token": "<img>"}},
+        {"audio_token": "<aud>"},  # a name that only this model has
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_declared_tokens_equal_transformers(tmp_path: Path, config: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    file = text_models.byte_level(tmp_path) / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(file))
+    backend.add_special_tokens([tokenizers.AddedToken("<mask>", lstrip=True, special=True)])
+    backend.save(str(file))
+    config_file = tmp_path / "tokenizer_config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), **config}))
+    ours, theirs = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.special_tokens == theirs.special_tokens_map
+    assert ours.vocab_size == len(theirs)
+    for text in ("a <mask> b", "<x> y a fox river <a><b> c<|tool|><img> <aud>."):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
 def test_legacy_special_tokens_map(tmp_path: Path) -> None:
