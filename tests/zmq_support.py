@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,24 +169,21 @@ async def running_stack(
 ) -> AsyncIterator[Stack]:
     """A front at `endpoint` (default: ipc in `directory`) with everything behind it."""
     sockets = private_directory(directory / "sockets")
-    link = ZmqEngineLink(f"ipc://{sockets / 'engine.sock'}", heartbeat_s=0.2)
-    await link.start()
-    thread = EngineThread(link.endpoint)
-    thread.start()
-    await link.wait_for(lambda status: status.stage == "ready")
-    assets = TextAssets(byte_tokenizer(), None, {})
-    limits = RequestLimits(default_max_tokens=64)
-    service = GenerationService(link, limits, assets=assets)
-    front = ZmqFront(
-        config or ZmqConfig(), endpoint or f"ipc://{sockets / 'client.sock'}", lambda: service
-    )
-    await front.start()
-    try:
+    async with AsyncExitStack() as cleanup:
+        link = ZmqEngineLink(f"ipc://{sockets / 'engine.sock'}", heartbeat_s=0.2)
+        await link.start()
+        cleanup.push_async_callback(link.stop)
+        thread = EngineThread(link.endpoint)
+        thread.start()
+        cleanup.callback(thread.stop)
+        await link.wait_for(lambda status: status.stage == "ready")
+        assets = TextAssets(byte_tokenizer(), None, {})
+        service = GenerationService(link, RequestLimits(default_max_tokens=64), assets=assets)
+        endpoint = endpoint or f"ipc://{sockets / 'client.sock'}"
+        front = ZmqFront(config or ZmqConfig(), endpoint, lambda: service)
+        await front.start()
+        cleanup.push_async_callback(front.stop)
         yield Stack(link, service, front, thread)
-    finally:
-        await front.stop()
-        thread.stop()
-        await link.stop()
 
 
 class RawClient:

@@ -17,7 +17,7 @@ from moeserve.client.endpoint import CurveKeys
 from moeserve.client.types import ClientError, ConnectionLost, ServerInfo, TimedOut
 
 #: before the welcome has said better
-HEARTBEAT_MS = 2000
+HEARTBEAT_MS = 500
 
 _REFUSED: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the server does not know this client's key",
@@ -49,9 +49,6 @@ class Connection:
         self._silent_beats = 0
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket = self._context.socket(zmq.DEALER)
-        # A context that is collected with open sockets would wait for them for ever; this closes
-        # them when a client is dropped unclosed. At exit the process takes everything with it.
-        weakref.finalize(self, self._context.destroy, 0).atexit = False
         self._monitor: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -69,6 +66,8 @@ class Connection:
             socket.curve_secretkey = self._keys.secret
             socket.curve_serverkey = self._keys.server
         self._monitor = socket.get_monitor_socket()
+        # At exit the process takes everything with it, running threads or not.
+        weakref.finalize(self, _abandon, self._context, socket, self._monitor).atexit = False
         try:
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:
@@ -181,13 +180,14 @@ class Connection:
             self._hello()
 
     async def _beat(self) -> None:
+        heartbeat_ms = HEARTBEAT_MS
         while True:
-            info = self._info()
-            heartbeat_ms = info.heartbeat_ms if info is not None else HEARTBEAT_MS
             await asyncio.sleep(heartbeat_ms / 1000)
+            info = self._info()
             if info is None:
                 self._hello()
                 continue
+            heartbeat_ms = info.heartbeat_ms
             # Beats are counted, not seconds: a suspended machine is no silent server.
             self._silent_beats += 1
             if self._silent_beats > math.ceil(info.timeout_ms / info.heartbeat_ms):
@@ -219,3 +219,10 @@ class Connection:
             self._server.set_exception(error)
             self._server.exception()  # nobody has to be waiting
         self._on_lost(error)
+
+
+def _abandon(context: zmq.asyncio.Context, *sockets: zmq.asyncio.Socket) -> None:
+    """Closes what a client left open that was dropped: its context would wait for it for ever."""
+    for socket in sockets:
+        socket.close(linger=0)
+    context.term()

@@ -84,7 +84,7 @@ class ZmqFront:
         self._sessions: dict[bytes, Session] = {}
         self._numbers = itertools.count(1)
         self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.ROUTER)
+        self._socket: zmq.asyncio.Socket
         self._gate: ClientGate | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
@@ -103,20 +103,21 @@ class ZmqFront:
         """
         curve_dir = self._config.curve_dir
         check_endpoint(self.endpoint, has_curve=curve_dir is not None)
-        socket = self._socket
+        keys = None if curve_dir is None else load_server_keys(curve_dir)
+        socket = self._socket = self._context.socket(zmq.ROUTER)
         socket.router_mandatory = True  # a client that is gone is an error, not a silent drop
         socket.sndhwm = SEND_QUEUE_MESSAGES
         socket.rcvhwm = RECEIVE_QUEUE_MESSAGES
         socket.maxmsgsize = self._config.max_message_bytes
-        socket.linger = 500  # ms for last words
         socket.ipv6 = self.endpoint.startswith("tcp://[")
-        if curve_dir is not None:
-            self._gate = ClientGate(self._context, load_server_keys(curve_dir))
+        if keys is not None:
+            self._gate = ClientGate(self._context, keys)
             self._gate.start()
             self._gate.secure(socket)
         try:
             socket.bind(self.endpoint)
         except zmq.ZMQError as error:
+            self._close(linger_ms=0)
             raise _cannot_bind(self.endpoint, error) from error
         self.endpoint = socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._tasks = [
@@ -144,10 +145,14 @@ class ZmqFront:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:  # else: it never started
+            self._close(linger_ms=500)  # for the last words
+            await asyncio.to_thread(self._context.term)
+
+    def _close(self, linger_ms: int) -> None:
         if self._gate is not None:
             self._gate.stop()
-        self._socket.close()
-        await asyncio.to_thread(self._context.term)  # waits for `linger` at most
+        self._socket.close(linger=linger_ms)
 
     # -- sockets and sessions --------------------------------------------------------------------
 
@@ -229,9 +234,10 @@ class ZmqFront:
         """Someone whose session is over, or who never said hello."""
         if isinstance(message, Ping):
             reply: Message = Pong(number=message.number, known=False)
+        elif isinstance(message, Submit):
+            reply = error_message(message.request_id, ProtocolError("send hello first"))
         else:
-            request_id = message.request_id if isinstance(message, Submit) else None
-            reply = error_message(request_id, ProtocolError("send hello first"))
+            return  # about a request that is over with the session
         try_send(self._socket, peer, self._wire.encode(reply))
 
     def _take_credit(self, session: Session, message: Credit) -> None:

@@ -75,7 +75,7 @@ class ZmqEngineLink:
         self._silent_beats = 0
         self._wire = gateway_side_wire()
         self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket = self._context.socket(zmq.ROUTER)
+        self._socket: zmq.asyncio.Socket
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- EngineLink ------------------------------------------------------------------------------
@@ -104,6 +104,7 @@ class ZmqEngineLink:
     # -- for the supervisor ----------------------------------------------------------------------
 
     async def start(self) -> None:
+        self._socket = self._context.socket(zmq.ROUTER)
         self._socket.router_mandatory = True
         self._socket.linger = 0
         # Bounded elsewhere: inwards by the requests the fronts admit, outwards by merging.
@@ -119,8 +120,9 @@ class ZmqEngineLink:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._socket.close()
-        self._context.term()
+        if self._tasks:  # else: it never started
+            self._socket.close()
+            self._context.term()
 
     def mark_down(self, stage: str, detail: str) -> None:
         """No engine runs (any more): its requests fail, and `status` says why."""

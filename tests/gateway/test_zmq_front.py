@@ -52,7 +52,9 @@ def test_session_and_one_request(tmp_path: Path) -> None:
             assert "".join(chunk["text"] for chunk in chunks) == "abcabca"
             assert chunks[-1]["finish_reason"] == "length"
             assert done["usage"] == {
-                **{"prompt_tokens": 3, "completion_tokens": 7, "cached_tokens": 0}
+                "prompt_tokens": 3,
+                "completion_tokens": 7,
+                "cached_tokens": 0,
             }
             timing = done["timing"]
             assert 0 <= timing["ttft_ms"] <= timing["total_ms"]
@@ -170,7 +172,7 @@ def test_garbage_harms_nobody(tmp_path: Path) -> None:
                     frames[0] = CLIENT_VERSION
                 await bad.socket.send_multipart(frames)
             errors = await bad.received_before_pong()
-            # Replies are dropped once the bad client's queue is full; none is anything but an error.
+            # Replies are dropped once the bad client's queue is full.
             assert errors
             assert {error["type"] for error in errors} == {"error"}
             assert text_of(await good.until_end("r")) == echoed("steady ", 400)
