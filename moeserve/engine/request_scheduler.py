@@ -26,8 +26,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
-import msgspec
-
 from moeserve.config import SchedulerConfig
 from moeserve.core import (
     EngineDelta,
@@ -133,13 +131,13 @@ class RequestScheduler:
             raise RequestError(
                 f"request_id: {name!r} is in use; choose another", field="request_id"
             )
+        check_length(request, self._context_tokens, self._blocks)
         if len(self._waiting) >= self._config.max_waiting:
             raise RequestError(
                 f"{len(self._waiting)} requests wait already, at most {self._config.max_waiting}",
                 code=ErrorCode.OVERLOADED,
                 hint="retry later, or raise max_waiting",
             )
-        check_length(request, self._context_tokens, self._blocks)
         sequence = Sequence(request, self._num_arrivals, now_s)
         self._num_arrivals += 1
         self._sequences[name] = sequence
@@ -330,20 +328,17 @@ class RequestScheduler:
         prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
         if finish_reason is not None:
             self._remove(sequence, finish_reason)
-        delta = EngineDelta(
+        stopped = finish_reason is FinishReason.STOP
+        logprob = None if token is None else token.logprob
+        return EngineDelta(
             request_id=sequence.request_id,
+            token_ids=[] if token is None else [token.token_id],
+            logprobs=None if logprob is None else [logprob],
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=sequence.num_cached_tokens,
             finish_reason=finish_reason,
+            stop_token_id=token.token_id if token is not None and stopped else None,
             timing=None if finish_reason is None else sequence.timing(now_s),
-        )
-        if token is None:
-            return delta
-        return msgspec.structs.replace(
-            delta,
-            token_ids=[token.token_id],
-            logprobs=None if token.logprob is None else [token.logprob],
-            stop_token_id=token.token_id if finish_reason is FinishReason.STOP else None,
         )
 
     def check_integrity(self) -> None:
