@@ -7,6 +7,7 @@ errors that say whose fault it was.
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -113,7 +114,7 @@ class ChatTemplate:
                 "add_generation_prompt": add_generation_prompt,
             },
         }
-        text = _text_of(self._ask(request))
+        text = _text_of(self._ask(_encode(request)))
         return _cut_open_end(text) if continue_final_message else text
 
     def close(self) -> None:
@@ -140,7 +141,7 @@ class ChatTemplate:
             for quote in "'\""
         )
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, str]:
+    def _ask(self, request: bytes) -> dict[str, str]:
         if not self._lock.acquire(timeout=self._limits.max_wait_seconds):
             raise RequestError(
                 f"chat template: {self._limits.max_wait_seconds} s passed before its turn came",
@@ -188,7 +189,7 @@ class _Renderer:
         self.end = weakref.finalize(self, _end_process, process, ours)
         setup = {"sys_path": sys.path, "templates": dict(templates), **asdict(limits)}
         try:
-            self.ask(setup, STARTUP_SECONDS)
+            self.ask(json.dumps(setup).encode(), STARTUP_SECONDS)
         except (TimeoutError, ConnectionError, EOFError) as error:
             self.end()
             raise RequestError(
@@ -196,7 +197,7 @@ class _Renderer:
                 code=ErrorCode.INTERNAL,
             ) from error
 
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, str]:
+    def ask(self, request: bytes, seconds: float) -> dict[str, str]:
         """Raises TimeoutError, or ConnectionError or EOFError when the process has ended."""
         deadline = time.monotonic() + seconds
         self._connection.settimeout(seconds)
@@ -211,6 +212,17 @@ def _end_process(process: subprocess.Popen[bytes], connection: socket.socket) ->
     connection.close()
     process.kill()
     process.wait()
+
+
+def _encode(request: dict[str, Any]) -> bytes:
+    """As JSON. Raises RequestError for what JSON cannot hold, such as a msgpack client's bytes."""
+    try:
+        return json.dumps(request).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(
+            f"messages: they or the template variables are not plain JSON data: {error}",
+            field="messages",
+        ) from error
 
 
 def _text_of(answer: dict[str, str]) -> str:

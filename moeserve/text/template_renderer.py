@@ -49,8 +49,8 @@ def _receive_exactly(
     return bytes(received)
 
 
-def send(connection: socket.socket, message: object) -> None:
-    body = json.dumps(message).encode()
+def send(connection: socket.socket, body: bytes) -> None:
+    """body: a message as JSON."""
     connection.sendall(len(body).to_bytes(8, "big") + body)
 
 
@@ -168,13 +168,14 @@ def main() -> None:
     def render(name: str, variables: dict[str, Any]) -> str:
         if name not in compiled:
             compiled[name] = environment.from_string(sources[name])
-        return str(compiled[name].render(**variables))
+        return str(compiled[name].render(variables))
 
-    send(connection, {"text": ""})  # ready; from here on the parent counts the time
+    send(connection, b'{"text": ""}')  # ready; from here on the parent counts the time
     while (request := receive(connection)) is not None:
         limit_cpu(seconds)
         action = partial(render, request["template"], request["variables"])
-        send(connection, guarded(action, int(setup["max_output_chars"])))
+        answer = guarded(action, int(setup["max_output_chars"]))
+        send(connection, json.dumps(answer).encode())
 
 
 if __name__ == "__main__":

@@ -221,6 +221,21 @@ def test_errors_say_whose_fault_it_is(tmp_path: Path) -> None:
         ChatTemplate({"default": "x" * 11}, {}, TemplateLimits(max_template_chars=10))
 
 
+def test_only_plain_data_goes_in() -> None:
+    template = ChatTemplate({"default": "{{ messages | length }} {{ self }} {{ a }}"}, {})
+    chat = [{"role": "user", "content": "hi"}]
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (b"bytes", object(), deep):
+        with pytest.raises(RequestError, match="not plain JSON data"):
+            template.render(chat, variables={"a": value})
+    # Names of ours cannot be taken over.
+    mine = {"messages": [], "add_generation_prompt": 5, "a": "x", "environment": 1}
+    assert template.render(chat, variables=mine).startswith("1 ")
+    template.close()
+
+
 def test_roles() -> None:
     template = ChatTemplate({"default": "{% if messages[0].role == 'ipython' %}ok{% endif %}"}, {})
     assert template.render([{"role": "ipython", "content": "x"}]) == "ok"
