@@ -143,9 +143,10 @@ class EngineSupervisor:
         return self._why(process.returncode or 0, tail), process.returncode == EXIT_REFUSED
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        self._link.ask_to_stop()
-        if await _within(process.wait(), self._stop_grace_s):
-            return
+        if self._link.status.stage == "ready":  # while it loads it reads no messages
+            self._link.ask_to_stop()
+            if await _within(process.wait(), self._stop_grace_s):
+                return
         process.terminate()
         if not await _within(process.wait(), self._stop_grace_s):
             log.warning("engine: pid %d ignores SIGTERM and is killed", process.pid)

@@ -105,6 +105,15 @@ def _remove_stale_socket(path: Path) -> None:
     )
 
 
+def remove_socket_file(endpoint: str) -> None:
+    """Removes the file of an ipc endpoint that is still bound: nobody else can have taken it yet.
+
+    ZeroMQ leaves it behind, and other tools would take it for a server.
+    """
+    if endpoint.startswith("ipc://"):
+        Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
 def _check_tcp(address: str, has_curve: bool) -> None:
     match = re.fullmatch(r"(\[[^\]]+\]|[^:]+):(\d+|\*)", address)
     if match is None:

@@ -22,7 +22,7 @@ from moeserve.core import ErrorCode, MoeserveError, RequestError
 from moeserve.framing import ProtocolError, client_server_wire
 from moeserve.gateway.curve import ClientGate, load_server_keys
 from moeserve.gateway.service import GenerationService
-from moeserve.gateway.zmq_endpoint import check_endpoint
+from moeserve.gateway.zmq_endpoint import check_endpoint, remove_socket_file
 from moeserve.gateway.zmq_send import Sent, try_send
 from moeserve.gateway.zmq_session import (
     ActiveRequest,
@@ -82,7 +82,8 @@ class ZmqFront:
         self._wire = client_server_wire(config.max_message_bytes)
         self._log = LimitedLog(log)
         self._sessions: dict[bytes, Session] = {}
-        self._numbers = itertools.count(1)
+        self._client_numbers = itertools.count(1)
+        self._request_numbers = itertools.count(1)
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket
         self._gate: ClientGate | None = None
@@ -146,6 +147,7 @@ class ZmqFront:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if tasks:  # else: it never started
+            remove_socket_file(self.endpoint)
             self._close(linger_ms=500)  # for the last words
             await asyncio.to_thread(self._context.term)
 
@@ -211,7 +213,7 @@ class ZmqFront:
                 )
                 try_send(self._socket, peer, self._wire.encode(error_message(None, error)))
                 return
-            session = self._sessions[peer] = Session(peer, next(self._numbers))
+            session = self._sessions[peer] = Session(peer, next(self._client_numbers))
             log.info("zmq: client %d is here (%.64r)", session.number, hello.client)
         try:
             models = [self._service().info.name]
@@ -305,7 +307,7 @@ class ZmqFront:
     ) -> None:
         """One request from its submit to its last message."""
         try:
-            request_id = f"zmq-{session.number}-{next(self._numbers)}"
+            request_id = f"zmq-{session.number}-{next(self._request_numbers)}"
             generation = await self._service().start(generate_request(submit, raw, request_id))
         except MoeserveError as error:
             await self._deliver(session, error_message(submit.request_id, error))

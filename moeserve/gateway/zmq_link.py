@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from moeserve.core import EngineDelta, EngineRequest, ErrorCode, FinishReason, RequestError
 from moeserve.framing import ProtocolError, gateway_side_wire
+from moeserve.gateway.zmq_endpoint import remove_socket_file
 from moeserve.gateway.zmq_send import Sent, try_send
 from moeserve.messages import (
     EngineAbort,
@@ -121,6 +122,7 @@ class ZmqEngineLink:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._tasks:  # else: it never started
+            remove_socket_file(self.endpoint)
             self._socket.close()
             self._context.term()
 
