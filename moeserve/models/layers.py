@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moeserve.cpu_backend.linear import linear
 
-#: torch multiplies batched matrices below that size by loops of its own
-SMALL_PRODUCT = 400
+#: below that many multiplications torch takes loops of its own instead of oneDNN or MKL
+SMALL_PRODUCT = 16**3
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Linear:
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """x: [T, heads, in], weight: [heads, in, out] -> [T, heads, out].
 
-    Rows are padded to two, and to SMALL_PRODUCT multiplications in all: below, torch and MKL take
-    kernels that round differently.
+    Rows are padded to two, and to more than SMALL_PRODUCT multiplications: below, other kernels
+    are taken, which round differently.
     """
     padding = max(2, SMALL_PRODUCT // weight[0].numel() + 1) - len(x)
     rows = x.transpose(0, 1)

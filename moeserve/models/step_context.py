@@ -27,7 +27,7 @@ BLOCK_COLUMNS = 512
 #: contexts above that many columns are padded to a multiple of it
 STEP_COLUMNS = 256
 #: no vector register holds more numbers, and GPU kernels want multiples of 8 or 16
-ALIGNED_COLUMNS = 16
+ALIGNED_COLUMNS = 32
 #: query rows are padded to a multiple of it
 STEP_ROWS = 8
 #: Rows of a sequence are computed in tiles of at most that many, each with the context it sees.
