@@ -61,6 +61,7 @@ def create_app(lifecycle: Lifecycle, config: HttpConfig, metrics: Metrics) -> Fa
 
 
 def _add_status_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> None:
+    @app.head("/health", include_in_schema=False, response_class=Response)
     @app.get("/health", response_class=Response)
     async def health() -> Response:
         """200 when requests are served; 503 with the stage and the reason when not."""

@@ -18,8 +18,8 @@ from moeserve.core import unknown_fields
 from moeserve.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, invalid
 
 MAX_JSON_DEPTH: Final = 16
-#: integers beyond that are no count, id or seed; msgspec would build them at any length
-MAX_INTEGER: Final = 2**64
+#: integers beyond that are no count, id or seed, and have no place on our own wires
+MAX_INTEGER: Final = 2**63
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -66,23 +66,24 @@ def decode(body: bytes) -> dict[str, Any]:
         raise invalid(f"body: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise invalid(f"body: expected a JSON object, got {type(value).__name__}")
-    _check_values(value)
+    for name, field in value.items():
+        _check_field(name[:64], field)
     return value
 
 
-def _check_values(value: Any) -> None:
+def _check_field(name: str, value: Any) -> None:
     """Refuses deep nesting and huge integers, level by level and without recursion."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
-        inner: list[Any] = []
-        for item in level:
-            inner.extend(item.values() if isinstance(item, dict) else item)
-        if any(isinstance(item, int) and abs(item) >= MAX_INTEGER for item in inner):
-            raise invalid("body: an integer is beyond 64 bits")
-        level = [item for item in inner if isinstance(item, (dict, list))]
-        if not level:
+        if any(isinstance(item, int) and not -MAX_INTEGER <= item < MAX_INTEGER for item in level):
+            raise invalid(f"{name}: an integer in it is beyond 64 bits", name)
+        outer = [item for item in level if isinstance(item, (dict, list))]
+        if not outer:
             return
-    raise invalid(f"body: JSON nested deeper than {MAX_JSON_DEPTH} levels")
+        level = []
+        for item in outer:
+            level.extend(item.values() if isinstance(item, dict) else item)
+    raise invalid(f"{name}: JSON nested deeper than {MAX_JSON_DEPTH} levels", name)
 
 
 def to_struct(fields: dict[str, Any], kind: type[T], unimplemented: Unimplemented) -> T:

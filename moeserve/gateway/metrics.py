@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
 
 from moeserve import __version__
-from moeserve.core import EngineStats, ErrorCode, FinishReason
+from moeserve.core import EngineStats, ErrorCode, FinishReason, ModelInfo
 from moeserve.gateway.service import AnswerRecord
 from moeserve.messages import EngineStatus, Timing, Usage
 
@@ -169,6 +169,20 @@ class _Exposition:
             yield _without_created(metric)
             for name in VLLM_NAMES.get(metric.name, ()):
                 yield _alias(metric, f"vllm:{name}", self._model_name)
+        if status.info is not None:
+            yield _cache_config(status.info)
+
+
+def _cache_config(info: ModelInfo) -> Metric:
+    """vLLM's name for the size of the kv pool, which load balancers read."""
+    labels = {
+        "block_size": str(info.block_tokens),
+        "num_gpu_blocks": str(info.kv_blocks),
+        "engine": "0",
+    }
+    config = GaugeMetricFamily("vllm:cache_config_info", "The kv pool.", labels=list(labels))
+    config.add_metric(list(labels.values()), 1.0)
+    return config
 
 
 def _without_created(metric: Metric) -> Metric:

@@ -80,8 +80,16 @@ def _runtime_directory(config: GatewayConfig, environment: Environment) -> Itera
         yield directory
         return
     home = environment.runtime_home
-    with tempfile.TemporaryDirectory(prefix="moeserve-", dir=home) as fresh:  # has mode 0700
-        yield Path(fresh)
+    try:
+        fresh = tempfile.TemporaryDirectory(prefix="moeserve-", dir=home)  # has mode 0700
+    except OSError as error:
+        raise ConfigError(
+            f"runtime_dir: cannot make a directory in {home}: {error.strerror}",
+            field="runtime_dir",
+            hint="give --runtime-dir, or set XDG_RUNTIME_DIR to a directory of yours",
+        ) from error
+    with fresh as name:
+        yield Path(name)
 
 
 def _client_endpoint(config: GatewayConfig, environment: Environment) -> str:
@@ -198,7 +206,8 @@ class Gateway:
             )
         await signals.before_second(self.service.drain(self.config.drain_s))
         self.service.cancel_all()
-        await self.front.drain(http_server.FLUSH_S)
+        if not signals.at_once.is_set():
+            await self.front.drain(http_server.FLUSH_S)
 
     async def stop(self, signals: StopSignals) -> None:
         """Ends fronts and engine, whatever state they are in."""

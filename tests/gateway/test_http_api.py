@@ -65,6 +65,7 @@ def test_models(client: httpx.Client) -> None:
     assert (model["id"], model["object"]) == (MODEL, "model")
     assert client.get(f"/v1/models/{MODEL}").json() == model
     assert client.get("/health").json()["status"] == "ready"
+    assert client.head("/health").status_code == 200
 
 
 def test_chat_completion_has_the_documented_shape(client: httpx.Client) -> None:
@@ -204,6 +205,15 @@ def test_streamed_echo_adds_up(client: httpx.Client) -> None:
     assert offsets[: len(tokens) - 6] == whole["logprobs"]["text_offset"][: len(tokens) - 6]
 
 
+def test_every_answer_echoes_the_scored_prompt(client: httpx.Client) -> None:
+    params: dict[str, Any] = {"prompt": STORY, "echo": True, "logprobs": 0, "max_tokens": 2}
+    first, second = complete(client, **params, n=2)["choices"]
+    for key in ("tokens", "token_logprobs", "text_offset"):
+        assert first["logprobs"][key][:-2] == second["logprobs"][key][:-2]
+    assert first["text"].startswith(STORY)
+    assert second["text"].startswith(STORY)
+
+
 def test_prompt_logprobs_extension_agrees_with_echo(client: httpx.Client, tokenizer: Any) -> None:
     ids = tokenizer(STORY)["input_ids"]
     echoed = complete(client, prompt=ids, echo=True, logprobs=2, max_tokens=0)["choices"][0]
@@ -341,6 +351,13 @@ def test_fields_without_effect_are_accepted(client: httpx.Client) -> None:
     }
     chat(client, max_tokens=1, **neutral)
     complete(client, prompt="a", max_tokens=1, suffix=None, best_of=1, user="u")
+
+
+def test_extreme_numbers_pass_every_wire(client: httpx.Client) -> None:
+    for extreme in (-(2**63), 2**63 - 1):
+        complete(client, prompt="a", max_tokens=1, seed=extreme, priority=extreme, n=2)
+    complete(client, prompt="a", max_tokens=1, top_k=2**63 - 1, temperature=1e-300)
+    complete(client, prompt="a", max_tokens=1, temperature=100, min_p=1, repetition_penalty=1e-300)
 
 
 def test_openapi_describes_the_bodies(client: httpx.Client) -> None:

@@ -146,6 +146,8 @@ def test_over_http(tmp_path: Path) -> None:
     assert value(families, "vllm:request_prompt_tokens", "_sum") == 12
     assert value(families, "vllm:time_to_first_token_seconds", "_count") == 3
     assert {s.labels["model_name"] for s in families["vllm:request_success"].samples} == {"bigram"}
+    kv = {"block_size": "16", "num_gpu_blocks": "64"}
+    assert value(families, "vllm:cache_config_info", **kv) == 1
     http = families["moeserve_http_requests"].samples
     counted = {(s.labels["route"], s.labels["status"]): s.value for s in http}
     assert counted[("/v1/completions", "200")] == 3

@@ -109,6 +109,17 @@ def test_addresses_and_ready_line(tmp_path: Path) -> None:
     assert not (runtime / "server.json").exists()
 
 
+def test_a_signal_while_loading_ends_the_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moeserve.cli", "serve", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--runtime-dir", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert "loading" in process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
 def test_a_model_that_does_not_load_ends_the_server(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "perceptron"}')
     ended = serve(str(tmp_path), "--port", "0", "--runtime-dir", str(tmp_path / "run"))
