@@ -3,10 +3,10 @@
 A request that starts too early makes kv run out later, and somebody is preempted; one that starts
 too late waits although there was room. The rules differ in how they guess the length of outputs:
 
-- `Aggressive`: not at all; the tokens there are now must fit (plus a small reserve).
+- `Aggressive`: not at all; the tokens there are now must fit.
 - `Conservative`: every output gets as long as its `max_tokens`. Never preempts.
 - `PastFuture`: as long as recent outputs were. Gong et al., "Past-Future Scheduler for LLM Serving
-  under SLA Guarantees", ASPLOS 2025, section 3.
+  under SLA Guarantees", ASPLOS 2025.
 
 All rules count a block that several sequences share once, and an idle block as free.
 """
@@ -37,9 +37,9 @@ class AdmissionPolicy(Protocol):
 
 
 class Aggressive:
-    """Starts whatever fits now, leaving `reserve` of the pool for growth (vLLM's watermark)."""
+    """Starts whatever fits now. `reserve`: part of the pool left for growth (a watermark)."""
 
-    def __init__(self, reserve: float = 0.01) -> None:
+    def __init__(self, reserve: float = 0.0) -> None:
         self._reserve = reserve
 
     def admits(self, candidate: Sequence, running: Seq[Sequence], blocks: BlockManager) -> bool:
@@ -93,10 +93,15 @@ class PastFuture:
 
     Future. Let sequence j hold a_j blocks of its own and have r_j tokens to go, sorted so that
     r_1 >= r_2 >= ...; all decode in step. Use is highest right before some sequence i ends, when
-    exactly 1..i are left and each has grown by r_i (equations 2 to 4 of the paper, here in blocks
-    of B tokens and with the S blocks that several sequences share, taken as held to the end):
+    exactly 1..i are left and each has grown by r_i (the paper's future required memory, here in
+    blocks of B tokens and with the S blocks that several sequences share, as held to the end):
 
-        peak = S + max_i [ a_1 + ... + a_i + i * ceil(r_i / B) ]
+        peak = S + max_i [ a_1 + ... + a_i + i * (ceil(r_i / B) + 1) ]
+
+    The 1 is a spare block for every sequence, which pays for the error of the prediction. The
+    paper reserves a part of the pool instead; but errors come from outputs, so they grow with the
+    number of sequences and not with the length of prompts, and a fixed part of the pool is too
+    much where prompts are long.
 
     Past. r_j comes from recent output lengths, given that the output is longer than it is already.
     The paper draws at random, anew on every step. But a refused request is asked about on every
@@ -105,21 +110,16 @@ class PastFuture:
     quantile of its conditional distribution. The golden-ratio sequence spreads any run of
     consecutive numbers evenly over [0, 1) (three-distance theorem), so a batch of sequences stands
     for the whole distribution with less noise than independent draws, and reproducibly.
-
-    `reserve` is the part of the pool that a predicted peak may not touch: it pays for the error of
-    the prediction (the authors' code uses 5 % too).
     """
 
-    def __init__(self, history_requests: int, reserve: float = 0.05) -> None:
+    def __init__(self, history_requests: int) -> None:
         self._lengths = OutputLengths(history_requests)
-        self._reserve = reserve
 
     def observe(self, num_output_tokens: int) -> None:
         self._lengths.add(num_output_tokens)
 
     def admits(self, candidate: Sequence, running: Seq[Sequence], blocks: BlockManager) -> bool:
-        capacity = blocks.num_blocks - int(self._reserve * blocks.num_blocks)
-        return self.peak_blocks(candidate, running, blocks) <= capacity
+        return self.peak_blocks(candidate, running, blocks) <= blocks.num_blocks
 
     def peak_blocks(self, candidate: Sequence, running: Seq[Sequence], blocks: BlockManager) -> int:
         """Predicted peak use of the pool if `candidate` starts now."""
@@ -131,7 +131,7 @@ class PastFuture:
         longest_first = sorted(zip(remaining, alone, strict=True), reverse=True)
         for count, (tokens, own) in enumerate(longest_first, start=1):
             held += own
-            peak = max(peak, held + count * -(-tokens // size))
+            peak = max(peak, held + count * (-(-tokens // size) + 1))
         return shared + peak
 
     def _remaining(self, sequence: Sequence) -> int:
