@@ -176,6 +176,18 @@ class ZmqConfig:
     max_message_bytes: int = setting(16 * 1024 * 1024, "largest message, all frames together")
     max_in_flight: int = setting(256, "requests one client may have in flight")
 
+    def __post_init__(self) -> None:
+        _at_least("heartbeat_s", self.heartbeat_s, 0.01)
+        if self.peer_timeout_s < 2 * self.heartbeat_s:
+            raise ConfigError(
+                f"peer_timeout_s: {self.peer_timeout_s} is below two heartbeats of "
+                f"{self.heartbeat_s} s, so that one late message would end a session",
+                field="peer_timeout_s",
+                hint="raise it, or lower --heartbeat-s",
+            )
+        _at_least("max_message_bytes", self.max_message_bytes, 1024)
+        _at_least("max_in_flight", self.max_in_flight, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatewayConfig:
@@ -191,6 +203,10 @@ class GatewayConfig:
     max_engine_restarts: int = setting(
         3, "engine restarts allowed within ten minutes before the server gives up"
     )
+
+    def __post_init__(self) -> None:
+        _at_least("drain_s", self.drain_s, 0)
+        _at_least("max_engine_restarts", self.max_engine_restarts, 0)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,13 @@ from moeserve.core import ConfigError
         (ExpertConfig, "num_threads", 0),
         (HttpConfig, "port", 70_000),
         (HttpConfig, "max_body_bytes", 0),
+        (ZmqConfig, "heartbeat_s", 0.0),
+        (ZmqConfig, "heartbeat_s", float("nan")),
+        (ZmqConfig, "peer_timeout_s", 1.0),
+        (ZmqConfig, "max_message_bytes", 10),
+        (ZmqConfig, "max_in_flight", 0),
+        (GatewayConfig, "drain_s", -1.0),
+        (GatewayConfig, "max_engine_restarts", -1),
     ],
 )
 def test_bad_value_is_refused_by_name(cls: type, field: str, value: object) -> None:
