@@ -126,7 +126,11 @@ class Router:
         return Routing(ids=ids, weights=weights)
 
     def _scores(self, logits: Tensor) -> Tensor:
-        return logits.softmax(dim=-1) if self.spec.score == "softmax" else logits.sigmoid()
+        if self.spec.score == "softmax":
+            return logits.softmax(dim=-1)
+        # In float64, whose last bits are lost: in float32 a number's rounding depends on where in a
+        # vector register it stands, so a row's scores would depend on how many rows there are.
+        return logits.double().sigmoid().float()
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """scores [T, E] float32 to ids and the scores there, both [T, K]."""
