@@ -32,6 +32,6 @@ def test_client_needs_pyzmq_and_msgpack_alone() -> None:
         "import sys, moeserve.client\n"
         "bad = {'torch', 'msgspec', 'tokenizers', 'fastapi', 'pydantic', 'jinja2'}\n"
         "found = bad & {name.partition('.')[0] for name in sys.modules}\n"
-        "sys.exit(', '.join(sorted(found)))\n"
+        "sys.exit(', '.join(sorted(found)) or 0)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
