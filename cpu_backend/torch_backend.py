@@ -56,7 +56,9 @@ class TorchTicket:
 
 
 class TorchBackend(CpuBackend):
-    """Row (token) results depend on that row alone where `is_row_invariant` holds.
+    """A row's result depends on that row alone where `is_row_invariant` holds and the intermediate
+    size is a multiple of 32; otherwise the last bit of an activation may depend on its place in the
+    batch, and with several torch threads so it may where a row falls on the border between two.
 
     One background thread takes submitted jobs; inside a job torch's own threads share each product.
     """

@@ -22,9 +22,8 @@ def find_grouped_mm(weights: ExpertWeights) -> GroupedMm | None:
 
     It needs bfloat16, rows of a multiple of 16 bytes and, on CUDA, compute capability 8.0.
     """
-    # Public since torch 2.10, the same function under a private name before.
-    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
-    grouped_mm = grouped_mm or getattr(torch, "_grouped_mm", None)
+    # Public since torch 2.10. What 2.8 and 2.9 have under a private name takes fewer devices.
+    grouped_mm: GroupedMm | None = getattr(torch.nn.functional, "grouped_mm", None)
     _, hidden_size, intermediate_size = weights.down.shape
     fits = weights.down.dtype is torch.bfloat16 and hidden_size % 8 == intermediate_size % 8 == 0
     device = weights.down.device
