@@ -32,7 +32,7 @@ class AdmissionPolicy(Protocol):
         ...
 
     def observe(self, num_output_tokens: int) -> None:
-        """An output ended by itself with that length."""
+        """An output is complete and that long; one cut by max_tokens counts as it is."""
         ...
 
 

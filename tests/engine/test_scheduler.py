@@ -227,7 +227,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             got = self.harness.output[name]
             assert got == expected_output(asked)[: len(got)]
             del self.harness.requests[name], self.harness.ended[name]
-            self.aborted = getattr(self, "aborted", 0) + 1
         self.harness.scheduler.check_integrity()
 
     def teardown(self) -> None:
