@@ -214,7 +214,7 @@ class ZmqFront:
                 try_send(self._socket, peer, self._wire.encode(error_message(None, error)))
                 return
             session = self._sessions[peer] = Session(peer, next(self._client_numbers))
-            log.info("zmq: client %d is here (%.64r)", session.number, hello.client)
+            log.debug("zmq: client %d is here (%.64r)", session.number, hello.client)
         try:
             models = [self._service().info.name]
         except RequestError:
@@ -278,7 +278,8 @@ class ZmqFront:
         if self._sessions.pop(session.peer, None) is None:
             return
         num_requests = len(session.requests)
-        log.info(
+        log.log(
+            logging.INFO if num_requests else logging.DEBUG,
             "zmq: client %d is gone: %s; %d requests cancelled",
             *(session.number, reason, num_requests),
         )
