@@ -30,8 +30,10 @@ def run_grouped(
         for expert, group in enumerate(rows.split_with_sizes(counts))
         if counts[expert]
     ]
-    grouped = torch.cat(outs)  # [T*K, H]
-    return torch.empty_like(grouped).index_copy_(0, order, grouped).view(num_tokens, top_k, -1)
+    grouped = torch.cat((rows[:0], *outs))  # [T*K, H]
+    return (
+        torch.empty_like(grouped).index_copy_(0, order, grouped).view(num_tokens, top_k, x.shape[1])
+    )
 
 
 def weighted_sum(pair_out: Tensor, weights: Tensor) -> Tensor:

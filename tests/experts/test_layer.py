@@ -96,6 +96,7 @@ def test_layer_equals_the_reference(case: int, dtype: torch.dtype) -> None:
         assert (y.shape, y.dtype) == (x.shape, dtype)
         assert_near(y, reference_experts(spec, weights, x.double(), layer.router(x)))
         runtime.cache.check_integrity()
+    assert layer.forward(x[:0], step=0).shape == (0, spec.hidden_size)
     runtime.close()
 
 
