@@ -71,7 +71,7 @@ class HttpServer:
                 server_header=False,
                 proxy_headers=False,
                 h11_max_incomplete_event_size=config.max_header_bytes + HEAD_SLACK_BYTES,
-                timeout_graceful_shutdown=FLUSH_S,
+                timeout_graceful_shutdown=2 * FLUSH_S,  # a backstop: `stop` is faster
             )
         )
         self._task: asyncio.Task[None] | None = None
@@ -83,7 +83,11 @@ class HttpServer:
 
     async def stop(self) -> None:
         """Closes the listener, gives open responses FLUSH_S to reach their readers."""
-        if self._task is not None:
-            self._server.should_exit = True
-            await asyncio.wait({self._task})
-            self._task.result()
+        if self._task is None:
+            return
+        self._server.should_exit = True
+        await asyncio.wait({self._task}, timeout=FLUSH_S)
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()  # its reader reads nothing; the handler learns of it
+        await asyncio.wait({self._task})
+        self._task.result()

@@ -220,8 +220,11 @@ def engine_metrics(status: EngineStatus) -> list[Metric]:
             "block_tokens": str(info.block_tokens),
         }
         result.append(InfoMetricFamily("moeserve_model", "The model served.", value=labels))
-    if status.stats is not None:
-        result += _stats_metrics(status.stats)
+    stats = status.stats
+    if stats is None and status.stage == "ready":
+        stats = EngineStats()  # it has just started; the next heartbeat brings numbers
+    if stats is not None:
+        result += _stats_metrics(stats)
     return result
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,19 @@ def server(tmp_path: Path) -> Iterator[BigramServer]:
         yield server
 
 
-def send_request(server: BigramServer, body: dict[str, Any]) -> socket.socket:
-    """Sends a request over a bare socket, whose closing is then under our control."""
+def send_request(
+    server: BigramServer, body: dict[str, Any], receive_bytes: int = 1 << 16
+) -> socket.socket:
+    """Sends a request over a bare socket, whose reading and closing are then up to us."""
     content = json.dumps(body).encode()
     head = (
         f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
     )
-    connection = socket.create_connection(server.address, timeout=30)
+    connection = socket.socket()
+    connection.settimeout(30)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.connect(server.address)
     connection.sendall(head.encode() + content)
     return connection
 
@@ -188,6 +194,27 @@ def test_a_slow_reader_gets_everything(server: BigramServer) -> None:
         server.wait_until(lambda: not server.inside.engine.num_running)
         text = "".join(event["choices"][0]["text"] for event in events_of(response))
     assert text == whole
+
+
+def test_a_reader_that_reads_nothing_does_not_hold_up_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with BigramServer(tmp_path) as server:
+        body = {**LONG, "max_tokens": 3000, "n": 4, "logprobs": 20, "stream": True}
+        connection = send_request(server, body, receive_bytes=2048)
+        engine = server.inside.engine
+        server.wait_until(lambda: len(engine.submitted) == 4 and not engine.num_running)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    size = len(read_until_reset(connection))
+    assert size < 4 * 3000 * 20 * 10, "the test is void: everything fitted into the buffers"
+
+
+def read_until_reset(connection: socket.socket) -> bytes:
+    pieces = []
+    with connection, suppress(ConnectionResetError):
+        while piece := connection.recv(1 << 20):
+            pieces.append(piece)
+    return b"".join(pieces)
 
 
 def test_many_streams_at_once_keep_their_own_tokens(server: BigramServer) -> None:

@@ -132,6 +132,13 @@ def test_without_an_engine() -> None:
     assert "vllm:num_requests_running" not in families
 
 
+def test_an_engine_that_has_said_no_numbers_yet() -> None:
+    just_started = EngineStatus(epoch="e", stage="ready")
+    families = scrape(Metrics(lambda: just_started).text().decode())
+    assert set(families) >= WANTED
+    assert value(families, "vllm:num_requests_running") == 0
+
+
 def test_over_http(tmp_path: Path) -> None:
     with BigramServer(tmp_path) as server:
         for _ in range(3):
