@@ -1,0 +1,94 @@
+"""A row's logits are the same bits in every batch, chunk size and prefix: float32 and bfloat16."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from parity_cases import DRAW, VOCAB, Runner, Sequence_, draw_config, make_reference, save
+
+from moeserve.config import ExpertConfig, ModelConfig
+from moeserve.models.attention import attend
+from moeserve.models.inputs import Span
+from moeserve.models.kv_pool import KvLayer
+from moeserve.models.registry import load_model
+from moeserve.models.step_context import AttentionLayout, attention_tiles
+
+DTYPES = ["float32", "bfloat16"]
+#: kv heads, query heads of each, key width, kv width, where the value starts, window, tokens
+SHAPES = [
+    (2, 3, 32, 64, 32, None, 300),
+    (1, 8, 128, 256, 128, None, 700),
+    (2, 1, 64, 128, 64, None, 1100),
+    (1, 16, 96, 96, 0, None, 600),
+    (2, 4, 64, 128, 64, 40, 300),
+    (1, 1, 32, 64, 32, 300, 800),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> Iterator[None]:
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_of_a_row(shape: tuple[int, ...], dtype: str) -> None:
+    heads, group, key, width, value_start, window, num_tokens = shape
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    kind = getattr(torch, dtype)
+    slots = torch.zeros(num_tokens + 1, heads, width, dtype=kind)
+    slots[:num_tokens] = torch.randn(num_tokens, heads, width, generator=generator)
+    kv = KvLayer(slots)
+    places = torch.randperm(num_tokens, generator=generator)
+    queries = torch.randn(num_tokens, heads, group, key, generator=generator).to(kind)
+    sinks = torch.randn(heads, group, generator=generator).to(kind)
+    layout = AttentionLayout(heads, group, width, window)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        span = Span(0, stop - start, stop, places[:stop])
+        tiles = attention_tiles([span], layout, num_tokens, kind)
+        return attend(queries[start:stop], kv, tiles, value_start, key**-0.5, sinks)
+
+    whole = rows(0, num_tokens)
+    for chunk in (1, 3, 33, 100):
+        pieces = [
+            rows(start, min(start + chunk, num_tokens)) for start in range(0, num_tokens, chunk)
+        ]
+        assert torch.equal(torch.cat(pieces), whole), f"chunks of {chunk}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model_type", list(DRAW))
+def test_logits_of_a_row(model_type: str, dtype: str, tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    reference = make_reference(draw_config(model_type, seed), model_type, seed)
+    save(reference, tmp_path, packed=True, old_style=False)
+    runner = Runner(load_model(ModelConfig(model=str(tmp_path), dtype=dtype), ExpertConfig()))
+    rng = random.Random(seed)
+    token_ids = [rng.randrange(VOCAB) for _ in range(120)]
+    whole = runner.logits(token_ids)
+    for most in (1, 5, 40):
+        sequence, neighbour = Sequence_(token_ids), Sequence_([rng.randrange(VOCAB)])
+        pieces = []
+        while sequence.num_computed < len(token_ids):
+            left = len(token_ids) - sequence.num_computed
+            logits, other = runner.step(
+                [(sequence, rng.randint(1, min(most, left))), (neighbour, 1)]
+            )
+            pieces.append(logits)
+            runner.extend(neighbour, other)
+        assert torch.equal(torch.cat(pieces), whole), f"chunks of up to {most}"
+        runner.free += sequence.block_ids + neighbour.block_ids
