@@ -174,7 +174,7 @@ def parity(args: argparse.Namespace, ends_s: float) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu"),
         "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider",
-        f"--junitxml={file}", "-o", "junit_family=xunit1",
+        f"--junitxml={file}", "-o", "junit_family=xunit1", "--timeout=120",
     ]  # fmt: skip
     _, problem = run_step(command, args, left_s(ends_s) * 0.6)
     cases = read_cases(file) if file.exists() else []
