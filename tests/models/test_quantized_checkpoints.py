@@ -1,0 +1,157 @@
+"""Checkpoints whose weights are stored in FP8 blocks or MXFP4, against transformers on the same
+numbers in float32; and layers for multi-token prediction that are left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from parity_cases import (
+    VOCAB,
+    Runner,
+    draw_config,
+    make_reference,
+    reference_logits,
+    relative_error,
+    save,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from moeserve.config import ExpertConfig, ModelConfig
+from moeserve.core import ModelError
+from moeserve.models.registry import load_model
+
+BLOCK = (16, 24)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def seed() -> int:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    return seed
+
+
+def set_config(path: Path, **fields: object) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def logits_of(path: Path, token_ids: list[int], dtype: str = "float32") -> Tensor:
+    loaded = load_model(ModelConfig(model=str(path), dtype=dtype), ExpertConfig())
+    return Runner(loaded).logits(token_ids)
+
+
+def prompt(seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB) for _ in range(50)]
+
+
+def put(reference: PreTrainedModel, path: Path, tensors: dict[str, Tensor]) -> None:
+    """Gives the reference the dense form of what the checkpoint holds, by loading it."""
+    dense = path.parent / "dense"
+    save(reference, dense, packed=False, old_style=False)
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    loaded = type(reference).from_pretrained(dense)
+    reference.load_state_dict(loaded.state_dict())
+
+
+def to_fp8_blocks(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(e4m3, scale per block, the float32 that they stand for)."""
+    rows, columns = weight.shape
+    blocks = torch.zeros(-(-rows // BLOCK[0]), -(-columns // BLOCK[1]))
+    stored = torch.zeros(weight.shape, dtype=torch.float8_e4m3fn)
+    dense = torch.zeros(weight.shape)
+    for i, j in [(i, j) for i in range(blocks.shape[0]) for j in range(blocks.shape[1])]:
+        at = (
+            slice(i * BLOCK[0], (i + 1) * BLOCK[0]),
+            slice(j * BLOCK[1], (j + 1) * BLOCK[1]),
+        )
+        blocks[i, j] = weight[at].abs().max() / 448
+        stored[at] = (weight[at] / blocks[i, j]).to(torch.float8_e4m3fn)
+        dense[at] = stored[at].float() * blocks[i, j]
+    return stored, blocks, dense
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_moe", "glm4_moe"])
+def test_fp8_blocks(model_type: str, seed: int, tmp_path: Path) -> None:
+    reference = make_reference(draw_config(model_type, seed), model_type, seed)
+    path = tmp_path / "fp8"
+    save(reference, path, packed=False, old_style=False)
+    stored = load_file(path / "model.safetensors")
+    dense = dict(stored)
+    for name, tensor in list(stored.items()):
+        plain = "embed" in name or "lm_head" in name or "gate.weight" in name
+        if tensor.dim() == 2 and not plain:
+            stored[name], stored[f"{name}_scale_inv"], dense[name] = to_fp8_blocks(tensor)
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    quantization = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(BLOCK),
+        "modules_to_not_convert": ["lm_head"],
+    }
+    set_config(path, quantization_config=quantization)
+    put(reference, path, dense)
+    token_ids = prompt(seed)
+    expected = reference_logits(reference, token_ids)
+    assert relative_error(logits_of(path, token_ids), expected) < 1e-4
+
+
+def test_mxfp4(seed: int, tmp_path: Path) -> None:
+    config = draw_config("gpt_oss", seed) | {"hidden_size": 64, "intermediate_size": 32}
+    reference = make_reference(config, "gpt_oss", seed)
+    path = tmp_path / "mxfp4"
+    save(reference, path, packed=False, old_style=True)
+    stored = load_file(path / "model.safetensors")
+    dense = dict(stored)
+    generator = torch.Generator().manual_seed(seed)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = stored.pop(name).shape  # the dense form is transposed
+        shape = (experts, rows, columns // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(122, 126, shape, generator=generator, dtype=torch.uint8)
+        stored[f"{name}_blocks"], stored[f"{name}_scales"] = blocks, scales
+        whole = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        dense[name] = whole.reshape(experts, columns, rows).contiguous()
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    set_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []})
+    put(reference, path, dense)
+    token_ids = prompt(seed)
+    expected = reference_logits(reference, token_ids)
+    assert relative_error(logits_of(path, token_ids), expected) < 1e-4
+    near = logits_of(path, token_ids, "bfloat16")
+    error = (near - expected).abs().amax(-1) / expected.abs().amax()
+    assert float(error.median()) < 0.05
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+def test_prediction_layers_are_left_alone(model_type: str, seed: int, tmp_path: Path) -> None:
+    reference = make_reference(draw_config(model_type, seed), model_type, seed)
+    save(reference, tmp_path, packed=False, old_style=False)
+    file = tmp_path / "model.safetensors"
+    stored = load_file(file)
+    extra = {
+        "model.layers.3.eh_proj.weight": torch.ones(2, 2),
+        "model.layers.3.self_attn.o_proj.weight": torch.ones(2, 2),
+    }
+    save_file(stored | extra, file, metadata={"format": "pt"})
+    token_ids = prompt(seed)
+    expected = reference_logits(reference, token_ids)
+    assert relative_error(logits_of(tmp_path, token_ids), expected) < 1e-4
+    set_config(tmp_path, num_nextn_predict_layers=0)
+    with pytest.raises(ModelError, match=r"extra tensors.*layers\.3\.eh_proj"):
+        logits_of(tmp_path, token_ids)
