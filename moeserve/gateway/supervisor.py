@@ -118,7 +118,10 @@ class EngineSupervisor:
 
     async def _run_once(self) -> tuple[str, bool]:
         """Runs one engine process to its end: why it ended, and whether that is final."""
-        process = await self._spawn()
+        try:
+            process = await self._spawn()
+        except OSError as error:  # no memory, no process ids, no file descriptors
+            return f"the engine process cannot be started: {error}", False
         self._process = process
         tail = deque[bytes](maxlen=20)
         forward = asyncio.create_task(_forward_log(process, tail))

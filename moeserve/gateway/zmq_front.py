@@ -21,6 +21,7 @@ from moeserve.config import ZmqConfig
 from moeserve.core import ErrorCode, MoeserveError, RequestError
 from moeserve.framing import ProtocolError, client_server_wire
 from moeserve.gateway.curve import ClientGate, load_server_keys
+from moeserve.gateway.lasting_task import LastingTask
 from moeserve.gateway.service import GenerationService
 from moeserve.gateway.zmq_endpoint import check_endpoint, remove_socket_file
 from moeserve.gateway.zmq_send import Sent, try_send
@@ -87,7 +88,7 @@ class ZmqFront:
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket
         self._gate: ClientGate | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[LastingTask] = []
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -122,9 +123,11 @@ class ZmqFront:
             raise _cannot_bind(self.endpoint, error) from error
         self.endpoint = socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._tasks = [
-            asyncio.create_task(self._receive(), name="zmq-front-receive"),
-            asyncio.create_task(self._beat(), name="zmq-front-beat"),
+            LastingTask(self._receive, "zmq-front-receive"),
+            LastingTask(self._beat, "zmq-front-beat"),
         ]
+        for task in self._tasks:
+            task.start()
 
     async def drain(self, timeout_s: float) -> bool:
         """Waits until every request has had its last message; False when that took too long."""
@@ -136,17 +139,18 @@ class ZmqFront:
 
     async def stop(self) -> None:
         """Ends every request with an error and closes the socket."""
+        for task in self._tasks:
+            await task.stop()
         ended = RequestError("the server has stopped", code=ErrorCode.UNAVAILABLE)
-        tasks = list(self._tasks)
+        serving = []
         for session in self._sessions.values():
             for request in session.requests.values():
                 self._send(session, error_message(request.request_id, ended))
                 if request.task is not None:
-                    tasks.append(request.task)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if tasks:  # else: it never started
+                    request.task.cancel()
+                    serving.append(request.task)
+        await asyncio.gather(*serving, return_exceptions=True)
+        if self._tasks:  # else: it never started
             remove_socket_file(self.endpoint)
             self._close(linger_ms=500)  # for the last words
             await asyncio.to_thread(self._context.term)

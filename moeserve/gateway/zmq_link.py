@@ -16,6 +16,7 @@ import zmq.asyncio
 
 from moeserve.core import EngineDelta, EngineRequest, ErrorCode, FinishReason, RequestError
 from moeserve.framing import ProtocolError, gateway_side_wire
+from moeserve.gateway.lasting_task import LastingTask
 from moeserve.gateway.zmq_endpoint import remove_socket_file
 from moeserve.gateway.zmq_send import Sent, try_send
 from moeserve.messages import (
@@ -77,7 +78,7 @@ class ZmqEngineLink:
         self._wire = gateway_side_wire()
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[LastingTask] = []
 
     # -- EngineLink ------------------------------------------------------------------------------
 
@@ -112,15 +113,16 @@ class ZmqEngineLink:
         self._socket.set_hwm(0)
         self._socket.bind(self.endpoint)
         self._tasks = [
-            asyncio.create_task(self._receive(), name="engine-link-receive"),
-            asyncio.create_task(self._beat(), name="engine-link-beat"),
+            LastingTask(self._receive, "engine-link-receive"),
+            LastingTask(self._beat, "engine-link-beat"),
         ]
+        for task in self._tasks:
+            task.start()
 
     async def stop(self) -> None:
         self.mark_down("stopping", "the server stops")
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            await task.stop()
         if self._tasks:  # else: it never started
             remove_socket_file(self.endpoint)
             self._socket.close()

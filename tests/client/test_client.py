@@ -218,7 +218,7 @@ def test_a_silent_server_is_noticed(tmp_path: Path) -> None:
         running = asyncio.create_task(client.generate("abc"))
         await until(lambda: stack.engine.has_work)
         for task in stack.front._tasks:  # neither reads nor beats any more, the socket stays open
-            task.cancel()
+            await task.stop()
         with pytest.raises(ConnectionLost, match="silent"):
             await running
         stack.engine.gate.set()  # nobody is left to hear of the cancel

@@ -15,7 +15,7 @@ from zmq_support import RawClient, Stack, echoed, running_stack, text_of, until
 
 from moeserve.config import ZmqConfig
 from moeserve.framing import CLIENT_VERSION
-from moeserve.gateway import zmq_front
+from moeserve.gateway import lasting_task, zmq_front
 from moeserve.gateway.zmq_send import Sent, try_send
 
 Body = Callable[[Stack], Awaitable[None]]
@@ -405,5 +405,22 @@ def test_stop_tells_the_clients(tmp_path: Path) -> None:
             error = await client.receive()
             assert (error["request_id"], error["code"]) == ("r", "engine_unavailable")
             await until(lambda: not stack.engine.has_work)
+
+    run(body, tmp_path)
+
+
+def test_a_defect_does_not_leave_the_front_deaf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lasting_task, "RESTART_S", 0.01)
+
+    async def body(stack: Stack) -> None:
+        async with RawClient(stack.endpoint) as client:
+            await client.hello()
+            with monkeypatch.context() as broken:
+                broken.setattr(stack.front, "_take", None)
+                await client.send("ping")
+                await until(lambda: "starts again" in caplog.text)
+            await still_serves(stack, client)
 
     run(body, tmp_path)
