@@ -21,6 +21,8 @@ from moeserve.core import (
     RequestError,
     TokenLogprob,
 )
+from moeserve.cpu_backend._native import usable_isa_extensions
+from moeserve.cpu_backend.threads import use_threads
 from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
 from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.model_runner import ModelRunner, StepOutput, chunk_rows
@@ -57,8 +59,15 @@ class Engine:
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
-        """Loads the model. Raises ModelError or ConfigError; progress gets (stage, 0..1)."""
-        return cls(config, load_model(config.model, config.experts, progress))
+        """Loads the model and sets this process's compute threads.
+
+        Raises ModelError or ConfigError. progress gets (stage, 0..1).
+        """
+        threads = use_threads(config.experts.num_threads)
+        loaded = load_model(config.model, config.experts, progress)
+        loaded.notes["threads"] = f"{threads.num_threads} ({threads.reason})"
+        loaded.notes["isa"] = ", ".join(usable_isa_extensions()) or "no vector extension known"
+        return cls(config, loaded)
 
     @property
     def info(self) -> ModelInfo:
