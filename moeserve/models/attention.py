@@ -33,11 +33,11 @@ def attend(
     value_start on. sinks: [kv_heads, G], logits that join the softmax with value zero.
     Returns [T, kv_heads, G, width - value_start].
     """
-    num_heads, group_heads, key_dim = queries.shape[1:]
+    group_heads, key_dim = queries.shape[2:]
     out = queries.new_empty(*queries.shape[:3], kv.width - value_start)
     for tile in tiles:
-        # [B, kv_heads, C, width]
-        context = kv.gather(tile.kv_rows).view(tile.num_spans, num_heads, -1, kv.width)
+        context = kv.gather(tile.kv_slots).unflatten(0, (tile.num_spans, -1))
+        context = context.transpose(1, 2)  # [B, kv_heads, C, width]
         rows = queries[tile.rows].unflatten(0, (tile.num_spans, tile.num_rows))
         rows = rows.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, kv_heads, G * r, D]
         num_query_rows = rows.shape[2]

@@ -1,4 +1,4 @@
-"""The memory of the paged kv: one row per slot and kv head, in every layer."""
+"""The memory of the paged kv: one entry per slot, in every layer."""
 
 from __future__ import annotations
 
@@ -9,24 +9,19 @@ from moeserve.models.spec import ModelSpec
 
 
 class KvLayer:
-    """The kv of one layer: [slots, kv_heads, width], width as in the attention's `kv_shape`.
+    """The kv of one layer. entries: [slots, kv_heads, width], as in the attention's `kv_shape`."""
 
-    Written by slot; read by row, where row = slot * kv_heads + head, so that one gather brings the
-    keys and values of all heads in the order in which attention multiplies them.
-    """
-
-    def __init__(self, slots: Tensor) -> None:
-        _, self.num_heads, self.width = slots.shape
-        self._slots = slots.flatten(1)  # [slots, kv_heads * width]
-        self._rows = slots.flatten(0, 1)  # [slots * kv_heads, width]
+    def __init__(self, entries: Tensor) -> None:
+        self._entries = entries
+        self.width = entries.shape[2]
 
     def write(self, slots: Tensor, kv: Tensor) -> None:
         """slots: [T]; kv: [T, kv_heads, ...], `width` numbers per head."""
-        self._slots.index_copy_(0, slots, kv.reshape(len(slots), -1))
+        self._entries.index_copy_(0, slots, kv.reshape(len(slots), *self._entries.shape[1:]))
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """rows: [N] -> [N, width]."""
-        return self._rows.index_select(0, rows)
+    def gather(self, slots: Tensor) -> Tensor:
+        """slots: [N] -> [N, kv_heads, width]."""
+        return self._entries.index_select(0, slots)
 
 
 class KvPool:

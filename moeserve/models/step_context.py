@@ -1,4 +1,4 @@
-"""What all layers need to know of a step, worked out once: rotations, kv rows, masks.
+"""What all layers need to know of a step, worked out once: rotations, kv slots, masks.
 
 A row's result must not depend, to the bit, on what else is in the batch or on how its prompt was
 cut into chunks. torch's fused attention on the CPU keeps that promise where a token always stands
@@ -32,9 +32,10 @@ ALIGNED_COLUMNS = 32
 STEP_ROWS = 8
 #: Rows of a sequence are computed in tiles of at most that many, each with the context it sees.
 MAX_TILE_ROWS = 64
-#: bounds on the numbers in a tile's scores and in the kv that is gathered for it
+#: Bounds on the numbers in a tile's scores and in the kv that is gathered for it. The C library
+#: takes blocks above 32 MiB afresh from the system every time, which costs more than to fill them.
 TILE_SCORES = 1 << 22
-TILE_KV = 1 << 24
+TILE_KV = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class AttentionLayout:
 class AttentionTile:
     """r query rows of each of B sequences, with equally many kv columns: one fused product.
 
-    rows: the B * r batch rows, sequence by sequence. kv_rows: [B * kv_heads * C], rows of a
-    KvLayer; column 0 is the null slot, then the context, then again the null slot.
+    rows: the B * r batch rows, sequence by sequence. kv_slots: [B * C], C for each sequence: the
+    null slot, then the context, then again the null slot.
     mask: [B, 1, M, C] to be added to scores, rows in the order (query head of the kv head, row);
     M is G * r and padding up to a multiple of STEP_ROWS.
     """
@@ -60,7 +61,7 @@ class AttentionTile:
     num_spans: int
     num_rows: int
     rows: slice | Tensor
-    kv_rows: Tensor
+    kv_slots: Tensor
     mask: Tensor
 
 
@@ -160,13 +161,11 @@ def _tile(
     for line, piece in zip(slots, pieces, strict=True):
         seen = piece.kv_slots[piece.first_token : piece.end_token]
         line[1 : len(seen) + 1] = seen
-    heads = torch.arange(layout.num_kv_heads, device=device)
-    kv_rows = slots[:, None, :] * layout.num_kv_heads + heads[:, None]  # [B, kv_heads, C]
     return AttentionTile(
         num_spans=len(pieces),
         num_rows=pieces[0].num_rows,
         rows=_rows(pieces),
-        kv_rows=kv_rows.flatten(),
+        kv_slots=slots.flatten(),
         mask=_mask(pieces, columns, layout, dtype, device),
     )
 
