@@ -37,7 +37,7 @@ QUESTIONS: list[tuple[str, list[str]]] = [
     ("import os\nimport", [" sys", " thou", " Lily"]),
     ("def __init__(", ["self", "thee", "mom"]),
     ("    if not isinstance(value,", [" str", " dog", " grace"]),
-    ("        raise ValueError(", ['"', "lord", "happy"]),
+    ("        raise", [" ValueError", " lord", " happy"]),
     ("for i in range(", ["len", "king", "ball"]),
 ]
 
@@ -102,13 +102,13 @@ metric_list:
     return directory
 
 
-def evaluate(task: Path, model: str, **model_args: Any) -> list[float]:
+def evaluate(task: Path, client: str, **model_args: Any) -> list[float]:
     """All log-likelihoods of the task, in the order of documents and choices."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     result = simple_evaluate(
-        model=model,
+        model=client,
         model_args=model_args,
         tasks=["local_choice"],
         task_manager=TaskManager(include_path=str(task), include_defaults=False),
@@ -116,7 +116,7 @@ def evaluate(task: Path, model: str, **model_args: Any) -> list[float]:
         bootstrap_iters=0,
     )
     samples = sorted(result["samples"]["local_choice"], key=lambda sample: sample["doc_id"])
-    print(f"{model}: accuracy {result['results']['local_choice']['acc,none']:.3f}")
+    print(f"{client}: accuracy {result['results']['local_choice']['acc,none']:.3f}")
     return [float(answer[0][0]) for sample in samples for answer in sample["resps"]]
 
 
