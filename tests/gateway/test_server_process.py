@@ -26,7 +26,7 @@ def serve(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with running_server("--drain-s", "60") as server:
+    with running_server("--drain-s", "240") as server:
         yield server
 
 
@@ -47,21 +47,21 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         url = f"{self._server.http}/v1/completions"
-        with httpx.stream("POST", url, json=self._body, timeout=60) as response:
+        with httpx.stream("POST", url, json=self._body, timeout=240) as response:
             for line in filter(None, response.iter_lines()):
                 self.lines.append(line)
                 self.started.set()
 
 
 def test_drains_on_the_first_signal(server: Server) -> None:
-    reader = Reader(server, max_tokens=200)
+    reader = Reader(server, max_tokens=120)
     reader.start()
     assert reader.started.wait(60)
     server.process.send_signal(signal.SIGTERM)
     wait_for(server, "draining")
     refused = httpx.post(f"{server.http}/v1/completions", json={"prompt": "a"})
     assert refused.status_code == 503
-    reader.join(60)
+    reader.join(240)
     assert reader.lines[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in reader.lines[-2]
     assert server.process.wait(60) == 0
