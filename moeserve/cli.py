@@ -114,7 +114,10 @@ def _request(args: argparse.Namespace) -> int:
 
 
 def _keygen_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", help="where to write the keys; must not hold any yet")
+    parser.add_argument("directory", help="where to write the keys; what is there stays")
+    parser.add_argument(
+        "--client", default="client", metavar="NAME", help="client to make a key pair for"
+    )
 
 
 def _keygen(args: argparse.Namespace) -> int:
@@ -122,7 +125,7 @@ def _keygen(args: argparse.Namespace) -> int:
 
     from moeserve.gateway.curve import write_keys
 
-    for path in write_keys(Path(args.directory)):
+    for path in write_keys(Path(args.directory), args.client):
         print(path)
     return 0
 
