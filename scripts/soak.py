@@ -261,6 +261,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--model", help="directory or hub id (default: the bundled model)")
     parser.add_argument("--num-blocks", type=int, default=512, help="of the server's kv pool")
+    parser.add_argument(
+        "--num-threads", type=int, default=1, help="of the engine; the bundled model needs no more"
+    )
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--slack", type=float, default=0.1, help="memory growth allowed")
     args = parser.parse_args(arguments)
@@ -271,14 +274,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    with running_server("--num-blocks", str(args.num_blocks), model=args.model) as server:
+    flags = ("--num-blocks", str(args.num_blocks), "--num-threads", str(args.num_threads))
+    with running_server(*flags, model=args.model) as server:
         report = asyncio.run(soak(server, args))
     for outcome, count in sorted(report["outcomes"].items()):
         print(f"  {outcome:<28} {count}")
-    for name, start_mib in report["rss_mib_half"].items():
-        print(
-            f"  {name} memory: {start_mib} MiB at half time, {report['rss_mib_end'][name]} at end"
-        )
+    for name, mib in report["rss_mib"].items():
+        print(f"  {name} memory over time, MiB: {' '.join(f'{value:.0f}' for value in mib)}")
     for violation in report["violations"]:
         print(f"  VIOLATION {violation}")
     print(json.dumps(report))

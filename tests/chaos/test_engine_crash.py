@@ -20,7 +20,7 @@ PROMPT = "Once upon a time"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running_server("--max-engine-restarts", "2") as running:
+    with running_server("--max-engine-restarts", "2", "--num-threads", "1") as running:
         yield running
 
 
@@ -99,7 +99,7 @@ def test_too_many_crashes_are_told(server: Server) -> None:
 
 
 def test_an_engine_does_not_outlive_a_killed_gateway() -> None:
-    with running_server() as server:
+    with running_server("--num-threads", "1") as server:
         engine = engine_of(server)
         os.kill(server.process.pid, signal.SIGKILL)
         wait_for(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE)
