@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 
 from moeserve.config import ZmqConfig
-from moeserve.core import ErrorCode, MoeserveError, RequestError
+from moeserve.core import ConfigError, ErrorCode, MoeserveError, RequestError
 from moeserve.framing import ProtocolError, client_server_wire
 from moeserve.gateway.curve import ClientGate, load_server_keys
 from moeserve.gateway.lasting_task import LastingTask
@@ -120,7 +120,8 @@ class ZmqFront:
             socket.bind(self.endpoint)
         except zmq.ZMQError as error:
             self._close(linger_ms=0)
-            raise _cannot_bind(self.endpoint, error) from error
+            text = f"endpoint: cannot bind {self.endpoint}: {error.strerror}"
+            raise ConfigError(text, field="endpoint", hint="name another with --zmq") from error
         self.endpoint = socket.get_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._tasks = [
             LastingTask(self._receive, "zmq-front-receive"),
@@ -345,11 +346,3 @@ class ZmqFront:
             log.error("zmq: request %s failed", request.request_id, exc_info=failure)
             error = RequestError("internal error", code=ErrorCode.INTERNAL)
             self._send(session, error_message(request.request_id, error))
-
-
-def _cannot_bind(endpoint: str, error: zmq.ZMQError) -> MoeserveError:
-    return MoeserveError(
-        f"endpoint: cannot bind {endpoint}: {error.strerror}",
-        field="endpoint",
-        hint="another process may use it; name another endpoint with --zmq",
-    )
