@@ -90,7 +90,7 @@ class Pool:
                 blocks = self.blocks.blocks_for(sequence.num_tokens + step)
                 shared = len(sequence.table.path)
                 used.update(tuple(sequence.token_ids[: (i + 1) * size]) for i in range(shared))
-                used.update((index, i) for i in range(shared, blocks))
+                used.update(("own", index, i) for i in range(shared, blocks))
             peak = max(peak, len(used))
         return peak
 
