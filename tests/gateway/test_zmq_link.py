@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def request(name: str, max_tokens: int = 10, **params: object) -> EngineRequest:
 def run(body: Body, directory: Path) -> None:
     async def main() -> None:
         sockets = private_directory(directory / "sockets")
-        link = ZmqEngineLink(f"ipc://{sockets}/engine.sock", heartbeat_s=0.05, max_silence_beats=4)
+        endpoint = f"ipc://{sockets}/engine.sock"
+        link = ZmqEngineLink(endpoint, heartbeat_s=0.1, max_silence_beats=8)
         await link.start()
         thread = EngineThread(link.endpoint)
         thread.start()
@@ -164,6 +166,40 @@ def test_silence_is_noticed(tmp_path: Path) -> None:
         assert not link.silent.is_set()
         with pytest.raises(RequestError, match="restarting"):
             link.submit(request("r"))
+
+    run(body, tmp_path)
+
+
+def test_heartbeats_and_progress_go_on_during_a_long_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(link: ZmqEngineLink, thread: EngineThread) -> None:
+        release, entered = threading.Event(), threading.Event()
+
+        def long_step() -> list[EngineDelta]:
+            entered.set()
+            assert release.wait(30)
+            return thread.engine.abort("r")
+
+        monkeypatch.setattr(thread.engine, "step", long_step)
+        stream = link.submit(request("r"))
+        await until(entered.is_set)
+        num_beats = 0
+
+        def counted(status: EngineStatus) -> None:
+            nonlocal num_beats
+            num_beats += 1
+            take_status(status)
+
+        take_status = link._take_status
+        monkeypatch.setattr(link, "_take_status", counted)
+        await until(lambda: num_beats > 10)
+        assert not link.silent.is_set()
+        thread.channel.set_stage("loading", "weights", 0.5)
+        status = await link.wait_for(lambda s: s.stage == "loading")
+        assert (status.detail, status.progress) == ("weights", 0.5)
+        release.set()
+        assert (await collect(stream))[-1].finish_reason is FinishReason.CANCELLED
 
     run(body, tmp_path)
 
