@@ -80,10 +80,18 @@ def split_prompts(given: str | list[Any], max_prompts: int) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class _Echo:
-    """What comes before an answer when the prompt is echoed."""
+    """What comes before an answer when the prompt is echoed.
+
+    offset: characters of the prompt before the answer's own first one, in every chunk.
+    """
 
     text: str
     logprobs: tuple[TokenText, ...]
+    offset: int
+
+    def sent(self) -> _Echo:
+        """The same once its text is out: it counts for offsets and is not sent again."""
+        return _Echo("", (), self.offset)
 
 
 class _Completion:
@@ -143,9 +151,10 @@ class _Completion:
 
     def _echo(self, generation: Generation) -> _Echo:
         if not self.body.echo:
-            return _Echo("", ())
+            return _Echo("", (), 0)
         logprobs = generation.prompt_logprobs if self.body.logprobs is not None else None
-        return _Echo(generation.prompt_text, logprobs or ())
+        text = generation.prompt_text
+        return _Echo(text, logprobs or (), len(text))
 
     def _choice(
         self, number: int, index: int, generation: Generation, answer: Answer
@@ -164,7 +173,7 @@ class _Completion:
         logprobs = None
         if self.body.logprobs is not None:
             before = legacy_logprobs(echo.logprobs)
-            after = legacy_logprobs(tokens, shift=len(echo.text))
+            after = legacy_logprobs(tokens, shift=echo.offset)
             logprobs = {name: before[name] + after[name] for name in after}
         return {
             "index": number * self.num_answers + index,
@@ -176,11 +185,11 @@ class _Completion:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The encoded events of a request that streams."""
         async with running(self.service, self.requests, FIELD_NAMES) as generations:
-            echoed: set[tuple[int, int]] = set()
+            echoes: dict[tuple[int, int], _Echo] = {}
             async for number, event in merged(generations):
-                first = (number, event.index) not in echoed
-                echoed.add((number, event.index))
-                echo = self._echo(generations[number]) if first else _Echo("", ())
+                answer = (number, event.index)
+                echo = echoes.get(answer) or self._echo(generations[number])
+                echoes[answer] = echo.sent()
                 if (chunk := self._chunk(number, event, echo)) is not None:
                     yield sse(chunk)
             if wants_usage(self.body):
