@@ -25,12 +25,12 @@ BEST_WEIGHTS = "best.safetensors"
 class TrainConfig:
     """Everything that decides the result of a run, beside data and model sizes."""
 
-    steps: int = 4000
+    steps: int = 1640
     batch_tokens: int = 4096
     chat_share: float = 0.2
     learning_rate: float = 2.5e-3
     warmup_steps: int = 150
-    decay_share: float = 0.4  # the last part of the run, in which the rate falls to zero
+    decay_share: float = 0.25  # the last part of the run, in which the rate falls to zero
     weight_decay: float = 0.1
     dropout: float = 0.1
     balance_coefficient: float = 0.005
