@@ -40,37 +40,17 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.cli_options import ENGINE_SETTINGS, add_flags
+    from moeserve.cli_options import ENGINE_SETTINGS, add_flags, add_sampling_flags
 
     _model_argument(parser)
     parser.add_argument("-p", "--prompt", help="text to continue; - reads standard input")
     parser.add_argument("--chat", action="store_true", help="treat the prompt as a user's message")
-    sampling = parser.add_argument_group("Sampling")
-    sampling.add_argument("-n", "--max-tokens", type=int, help="most tokens to generate")
-    sampling.add_argument("--temperature", type=float, help="0: greedy")
-    sampling.add_argument("--top-k", type=int)
-    sampling.add_argument("--top-p", type=float)
-    sampling.add_argument("--min-p", type=float)
-    sampling.add_argument("--repetition-penalty", type=float)
-    sampling.add_argument("--seed", type=int)
-    sampling.add_argument("--stop", action="append", help="stop string; may be given again")
+    add_sampling_flags(parser)
     add_flags(parser, *ENGINE_SETTINGS)
 
 
-SAMPLING_FLAGS = (
-    "max_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-)
-
-
 def _generate(args: argparse.Namespace) -> int:
-    from moeserve.cli_options import engine_config
+    from moeserve.cli_options import engine_config, sampling_params
     from moeserve.llm import LLM
 
     if args.prompt is None:
@@ -78,11 +58,9 @@ def _generate(args: argparse.Namespace) -> int:
             "prompt: missing", field="prompt", hint="give -p TEXT, or -p - for stdin"
         )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
-    params = {name: value for name, value in given.items() if value is not None}
     with LLM.from_config(engine_config(args)) as llm:
         request = [{"role": "user", "content": prompt}] if args.chat else prompt
-        for event in llm.stream(request, **params):
+        for event in llm.stream(request, sampling_params(args)):
             sys.stdout.write(event.text)
             sys.stdout.flush()
     sys.stdout.write("\n")

@@ -35,6 +35,36 @@ NOT_A_FLAG = {"model", "engine", "http", "zmq"}
 FLAG_NAMES = {"endpoint": "zmq"}
 
 
+#: flag, type and help of what every command that generates may be told
+SAMPLING_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("max_tokens", int, "most tokens to generate"),
+    ("temperature", float, "0: greedy"),
+    ("top_k", int, "only so many of the likeliest tokens; 0: all"),
+    ("top_p", float, "only the likeliest tokens that make up this probability"),
+    ("min_p", float, "only tokens with this share of the likeliest one's probability"),
+    ("repetition_penalty", float, "above 1: what was said is less likely"),
+    ("seed", int, "the same seed, the same tokens"),
+)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for how tokens are chosen. What is not given is left to the model's defaults."""
+    group = parser.add_argument_group("Sampling")
+    for name, kind, text in SAMPLING_FLAGS:
+        short = ["-n"] if name == "max_tokens" else []
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(
+            *short, flag, type=kind, metavar=name.rsplit("_", 1)[-1].upper(), help=text
+        )
+    group.add_argument("--stop", action="append", metavar="TEXT", help="stop string; repeatable")
+
+
+def sampling_params(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the flags of `add_sampling_flags`."""
+    names = [name for name, _, _ in SAMPLING_FLAGS] + ["stop"]
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def parse_bytes(text: str) -> int:
     """A size such as 6GiB, 512MB or 4096. Raises ValueError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)

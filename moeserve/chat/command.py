@@ -9,11 +9,15 @@ from typing import Any
 from moeserve.chat.backends import Backend, HttpBackend, LocalBackend, ZmqBackend
 from moeserve.chat.session import Session, Stopwatch
 from moeserve.chat.terminal import LineReader, Screen, line_reader
-from moeserve.cli_options import ENGINE_SETTINGS, add_flags, engine_config
+from moeserve.cli_options import (
+    ENGINE_SETTINGS,
+    add_flags,
+    add_sampling_flags,
+    engine_config,
+    sampling_params,
+)
 from moeserve.config import Environment, read_environment
 from moeserve.core import MoeserveError
-
-SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,11 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", help="bearer token for --url (default: MOESERVE_API_KEY)")
     parser.add_argument("--curve-dir", help="keys made by `moeserve keygen`, for --zmq over TCP")
     parser.add_argument("--system", help="system message to start with")
-    sampling = parser.add_argument_group("Sampling")
-    sampling.add_argument("--max-tokens", type=int, help="most tokens of an answer")
-    sampling.add_argument("--temperature", type=float, help="0: greedy")
-    sampling.add_argument("--top-p", type=float)
-    sampling.add_argument("--seed", type=int)
+    add_sampling_flags(parser)
     add_flags(parser, *ENGINE_SETTINGS)
 
 
@@ -38,12 +38,10 @@ def run(args: argparse.Namespace) -> int:
     """Talks until /exit or the end of input."""
     environment = read_environment()
     screen = Screen()
-    given = {name: getattr(args, name) for name in SAMPLING}
-    params = {name: value for name, value in given.items() if value is not None}
     with closing(_backend(args, environment)) as backend:
         screen.remark(f"{backend.name}: /help lists the commands, /exit leaves")
         reader = line_reader(environment.data_home / "chat_history")
-        talk(backend, Session(system=args.system), reader, screen, params)
+        talk(backend, Session(system=args.system), reader, screen, sampling_params(args))
     return 0
 
 
