@@ -7,6 +7,7 @@ that the code does not implement must never load as something else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
@@ -84,15 +85,18 @@ class ConfigReader:
         return self.integer(*names, at_least=at_least) if self.has(*names) else None
 
     def number(self, *names: str, default: float | _Required = REQUIRED) -> float:
-        return float(self._get(names, (int, float), default))
+        value = float(self._get(names, (int, float), default))
+        if not math.isfinite(value):
+            raise self.refusal(names[0], "expected a finite number")
+        return value
 
     def optional_number(self, *names: str) -> float | None:
         return self.number(*names) if self.has(*names) else None
 
     def positive(self, *names: str, default: float | _Required = REQUIRED) -> float:
         value = self.number(*names, default=default)
-        if not 0 < value < float("inf"):
-            raise self.refusal(names[0], "expected a finite number above 0")
+        if value <= 0:
+            raise self.refusal(names[0], "expected a number above 0")
         return value
 
     def flag(self, *names: str, default: bool | _Required = REQUIRED) -> bool:

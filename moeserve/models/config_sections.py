@@ -41,6 +41,8 @@ def read_rope(
     inner = section if section is not None else ConfigReader({})
     theta = reader.positive("rope_theta", default=default_theta)
     theta = inner.positive("rope_theta", default=theta)
+    if theta <= 1:
+        raise ModelError(f"rope_theta: {theta}: expected a number above 1", field="rope_theta")
     share = 1.0
     if partial is not None:
         share = reader.positive("partial_rotary_factor", default=partial)
@@ -72,13 +74,17 @@ def _read_scaling(reader: ConfigReader, context_tokens: int) -> RopeScaling | No
     if kind == "linear":
         return LinearScaling(factor=reader.positive("factor"))
     if kind == "llama3":
+        low = reader.positive("low_freq_factor")
+        high = reader.positive("high_freq_factor")
+        if high <= low:
+            raise reader.refusal("high_freq_factor", f"expected more than low_freq_factor ({low})")
         return Llama3Scaling(
             factor=reader.positive("factor"),
             original_context_tokens=reader.integer(
                 "original_max_position_embeddings", default=context_tokens
             ),
-            low_freq_factor=reader.positive("low_freq_factor"),
-            high_freq_factor=reader.positive("high_freq_factor"),
+            low_freq_factor=low,
+            high_freq_factor=high,
         )
     if kind == "yarn":
         return _read_yarn(reader, context_tokens)
@@ -100,9 +106,8 @@ def _read_yarn(reader: ConfigReader, context_tokens: int) -> YarnScaling:
         original_context_tokens=reader.integer(
             "original_max_position_embeddings", default=context_tokens
         ),
-        # transformers reads 0 as absent
-        beta_fast=reader.number("beta_fast", default=32.0) or 32.0,
-        beta_slow=reader.number("beta_slow", default=1.0) or 1.0,
+        beta_fast=reader.positive("beta_fast", default=32.0),
+        beta_slow=reader.positive("beta_slow", default=1.0),
         attention_factor=reader.number("attention_factor", default=attention_factor),
         truncate=reader.flag("truncate", default=True),
         mscale_all_dim=mscale_all_dim,
@@ -116,7 +121,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 def read_quantization(
     reader: ConfigReader, *extra: Quantization
-) -> tuple[Quantization, tuple[int, int]]:
+) -> tuple[Quantization, tuple[int, int] | None]:
     """How the weights are stored, and the rows and columns under one scale.
 
     Every family reads FP8 blocks; `extra` names what this one reads besides. Formats that quantise
@@ -124,13 +129,13 @@ def read_quantization(
     """
     section = reader.section("quantization_config")
     if section is None:
-        return Quantization.NONE, (0, 0)
+        return Quantization.NONE, None
     methods = {"fp8": Quantization.FP8_BLOCKS, "mxfp4": Quantization.MXFP4}
     allowed = {k: v for k, v in methods.items() if v in (Quantization.FP8_BLOCKS, *extra)}
     method = section.choice("quant_method", allowed)
     # Which modules are left alone shows in the checkpoint: their weights have no scale.
     section.ignore("modules_to_not_convert", "ignored_layers")
-    block = (0, 0)
+    block: tuple[int, int] | None = None
     if method is Quantization.FP8_BLOCKS:
         section.only("fmt", "e4m3")
         section.only("activation_scheme", "dynamic")

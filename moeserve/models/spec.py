@@ -200,7 +200,7 @@ class ModelSpec:
     layers: tuple[LayerSpec, ...]
     num_prediction_layers: int = 0
     quantization: Quantization = Quantization.NONE
-    quantization_block: tuple[int, int] = (0, 0)  # rows, columns under one scale (FP8_BLOCKS)
+    quantization_block: tuple[int, int] | None = None  # rows, columns under one scale (FP8_BLOCKS)
 
     @property
     def moe_layers(self) -> dict[int, MoeFfnSpec]:

@@ -107,10 +107,7 @@ class _Piece:
     def num_columns(self) -> int:
         """One for the null slot and one per token, rounded up to few distinct numbers."""
         columns = self.end_token - self.first_token + 1
-        if columns > STEP_COLUMNS:
-            step = STEP_COLUMNS
-        else:
-            step = max(ALIGNED_COLUMNS, 1 << max(0, columns.bit_length() - 4))
+        step = STEP_COLUMNS if columns > STEP_COLUMNS else ALIGNED_COLUMNS
         return -(-columns // step) * step
 
 

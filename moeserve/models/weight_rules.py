@@ -45,11 +45,12 @@ DEFAULT_NAMES = FfnNames()
 class Sources:
     """The tensors of a checkpoint by name; knows which of them are stored as FP8 blocks.
 
-    block: rows and columns under one scale. dtype: the compute dtype.
+    block: rows and columns under one scale, None where config.json names no such storage.
+    dtype: the compute dtype.
     """
 
     names: frozenset[str]
-    block: tuple[int, int]
+    block: tuple[int, int] | None
     dtype: torch.dtype
 
     def part(
@@ -57,16 +58,16 @@ class Sources:
     ) -> Part:
         """A checkpoint tensor of that shape, dequantised and reordered into target[index]."""
         scale = f"{name}_scale_inv"
-        if scale in self.names:
+        if self.block is not None and scale in self.names:
             blocks = tuple(-(-n // b) for n, b in zip(shape, self.block, strict=True))
-            return Part((name, scale), (shape, blocks), index, convert=self._dequantize(reorder))
-        convert = None if reorder is None else _one(reorder)
-        return Part((name,), (shape,), index, convert=convert)
+            convert = self._dequantize(self.block, reorder)
+            return Part((name, scale), (shape, blocks), index, convert=convert)
+        return Part((name,), (shape,), index, convert=None if reorder is None else _one(reorder))
 
-    def _dequantize(self, reorder: Reorder | None) -> Convert:
+    def _dequantize(self, block: tuple[int, int], reorder: Reorder | None) -> Convert:
         def convert(sources: Sequence[Tensor]) -> Tensor:
             weight, scale = sources
-            plain = dequantize_fp8_blocks(weight, scale, self.dtype, self.block)
+            plain = dequantize_fp8_blocks(weight, scale, self.dtype, block)
             return plain if reorder is None else reorder(plain)
 
         return convert

@@ -222,6 +222,19 @@ def _shrunk(config: Any) -> Any:
         ("mixtral", {"vocab_size": None}, "vocab_size: missing"),
         ("mixtral", {"rms_norm_eps": float("nan")}, "rms_norm_eps: nan"),
         ("mixtral", {"num_experts_per_tok": 9}, "top_k: 9"),
+        ("mixtral", {"rope_theta": 1.0}, "rope_theta: 1.0"),
+        (
+            "mixtral",
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
+            "high_freq_factor: 4",
+        ),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         ("mixtral", {"rope_scaling": {"type": "longrope", "factor": 2}}, "type: 'longrope'"),
         ("mixtral", {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor: missing"),

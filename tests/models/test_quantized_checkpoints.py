@@ -109,6 +109,9 @@ def test_fp8_blocks(model_type: str, seed: int, tmp_path: Path) -> None:
     token_ids = prompt(seed)
     expected = reference_logits(reference, token_ids)
     assert relative_error(logits_of(path, token_ids), expected) < 1e-4
+    set_config(path, quantization_config=None)
+    with pytest.raises(ModelError, match=r"extra tensors.*_scale_inv.*cannot be used"):
+        logits_of(path, token_ids)
 
 
 def test_mxfp4(seed: int, tmp_path: Path) -> None:
