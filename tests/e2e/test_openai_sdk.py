@@ -23,7 +23,7 @@ PATIENCE_S = 60
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running_server("--api-key", KEY) as server:
+    with running_server("--api-key", KEY, "--num-threads", "1") as server:
         yield server
 
 

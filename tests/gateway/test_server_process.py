@@ -26,7 +26,7 @@ def serve(*flags: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with running_server("--drain-s", "240") as server:
+    with running_server("--drain-s", "240", "--num-threads", "1") as server:
         yield server
 
 
