@@ -150,6 +150,8 @@ class LLM:
     def close(self) -> None:
         """Frees the model. Further calls raise MoeserveError. Safe to call again."""
         with self._lock:
+            if self._engine is not None:
+                self._engine.close()
             self._engine = None
         self._assets.close()
 

@@ -131,6 +131,10 @@ class Engine:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""
         self.scheduler.check_integrity()
 
+    def close(self) -> None:
+        """Ends the threads that compute experts. Nothing may be called after it."""
+        self.loaded.close()
+
     def _sample(
         self, batch: ScheduledBatch, output: StepOutput
     ) -> tuple[StepResult, list[EngineDelta]]:

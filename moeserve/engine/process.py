@@ -94,6 +94,7 @@ def _load_and_serve(config: EngineConfig, channel: EngineChannel) -> int:
     channel.set_stage("ready", progress=1.0, info=engine.info)
     serve(engine, channel)
     channel.set_stage("stopping")
+    engine.close()
     return 0
 
 
