@@ -163,10 +163,9 @@ def _draw(logits: Tensor, key: Filter, u: Tensor) -> list[int]:
     """Samples rows that share their filter. logits: [G, V]; u: [G] in [0, 1)."""
     # Softmax is unchanged by subtracting the maximum; a temperature near 0 then cannot overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / key.temperature
-    mass = scaled.exp()
-    mass = mass.where(mass >= key.min_p, 0.0)  # the most likely token has mass 1
+    mass = scaled.exp()  # the most likely token has mass 1, which min-p is a share of
     if key.top_k == 0 and key.top_p == 1:
-        return _inverse_transform(mass, u)
+        return _inverse_transform(mass.where(mass >= key.min_p, 0.0), u)
     return _draw_sorted(mass, key, u, key.top_k or FIRST_CANDIDATES)
 
 
@@ -181,6 +180,7 @@ def _draw_sorted(mass: Tensor, key: Filter, u: Tensor, width: int) -> list[int]:
     total = (top if key.top_k else mass).sum(dim=-1, keepdim=True)
     reached = top.cumsum(dim=-1)
     inside = reached - top < key.top_p * total  # the token that crosses top_p is kept
+    inside &= top >= key.min_p
     places = torch.tensor(_inverse_transform(top.where(inside, 0.0), u), device=ids.device)
     tokens: list[int] = ids.gather(1, places[:, None])[:, 0].tolist()
     if key.top_k == 0 and width < mass.shape[-1]:

@@ -70,6 +70,7 @@ def hf_distribution(logits: torch.Tensor, params: dict[str, float]) -> np.ndarra
         {"temperature": 1.3, "top_p": 0.8},
         {"temperature": 5.0, "top_p": 0.95},  # nucleus wider than the first candidates
         {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 2.0, "top_p": 0.8, "min_p": 0.05},  # min-p counts after top-p
         {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
     ],
 )
