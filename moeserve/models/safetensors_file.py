@@ -170,7 +170,12 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         return found
 
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+        header = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=no_duplicates,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"header is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -181,6 +186,14 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     ):
         raise _broken(path, "__metadata__: expected an object of strings")
     return header
+
+
+def _finite(text: str) -> float:
+    """A number in JSON. Python would also take NaN and Infinity, which JSON has not."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a JSON number")
+    return number
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> TensorEntry:

@@ -239,6 +239,8 @@ def compare_with_oracle(file: Path, context: str) -> None:
         (raw_file(b"{" * 50_000, b""), "header is not JSON"),
         (raw_file(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""), "header is not JSON"),
         (raw_file(b'{"\xff": 1}', b""), "header is not JSON"),
+        (raw_file(b'{"a": NaN}', b""), "NaN is not a JSON number"),
+        (raw_file(b'{"a": {"b": 1e999}}', b""), "1e999 is not a JSON number"),
         (raw_file({"a": entry("F32", [2], 0, 4)}, bytes(4)), "'a': F32 [2] takes 8 bytes"),
         (raw_file({"a": entry("F32", [2], 0, 8)}, bytes(4)), "'a': ends at byte"),
         (raw_file({"a": entry("F32", [-1], 0, 4)}, bytes(4)), "'a': shape: expected sizes"),
