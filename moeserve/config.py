@@ -248,12 +248,18 @@ def default_endpoint(environment: Environment) -> str:
     return f"ipc://{environment.runtime_home / f'moeserve-{os.getuid()}' / 'client.sock'}"
 
 
-def limit_kernel_caches() -> None:
-    """Bounds what oneDNN and torch keep per matrix shape; call before torch is imported.
+def tune_native_libraries() -> None:
+    """Settings of the libraries under torch; call before torch is imported. What is set stays.
 
-    Both keep up to 1024 compiled kernels, about half a MiB each, by shape; batch sizes vary with
-    the load, so memory would grow for hours. 128 was measured to cost no speed (16 does).
-    Names: oneDNN "Primitive Cache"; torch's ideep LRU_CACHE_CAPACITY. What is set already stays.
+    Kernel caches: oneDNN ("Primitive Cache") and torch's ideep keep up to 1024 compiled kernels,
+    about half a MiB each, by matrix shape; batch sizes vary with the load, so memory would grow for
+    hours. 128 was measured to cost no speed (16 does).
+
+    GOMP_SPINCOUNT: how long an OpenMP thread spins for its next work before it sleeps. By default
+    milliseconds: on a machine where something else runs too, the spinning keeps the thread off the
+    core that everybody waits for (docs/log.md has the figures).
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "100000")

@@ -1,4 +1,4 @@
-"""Value types that more than one room uses. No torch at run time, no behaviour beyond validation."""
+"""Value types that more than one room uses: no torch at run time, no behaviour but validation."""
 
 from __future__ import annotations
 

@@ -12,11 +12,18 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
-from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
+from moeserve.config import (
+    EngineConfig,
+    ExpertConfig,
+    KvConfig,
+    ModelConfig,
+    SchedulerConfig,
+    tune_native_libraries,
+)
 from moeserve.core import (
     ConfigError,
     EngineRequest,
@@ -26,7 +33,6 @@ from moeserve.core import (
     RequestError,
     SamplingParams,
 )
-from moeserve.engine.engine import Engine
 from moeserve.text.assets import TextAssets
 from moeserve.text.events import TextEvent
 from moeserve.text.generation import GenerationState
@@ -34,6 +40,9 @@ from moeserve.text.prepare import prepare
 from moeserve.text.request import GenerateRequest, RequestLimits
 from moeserve.text.result import Answer, Result, ResultCollector
 from moeserve.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from moeserve.engine.engine import Engine
 
 Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]  # text, token ids or a conversation
@@ -97,6 +106,9 @@ class LLM:
         progress: Callable[[str, float], None] | None,
         limits: RequestLimits,
     ) -> None:
+        tune_native_libraries()  # without effect where the caller has imported torch already
+        from moeserve.engine.engine import Engine
+
         engine = Engine.from_config(config, progress)
         self.info: ModelInfo = engine.info
         self._assets = TextAssets.load(self.info.path)

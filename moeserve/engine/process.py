@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from moeserve.config import EngineConfig, limit_kernel_caches
+from moeserve.config import EngineConfig, tune_native_libraries
 from moeserve.core import EngineDelta, ErrorCode, FinishReason, MoeserveError, RequestError
 from moeserve.engine.channel import Command, EngineChannel
 from moeserve.messages import EngineAbort, EngineShutdown, EngineSubmit
@@ -83,7 +83,7 @@ def _die_with(parent_pid: int) -> None:
 
 def _load_and_serve(config: EngineConfig, channel: EngineChannel) -> int:
     channel.set_stage("loading", "starting")
-    limit_kernel_caches()
+    tune_native_libraries()
     # Imported here: torch takes seconds, and heartbeats already tell that something is going on.
     from moeserve.engine.engine import Engine
 

@@ -50,7 +50,7 @@ async def run_gateway(config: GatewayConfig) -> int:
     environment = read_environment()
     _set_up_logging(environment.log_level)
     with _runtime_directory(config, environment) as directory, StopSignals() as signals:
-        gateway = Gateway(config, directory, _client_endpoint(config, environment))
+        gateway = Gateway(config, directory, environment)
         try:
             await gateway.start()
             await gateway.serve(signals)
@@ -134,15 +134,18 @@ class StopSignals:
 class Gateway:
     """Engine, service and fronts of one server. start, serve, stop; each once."""
 
-    def __init__(self, config: GatewayConfig, directory: Path, client_endpoint: str) -> None:
+    def __init__(self, config: GatewayConfig, directory: Path, environment: Environment) -> None:
         self.config = config
         self.directory = directory
         self.link = ZmqEngineLink(f"ipc://{directory / 'engine.sock'}")
-        self.supervisor = EngineSupervisor(config, self.link)
+        self.supervisor = EngineSupervisor(config, self.link, environment.log_level)
         self.lifecycle = Lifecycle(self.link)
         self.metrics = Metrics(lambda: self.link.status)
         self.front = ZmqFront(
-            config.zmq, client_endpoint, self.lifecycle.service, f"moeserve {__version__}"
+            config.zmq,
+            _client_endpoint(config, environment),
+            self.lifecycle.service,
+            f"moeserve {__version__}",
         )
         self.service: GenerationService | None = None
         self.url = ""

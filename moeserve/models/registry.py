@@ -154,7 +154,7 @@ def _dtype(wanted: str, raw: Mapping[str, Any], checkpoint: Checkpoint) -> tuple
         return DTYPES[wanted], f"{wanted}, asked for"
     stated = raw.get("dtype") or raw.get("torch_dtype")
     if stated is not None:
-        if stated not in DTYPES:
+        if not isinstance(stated, str) or stated not in DTYPES:
             raise ModelError(
                 f"config.json: dtype: {stated!r} is not one of {', '.join(DTYPES)}",
                 field="dtype",

@@ -12,6 +12,7 @@ import transformers
 from parity_cases import DRAW, VOCAB, Runner, Sequence_, draw_config, make_reference, save
 
 from moeserve.config import ExpertConfig, ModelConfig
+from moeserve.cpu_backend.linear import is_row_invariant
 from moeserve.models.attention import attend
 from moeserve.models.inputs import Span
 from moeserve.models.kv_pool import KvLayer
@@ -72,6 +73,8 @@ def test_attention_of_a_row(shape: tuple[int, ...], dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", list(DRAW))
 def test_logits_of_a_row(model_type: str, dtype: str, tmp_path: Path) -> None:
+    if not is_row_invariant(getattr(torch, dtype), torch.device("cpu")):
+        pytest.skip(f"this torch's oneDNN rounds {dtype} products by the number of rows")
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     reference = make_reference(draw_config(model_type, seed), model_type, seed)
