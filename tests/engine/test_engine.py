@@ -242,10 +242,11 @@ def test_nan_ends_one_request_and_not_the_engine(checkpoint: Path, tmp_path: Pat
     expected = tokens(finish(make_engine(checkpoint), [greedy("a", [1, 2, 3], 5)])["a"])
     shutil.copy(checkpoint / "config.json", tmp_path)
     weights = load_file(checkpoint / "model.safetensors")
-    weights["model.embed_tokens.weight"][7] = torch.nan
+    broken = next(token for token in range(4, VOCAB) if token not in expected)
+    weights["model.embed_tokens.weight"][broken] = torch.nan
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     engine = make_engine(tmp_path)
-    deltas = finish(engine, [greedy("good", [1, 2, 3], 5), greedy("bad", [7, 2], 5)])
+    deltas = finish(engine, [greedy("good", [1, 2, 3], 5), greedy("bad", [broken, 2], 5)])
     assert deltas["bad"][-1].finish_reason is FinishReason.ERROR
     assert "NaN" in (deltas["bad"][-1].error or "")
     assert tokens(deltas["good"]) == expected

@@ -89,7 +89,9 @@ def test_mxfp4_by_hand() -> None:
 @pytest.mark.parametrize("shape", [(256, 384), (3, 128, 256)], ids=str)
 def test_fp8_equals_transformers_bit_by_bit(shape: tuple[int, ...]) -> None:
     _, generator = fresh_generators()
-    weight = torch.randn(shape, generator=generator).mul(100).to(torch.float8_e4m3fn)
+    # Within ±448: beyond, some versions of torch give NaN and others saturate.
+    weight = torch.randn(shape, generator=generator).mul(100).clamp(-448, 448)
+    weight = weight.to(torch.float8_e4m3fn)
     grid = (*shape[:-2], shape[-2] // 128, shape[-1] // 128)
     scale = torch.rand(grid, generator=generator) / 100
     theirs = Fp8Dequantize(SimpleNamespace())._dequantize_one(weight, scale, torch.bfloat16)
