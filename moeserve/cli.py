@@ -52,13 +52,16 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _generate(args: argparse.Namespace) -> int:
     from moeserve.cli_options import engine_config, sampling_params
     from moeserve.llm import LLM
+    from moeserve.progress import LoadingBar
 
     if args.prompt is None:
         raise MoeserveError(
             "prompt: missing", field="prompt", hint="give -p TEXT, or -p - for stdin"
         )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    with LLM.from_config(engine_config(args)) as llm:
+    with LoadingBar() as bar:
+        llm = LLM.from_config(engine_config(args), bar)
+    with llm:
         request = [{"role": "user", "content": prompt}] if args.chat else prompt
         for event in llm.stream(request, sampling_params(args)):
             sys.stdout.write(event.text)

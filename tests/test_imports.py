@@ -14,6 +14,7 @@ WITHOUT_TORCH = [
     "moeserve.client",
     "moeserve.text",
     "moeserve.gateway.server",
+    "moeserve.progress",
     "moeserve.gateway.service",
     "moeserve.engine.request_scheduler",
     "moeserve.engine.kv_blocks",

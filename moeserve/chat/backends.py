@@ -13,6 +13,7 @@ import httpx
 from moeserve.client import Client, ClientError
 from moeserve.config import EngineConfig
 from moeserve.core import ErrorCode, MoeserveError
+from moeserve.progress import LoadingBar
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class LocalBackend:
         # Imported here: only this backend needs torch, and a chat with a server starts at once.
         from moeserve.llm import LLM
 
-        self._llm = LLM.from_config(config)
+        with LoadingBar() as bar:
+            self._llm = LLM.from_config(config, bar)
         self.name = config.model.name
 
     def stream(self, messages: Sequence[Message], params: Mapping[str, Any]) -> PieceStream:

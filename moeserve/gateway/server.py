@@ -37,6 +37,7 @@ from moeserve.gateway.supervisor import EngineSupervisor
 from moeserve.gateway.zmq_endpoint import check_endpoint, make_private_directory
 from moeserve.gateway.zmq_front import ZmqFront
 from moeserve.gateway.zmq_link import ZmqEngineLink
+from moeserve.progress import LoadingBar
 from moeserve.text.request import RequestLimits
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,8 @@ class Gateway:
 
     async def _open(self) -> None:
         """Opens the fronts once the engine has loaded its model."""
-        await self.supervisor.wait_ready()
+        with LoadingBar() as bar:
+            await self.supervisor.wait_ready(bar)
         http = self.config.http
         limits = RequestLimits(max_n=http.max_n, max_tokens_cap=http.max_tokens_cap)
         self.service = await GenerationService.load(self.link, limits, observer=self.metrics)

@@ -9,7 +9,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 
 import msgspec
 
@@ -22,6 +23,8 @@ from moeserve.messages import EngineStatus
 EXIT_REFUSED = 3
 RESTART_WINDOW_S = 600.0
 MAX_BACKOFF_S = 30.0
+
+Progress: TypeAlias = Callable[[str, float], None]
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +66,18 @@ class EngineSupervisor:
         self._link.mark_down("loading", "starting the engine process")
         self._watch = asyncio.create_task(self._keep_running(), name="engine-supervisor")
 
-    async def wait_ready(self) -> EngineStatus:
-        """The status once the engine serves. Raises MoeserveError when it has failed for good."""
-        status = await self._link.wait_for(lambda s: s.stage == "ready" or self._given_up(s))
+    async def wait_ready(self, progress: Progress | None = None) -> EngineStatus:
+        """The status once the engine serves. Raises MoeserveError when it has failed for good.
+
+        progress: called with (what is being done, 0..1) whenever the engine says so.
+        """
+
+        def over(status: EngineStatus) -> bool:
+            if progress is not None:
+                progress(status.detail, status.progress)
+            return status.stage == "ready" or self._given_up(status)
+
+        status = await self._link.wait_for(over)
         if status.stage != "ready":
             raise MoeserveError(status.detail, code=ErrorCode.UNAVAILABLE)
         return status
