@@ -7,6 +7,7 @@ answer says whose it is. The engine steps only while its gate is open.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -74,6 +75,7 @@ class EchoEngine:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.steps_allowed = math.inf  # the gate closes by itself after so many steps
         self.integrity_checks = 0
         blocks = BlockManager(INFO.kv_blocks, INFO.block_tokens, prefix_reuse=True)
         self.scheduler = RequestScheduler(SchedulerConfig(), blocks, (), CONTEXT_TOKENS)
@@ -94,6 +96,10 @@ class EchoEngine:
         # A closed gate makes short empty steps, so that commands are still taken.
         if not self.gate.wait(0.01):
             return self.scheduler.drain_events()
+        if self.steps_allowed <= 0:
+            time.sleep(0.001)
+            return self.scheduler.drain_events()
+        self.steps_allowed -= 1
         batch = self.scheduler.schedule(time.time())
         if batch is None:
             return self.scheduler.drain_events()

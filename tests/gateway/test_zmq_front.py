@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import socket
 from collections.abc import Awaitable, Callable
@@ -26,7 +27,7 @@ def run(body: Body, directory: Path, config: ZmqConfig | None = None) -> None:
         async with running_stack(directory, config) as stack:
             await body(stack)
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 async def still_serves(stack: Stack, client: RawClient, request_id: str = "after") -> None:
@@ -251,11 +252,15 @@ def test_credit_holds_chunks_back_and_nothing_is_lost(tmp_path: Path) -> None:
     async def body(stack: Stack) -> None:
         async with RawClient(stack.endpoint) as client:
             await client.hello()
+            stack.engine.steps_allowed = 1
             await client.submit("slow", "slow reader ", credit=2, max_tokens=500)
-            await until(lambda: stack.service.num_running == 1)
-            await until(lambda: stack.service.num_running == 0)  # the engine is through with it
-            messages = await client.received_before_pong()
+            messages = [await client.receive(), await client.receive()]
+            stack.engine.steps_allowed = 1  # a chunk each, however slowly anybody runs
+            messages.append(await client.receive())
             assert [m["type"] for m in messages] == ["accepted", "chunk", "chunk"]
+            stack.engine.steps_allowed = math.inf
+            await until(lambda: stack.service.num_running == 0)  # the engine is through with it
+            assert await client.received_before_pong() == []
             await client.send("credit", request_id="slow", chunks=1)
             rest = await client.until_end("slow")
             assert [m["type"] for m in rest] == ["chunk", "done"]
@@ -268,24 +273,35 @@ def test_credit_holds_chunks_back_and_nothing_is_lost(tmp_path: Path) -> None:
     run(body, tmp_path)
 
 
-def test_a_full_queue_merges_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unlimited credit, but the client does not read: the server must not queue without bound."""
-    monkeypatch.setattr(zmq_front, "SEND_QUEUE_MESSAGES", 4)
+def one_chunk_per_step(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
+    """Lets the engine step when a send was tried, until the queue was full once.
+
+    Else a busy machine merges thousands of tokens into few chunks, which fill no queue. Returns
+    the outcomes of the sends, as they come.
+    """
     outcomes: list[Sent] = []
 
     def observed(*arguments: Any) -> Sent:
         outcomes.append(try_send(*arguments))
+        stack.engine.steps_allowed = math.inf if Sent.FULL in outcomes else 1
         return outcomes[-1]
 
     monkeypatch.setattr(zmq_front, "try_send", observed)
+    return outcomes
+
+
+def test_a_full_queue_merges_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unlimited credit, but the client does not read: the server must not queue without bound."""
+    monkeypatch.setattr(zmq_front, "SEND_QUEUE_MESSAGES", 4)
 
     async def body(stack: Stack) -> None:
         async with RawClient(stack.endpoint, rcvhwm=1, rcvbuf=4096) as client:
             await client.hello()
+            outcomes = one_chunk_per_step(stack, monkeypatch)
             num_tokens = 20_000
             await client.submit("r", "does not read ", credit=1_000_000, max_tokens=num_tokens)
             await until(lambda: stack.service.num_running == 1)
-            await until(lambda: stack.service.num_running == 0, timeout_s=50)
+            await until(lambda: stack.service.num_running == 0, timeout_s=150)
             messages = await client.until_end("r")
             chunks = [m for m in messages if m["type"] == "chunk"]
             assert Sent.FULL in outcomes
@@ -303,6 +319,7 @@ def test_a_client_that_never_reads_is_dropped(
     async def body(stack: Stack) -> None:
         async with RawClient(stack.endpoint, rcvhwm=1, rcvbuf=4096) as client:
             await client.hello()
+            one_chunk_per_step(stack, monkeypatch)
             for number in range(8):
                 await client.submit(f"r{number}", "x", credit=1_000_000, max_tokens=90_000)
 
@@ -313,7 +330,7 @@ def test_a_client_that_never_reads_is_dropped(
 
             alive = asyncio.create_task(pretend_to_live())
             await until(lambda: stack.service.num_running == 8)
-            await until(lambda: stack.front.num_sessions == 0, timeout_s=50)
+            await until(lambda: stack.front.num_sessions == 0, timeout_s=150)
             await until(lambda: not stack.engine.has_work)
             alive.cancel()
 
