@@ -137,14 +137,27 @@ def test_same_tokens_however_they_are_batched(model_type: str, tmp_path: Path) -
     assert reuser.token_ids == case.token_ids
 
 
-# Slow: not part of `make test`, because the bound is statistical. Routing flips at bfloat16's
-# rounding; a qwen2_moe draw reached a median of 0.096.
-@pytest.mark.slow
 @pytest.mark.parametrize("model_type", list(DRAW))
-def test_bfloat16_is_near(model_type: str, tmp_path: Path) -> None:
-    """Loose: bf16 may send a token to another expert, which changes that token's logits."""
+def test_bfloat16_is_as_near_as_transformers(model_type: str, tmp_path: Path) -> None:
+    """Our bfloat16 is as far from float32 as transformers' own is on the same draw.
+
+    Rounding may send a token to another expert, and how often depends on the draw, so no fixed
+    bound fits all. The tenth of the tokens that came through best had no such luck to need: there
+    the ratio was at most 1.7 in 144 draws. Of the medians, where it strikes, at most 3.9.
+    """
     case = draw_case(model_type, NUM_CASES + 1)
     runner = Runner(load(case, tmp_path, packed=True, old_style=False, dtype="bfloat16"))
-    logits = runner.logits(case.token_ids)
-    error = (logits - case.logits).abs().amax(-1) / case.logits.abs().amax()  # [T]
-    assert float(error.median()) < 0.05
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.bfloat16,
+        experts_implementation="eager",  # grouped_mm wants rows of multiples of 16 bytes
+    ).eval()
+    ours = error_per_token(runner.logits(case.token_ids), case.logits)
+    theirs = error_per_token(reference_logits(peer, case.token_ids), case.logits)
+    assert float(ours.quantile(0.1)) < 2.5 * float(theirs.quantile(0.1))
+    assert float(ours.median()) < 6 * float(theirs.median())
+
+
+def error_per_token(logits: Tensor, expected: Tensor) -> Tensor:
+    """[T, V] and [T, V] to [T]: the largest difference, relative to the largest logit of all."""
+    return (logits - expected).abs().amax(-1) / expected.abs().amax()
