@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from tiny_moe.checkpoint import (
+    has_state,
+    load_state,
+    load_tensors,
+    pack,
+    save_state,
+    save_tensors,
+    unpack,
+)
 from tiny_moe.data import Dataset, Stream
 from tiny_moe.model import ModelConfig, TinyMoE, balance_loss, z_loss
 
 EVAL_LENGTH = 512
-CHECKPOINT = "checkpoint.pt"
-BEST_WEIGHTS = "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Progress:
     tokens: int = 0
     elapsed_s: float = 0.0
     losses: list[list[float]] = field(default_factory=list)  # [step, mean loss, rate]
+    recent: list[float] = field(default_factory=list)  # losses of steps since the last of those
     evals: list[dict[str, float]] = field(default_factory=list)  # step, mean, one per domain
     best_step: int = 0
     best_tokens: int = 0
@@ -112,38 +118,11 @@ def train_step(
     return float(loss.detach())
 
 
-def save_checkpoint(
-    path: Path,
-    model: TinyMoE,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    config: TrainConfig,
-) -> None:
-    """Write the whole state beside `path`, then rename: a killed run leaves a whole file."""
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "progress": asdict(progress),
-        "train_config": asdict(config),
-        "model_config": asdict(model.config),
-    }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; tensors and plain values only, no pickled code."""
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    return state
-
-
 def load_best(work_dir: Path) -> tuple[TinyMoE, Progress, TrainConfig]:
     """Return the model with the best validation loss so far and how it came about."""
-    state = load_checkpoint(work_dir / CHECKPOINT)
+    state = load_state(work_dir)
     model = TinyMoE(ModelConfig(**state["model_config"]))
-    model.load_state_dict(load_file(work_dir / BEST_WEIGHTS))
+    model.load_state_dict(load_tensors(work_dir, state["files"]["best"]))
     return model.eval(), Progress(**state["progress"]), TrainConfig(**state["train_config"])
 
 
@@ -153,28 +132,27 @@ def train(model_config: ModelConfig, config: TrainConfig, dataset: Dataset, work
     model = TinyMoE(model_config, config.dropout)
     optimizer = make_optimizer(model, config)
     progress = Progress()
-    if (work_dir / CHECKPOINT).exists():
-        state = load_checkpoint(work_dir / CHECKPOINT)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        progress = Progress(**state["progress"])
+    files: dict[str, str] = {}
+    if has_state(work_dir):
+        state = load_state(work_dir)
+        files, progress = state["files"], Progress(**state["progress"])
+        unpack(load_tensors(work_dir, files["run"]), model, optimizer)
     started = time.monotonic() - progress.elapsed_s
-    recent: list[float] = []
     bar = tqdm(total=config.steps, initial=progress.step, desc="training", unit="step")
     while progress.step < config.steps:
         rate = config.rate(progress.step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = dataset.batch(config.seed, progress.step, config.batch_tokens, config.chat_share)
-        recent.append(train_step(model, optimizer, rows, config))
+        progress.recent.append(train_step(model, optimizer, rows, config))
         progress.step += 1
         progress.tokens += rows[:, 1:].numel()
         bar.update()
         if progress.step % 20 == 0:
-            progress.losses.append([progress.step, sum(recent) / len(recent), rate])
-            bar.set_postfix(loss=f"{progress.losses[-1][1]:.3f}")
-            recent = []
+            mean = sum(progress.recent) / len(progress.recent)
+            progress.losses.append([progress.step, mean, rate])
+            bar.set_postfix(loss=f"{mean:.3f}")
+            progress.recent = []
         if progress.step % config.eval_every == 0 or progress.step == config.steps:
             losses = evaluate(model, dataset, max_windows=24)
             progress.evals.append({"step": progress.step, **losses})
@@ -182,9 +160,11 @@ def train(model_config: ModelConfig, config: TrainConfig, dataset: Dataset, work
             if losses["mean"] < progress.best_loss:
                 progress.best_loss = losses["mean"]
                 progress.best_step, progress.best_tokens = progress.step, progress.tokens
-                save_file(model.state_dict(), work_dir / BEST_WEIGHTS)
+                files["best"] = save_tensors(work_dir, "best", progress.step, model.state_dict())
             progress.elapsed_s = time.monotonic() - started
-            save_checkpoint(work_dir / CHECKPOINT, model, optimizer, progress, config)
+            files["run"] = save_tensors(work_dir, "run", progress.step, pack(model, optimizer))
+            configs = {"model_config": asdict(model_config), "train_config": asdict(config)}
+            save_state(work_dir, files, {"progress": asdict(progress), **configs})
     bar.close()
 
 
