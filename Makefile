@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamps
 # Built-in sources that need a rebuild; Python files are picked up by the editable install.
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard cpu_backend/csrc/*)
 
-.PHONY: demo test test-all check format bench soak clean
+.PHONY: demo test test-all check format bench bench-peers soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test    the tests (about 10 minutes on 2 cores)"
 	@echo "make check   ruff, mypy --strict, import-linter, clang-format"
 	@echo "make bench   short benchmarks of this machine"
+	@echo "make bench-peers   beside llama.cpp and transformers (an hour; 50 GB of disk)"
 	@echo "make soak    64 streams with cancels for 2 minutes against a real server"
 
 # torch goes in first and alone: pip then takes the build named by TORCH (a CPU wheel where one is
@@ -38,6 +39,11 @@ $(STAMP)/test: $(STAMP)/install
 
 $(STAMP)/check: $(STAMP)/test
 	$(BIN)/pip install -q --no-build-isolation -e ".[test,check]"
+	touch $@
+
+# llama-cpp-python is built from source here, so that it uses what this processor has.
+$(STAMP)/peers: $(STAMP)/install
+	$(BIN)/pip install -q --no-build-isolation -e ".[peers]"
 	touch $@
 
 demo: $(STAMP)/install
@@ -63,6 +69,9 @@ format: $(STAMP)/check
 
 bench: $(STAMP)/install
 	$(BIN)/python scripts/bench_decode.py
+
+bench-peers: $(STAMP)/peers
+	$(BIN)/python scripts/bench_peers.py $(ARGS)
 
 soak: $(STAMP)/test
 	$(BIN)/python scripts/soak.py --seconds 120

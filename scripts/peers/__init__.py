@@ -1,0 +1,1 @@
+"""The peers benchmark: the same random weights in moeserve, llama.cpp and transformers."""

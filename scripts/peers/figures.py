@@ -1,0 +1,240 @@
+"""From the rounds' results to medians, ratios and shares of the machine's limits."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peers.traffic import BITS_PER_WEIGHT, Traffic
+
+Results = Mapping[str, Sequence[Mapping[str, Any]]]
+METRICS = {
+    "decode_1": "decode, 1 stream",
+    "decode_streams": "decode, 16 streams",
+    "prefill": "prefill 512",
+}
+LLAMA_INT4 = ("llama.cpp Q4_0", "llama.cpp Q4_K")
+#: issue 3's table: (ours, metric, peers of which the better counts, least ratio)
+TARGETS = (
+    ("moeserve bf16", "decode_1", ("llama.cpp BF16",), 1.35),
+    ("moeserve int8", "decode_1", ("llama.cpp Q8_0",), 1.6),
+    ("moeserve int4", "decode_1", LLAMA_INT4, 1.5),
+    ("moeserve bf16", "decode_streams", ("llama.cpp BF16",), 1.5),
+    ("moeserve int4", "decode_streams", LLAMA_INT4, 1.8),
+    ("moeserve bf16", "prefill", ("llama.cpp BF16",), 1.4),
+    ("moeserve int8", "prefill", ("llama.cpp Q8_0",), 2.5),
+    ("moeserve int4", "prefill", LLAMA_INT4, 1.7),
+    ("moeserve bf16", "decode_1", ("transformers bf16",), 2.0),
+    ("moeserve bf16", "prefill", ("transformers bf16",), 1.5),
+)
+LIMIT_TARGETS = {"decode_1": 0.85, "decode_streams": 0.80, "prefill": 0.75}
+#: the type whose dot products a width computes with
+DOT_TYPES = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
+LAYER_TARGET = 3.0
+START_TARGET = 5.0
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One row of the reach table. found is None where `reason` says why there is no figure."""
+
+    name: str
+    against: str
+    least: float
+    found: float | None
+    reason: str = ""
+
+    @property
+    def reached(self) -> bool:
+        return self.found is not None and self.found >= self.least
+
+
+class Figures:
+    """Medians over the rounds. Whatever was not measured is None and has a reason."""
+
+    def __init__(
+        self,
+        results: Results,
+        traffic: Traffic,
+        contexts: Mapping[str, float],
+        bits: Mapping[str, float],
+    ) -> None:
+        """contexts: mean tokens in kv while a metric's decoding is timed. bits: stored bits per
+        weight of moeserve's widths, where they differ from traffic.BITS_PER_WEIGHT."""
+        self.results = results
+        self.traffic = traffic
+        self.contexts = contexts
+        self.bits = {**BITS_PER_WEIGHT, **bits}
+
+    def rounds(self, name: str) -> list[Mapping[str, Any]]:
+        """Results that hold figures."""
+        return [
+            result
+            for result in self.results.get(name, ())
+            if "skipped" not in result and "failed" not in result
+        ]
+
+    def reason(self, name: str) -> str:
+        """Why a run gave no figures, in one line."""
+        for result in self.results.get(name, ()):
+            for outcome in ("skipped", "failed"):
+                if outcome in result:
+                    return f"{outcome}: {' '.join(str(result[outcome]).split())[-300:]}"
+        return "did not run"
+
+    def median(self, name: str, *path: str) -> float | None:
+        """Of the value at `path` in a run's results."""
+        values = []
+        for result in self.rounds(name):
+            value: Any = result
+            for key in path:
+                value = value[key]
+            values.append(value)
+        return statistics.median(values) if values else None
+
+    def rate(self, name: str, metric: str) -> float | None:
+        return self.median(name, "rates", metric)
+
+    def peer_ratios(self) -> list[Ratio]:
+        return [self._peer_ratio(*target) for target in TARGETS]
+
+    def _peer_ratio(self, ours: str, metric: str, peers: tuple[str, ...], least: float) -> Ratio:
+        title = f"{METRICS[metric]}, {ours.removeprefix('moeserve ')}"
+        own = self.rate(ours, metric)
+        rates = {peer: self.rate(peer, metric) for peer in peers}
+        for name, rate in {ours: own, **rates}.items():
+            if rate is None:
+                return Ratio(title, " or ".join(peers), least, None, f"{name}: {self.reason(name)}")
+        best, rate = max(rates.items(), key=lambda item: item[1] or 0.0)
+        return Ratio(title, best, least, own / rate)  # type: ignore[operator]
+
+    def limit_ratios(self) -> list[Ratio]:
+        """moeserve against the read bandwidth (decode) and the dot-product peak (prefill)."""
+        ratios = []
+        for width in DOT_TYPES:
+            for metric, least in LIMIT_TARGETS.items():
+                limit, unit = self.bound(width, metric)
+                own = self.rate(f"moeserve {width}", metric)
+                title = f"{METRICS[metric]}, {width}"
+                if limit is None:
+                    found, reason = None, self.reason("limits")
+                elif own is None:
+                    found, reason = None, self.reason(f"moeserve {width}")
+                else:
+                    found, reason = own / limit, ""
+                ratios.append(Ratio(title, unit, least, found, reason))
+        return ratios
+
+    def bound(self, width: str, metric: str) -> tuple[float | None, str]:
+        """Tokens/s that the machine's limit allows, and the limit's name."""
+        if metric == "prefill":
+            peak = self.median("limits", "dot_ops_per_s", DOT_TYPES[width])
+            num_tokens = round(self.contexts[metric])
+            ops = self.traffic.prefill_ops(num_tokens)
+            return peak and peak * num_tokens / ops, f"{DOT_TYPES[width]} dot-product peak"
+        bandwidth = self._bandwidth()
+        return bandwidth and bandwidth * self._tokens_per_byte(width, metric), "read bandwidth"
+
+    def _bandwidth(self) -> float | None:
+        """Bytes/s that all threads read together."""
+        found = self.rounds("limits")
+        if not found:
+            return None
+        most = max(found[0]["read_bytes_per_s"], key=int)
+        return self.median("limits", "read_bytes_per_s", most)
+
+    def _tokens_per_byte(self, width: str, metric: str) -> float:
+        num_streams = self.num_streams(metric)
+        step = self.traffic.step_bytes(
+            self.bits[width], self.num_experts(num_streams)[0], num_streams, self.contexts[metric]
+        )
+        return num_streams / step
+
+    def num_streams(self, metric: str) -> int:
+        return 1 if metric == "decode_1" else 16
+
+    def num_experts(self, num_streams: int) -> tuple[float, str]:
+        """Distinct experts per layer and decode step, and how that is known."""
+        for result in self.rounds("transformers bf16"):
+            counted = result.get("experts_per_step", {})
+            if str(num_streams) in counted:
+                return counted[str(num_streams)], "counted in the router's output"
+        return self.traffic.uniform_experts(num_streams), "computed for uniform routing"
+
+    def start_ratio(self, packed: str | None) -> list[Ratio]:
+        """Load and first token. packed: None, or why moeserve's model is not packed."""
+        peer = self._start_s("transformers bf16")
+        ratios = []
+        for width in DOT_TYPES:
+            own = self._start_s(f"moeserve {width}")
+            reason = packed or ("" if own and peer else self.reason(f"moeserve {width}"))
+            found = peer / own if peer and own and not packed else None
+            ratios.append(
+                Ratio(f"start, packed {width}", "transformers bf16", START_TARGET, found, reason)
+            )
+        return ratios
+
+    def _start_s(self, name: str) -> float | None:
+        load_s, first_s = self.median(name, "load_s"), self.median(name, "first_token_s")
+        return None if load_s is None or first_s is None else load_s + first_s
+
+    def layer_ms(self) -> dict[str, dict[str, float | None]]:
+        """Name -> rows -> milliseconds of one MoE layer."""
+        table: dict[str, dict[str, float | None]] = {}
+        for width in DOT_TYPES:
+            table[f"moeserve {width}"] = {
+                rows: self.median(f"moeserve {width}", "layer", rows) for rows in ("1", "16")
+            }
+        for run in ("layer", "layer ipex", "layer kt-kernel"):
+            found = self.rounds(run)
+            for name in found[0]["layer"] if found else ():
+                table[name] = {rows: self.median(run, "layer", name, rows) for rows in ("1", "16")}
+            if not found:
+                table[run] = {"1": None, "16": None}
+        return table
+
+    def layer_ratios(self) -> list[Ratio]:
+        """One token in bf16 against each other way."""
+        table = self.layer_ms()
+        own = table["moeserve bf16"]["1"]
+        ratios = []
+        for name, times in table.items():
+            if name.startswith("moeserve"):
+                continue
+            peer = times["1"]
+            found = peer / own if peer and own else None
+            reason = "" if found else self.reason(name if peer is None else "moeserve bf16")
+            ratios.append(Ratio("one MoE layer, 1 row, bf16", name, LAYER_TARGET, found, reason))
+        return ratios
+
+    def agreement(self, name: str) -> dict[str, float] | None:
+        """Greedy tokens against transformers': share of equal first tokens, and of all tokens up to
+        the first that differs (after it the two continue different texts)."""
+        own, peer = self.rounds(name), self.rounds("transformers bf16")
+        if not own or not peer:
+            return None
+        pairs = list(zip(own[0]["token_ids"], peer[0]["token_ids"], strict=True))
+        equal = sum(_equal_prefix(a, b) for a, b in pairs)
+        return {
+            "first": sum(a[0] == b[0] for a, b in pairs) / len(pairs),
+            "prefix": equal / sum(len(a) for a, _ in pairs),
+        }
+
+    def other_load(self) -> float:
+        """Largest share of the CPU that other processes had during any timed part."""
+        shares = [
+            result["other_load"]
+            for results in self.results.values()
+            for result in results
+            if "other_load" in result
+        ]
+        return max(shares, default=0.0)
+
+
+def _equal_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    for number, (a, b) in enumerate(zip(first, second, strict=True)):
+        if a != b:
+            return number
+    return len(first)

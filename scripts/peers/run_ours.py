@@ -1,0 +1,136 @@
+"""moeserve's engine in this process, and its CPU backend alone. Runs in moeserve's own venv."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+from moeserve.config import (
+    EngineConfig,
+    ExpertConfig,
+    KvConfig,
+    ModelConfig,
+    SchedulerConfig,
+    tune_native_libraries,
+)
+
+tune_native_libraries()  # before torch is imported, as moeserve's own commands do
+
+import torch  # noqa: E402
+
+from moeserve.core import EngineRequest, Routing, SamplingParams  # noqa: E402
+from moeserve.cpu_backend.backend import ExpertJob  # noqa: E402
+from moeserve.engine.engine import Engine  # noqa: E402
+from peers.layer_work import Experts, LayerShape, time_layer  # noqa: E402
+from peers.measure import DecodeRun, Skip, Workload, measure, read_into_page_cache  # noqa: E402
+
+SECTIONS = {
+    "model": ModelConfig,
+    "kv": KvConfig,
+    "scheduler": SchedulerConfig,
+    "experts": ExpertConfig,
+}
+
+
+def run(settings: dict[str, Any]) -> dict[str, Any]:
+    """settings: config (section -> field -> value), workload; layer: also the backend alone."""
+    read_s = read_into_page_cache(Path(settings["config"]["model"]["model"]))
+    started_s = time.perf_counter()
+    engine = Engine.from_config(engine_config(settings["config"]))
+    load_s = time.perf_counter() - started_s
+    try:
+        result = measure(Ours(engine), Workload(**settings["workload"]))
+        notes = {**engine.info.notes, "read_files_s": round(read_s, 2)}
+        return {"load_s": load_s, **result, "layer": layer_times(engine), "notes": notes}
+    finally:
+        engine.close()
+
+
+def run_rows(settings: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of one MoE layer by number of rows. settings: config, rows."""
+    engine = Engine.from_config(engine_config(settings["config"]))
+    try:
+        return {"rows": layer_times(engine, settings["rows"]), "notes": engine.info.notes}
+    finally:
+        engine.close()
+
+
+def engine_config(sections: dict[str, dict[str, Any]]) -> EngineConfig:
+    """Raises Skip for a field that this version of moeserve does not know."""
+    built = {}
+    for section, values in sections.items():
+        kind = SECTIONS[section]
+        known = {field.name for field in dataclasses.fields(kind)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise Skip(f"moeserve's {kind.__name__} has no field {', '.join(unknown)}")
+        built[section] = kind(**values)
+    return EngineConfig(**built)
+
+
+class Ours:
+    """Drives the engine step by step, as its own process does."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._numbers = itertools.count()
+
+    def decode(self, prompts: list[list[int]], num_steps: int) -> DecodeRun:
+        # Streams that were prefilled first decode while the others still prefill.
+        most_steps = num_steps + 1 + sum(map(len, prompts))
+        outputs = self._add(prompts, most_steps)
+        while not all(outputs.values()):
+            self._step(outputs)
+        started_s = time.perf_counter()
+        num_tokens = sum(self._step(outputs) for _ in range(num_steps))
+        seconds = time.perf_counter() - started_s
+        for name in outputs:
+            self.engine.abort(name)
+        assert num_tokens == num_steps * len(prompts), "a stream was left out of a step"
+        return DecodeRun(seconds, num_tokens, [o[: num_steps + 1] for o in outputs.values()])
+
+    def prefill(self, prompt: list[int]) -> float:
+        outputs = self._add([prompt], 1)
+        started_s = time.perf_counter()
+        while not all(outputs.values()):
+            self._step(outputs)
+        return time.perf_counter() - started_s
+
+    def _add(self, prompts: list[list[int]], max_tokens: int) -> dict[str, list[int]]:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        names = [f"r{next(self._numbers)}" for _ in prompts]
+        for name, prompt in zip(names, prompts, strict=True):
+            self.engine.add(EngineRequest(request_id=name, token_ids=prompt, params=params))
+        return {name: [] for name in names}
+
+    def _step(self, outputs: dict[str, list[int]]) -> int:
+        """Number of tokens that the step gave."""
+        deltas = self.engine.step()
+        for delta in deltas:
+            outputs[delta.request_id] += delta.token_ids
+        return sum(len(delta.token_ids) for delta in deltas)
+
+
+def layer_times(engine: Engine, rows: tuple[int, ...] = (1, 16)) -> dict[str, float]:
+    """Milliseconds of the backend's part of one MoE layer, by number of rows."""
+    spec = engine.loaded.spec
+    layers = sorted(spec.moe_layers)
+    experts = spec.moe_layers[layers[0]].experts
+    backend = engine.loaded.runtime.backend
+    dtype = engine.loaded.dtype
+    shape = LayerShape(
+        experts.hidden_size, experts.intermediate_size, experts.num_experts, _top_k(engine)
+    )
+
+    def call(layer: int, x: torch.Tensor, chosen: Experts) -> torch.Tensor:
+        return backend.run(ExpertJob(layers[layer], x, Routing(chosen.ids, chosen.weights)))
+
+    return {str(n): time_layer(call, shape, len(layers), n, dtype) for n in rows}
+
+
+def _top_k(engine: Engine) -> int:
+    spec = engine.loaded.spec
+    return next(iter(spec.moe_layers.values())).router.top_k

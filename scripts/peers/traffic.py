@@ -1,0 +1,70 @@
+"""What a step must read and multiply: the machine's limit divided by these is the bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from random_checkpoint import Qwen3MoeShape
+
+KV_BYTES = 2  # of one kv value: bf16 or fp16
+#: Stored bits per weight, scales included, where nothing else is said. llama.cpp: its block formats
+#: (ggml-common.h). Ours: int8 has one scale per output channel; int4 groups of 32 with a 16-bit
+#: scale, the costliest of its group sizes.
+BITS_PER_WEIGHT = MappingProxyType(
+    {"bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5, "q4_k": 4.5, "int8": 8.0, "int4": 4.5}
+)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Weights that are read once per step, and what is computed per token."""
+
+    shape: Qwen3MoeShape
+
+    @property
+    def _attention_weights(self) -> int:
+        shape = self.shape
+        query = shape.num_attention_heads * shape.head_dim
+        kv = shape.num_key_value_heads * shape.head_dim
+        return shape.hidden_size * (2 * query + 2 * kv)
+
+    @property
+    def expert_weights(self) -> int:
+        return 3 * self.shape.hidden_size * self.shape.moe_intermediate_size
+
+    def uniform_experts(self, num_rows: int) -> float:
+        """Expected distinct experts in a layer where each row picks K of E uniformly."""
+        shape = self.shape
+        untouched = (1 - shape.num_experts_per_tok / shape.num_experts) ** num_rows
+        return shape.num_experts * (1 - untouched)
+
+    def step_bytes(
+        self, bits: float, num_experts: float, num_streams: int, context_tokens: float
+    ) -> float:
+        """Bytes of one decode step: every weight in use once, and the streams' kv.
+
+        num_experts: distinct experts per layer. Routers (E x H per layer) count as 16 bits.
+        """
+        shape = self.shape
+        quantised = shape.num_hidden_layers * (
+            self._attention_weights + num_experts * self.expert_weights
+        )
+        quantised += shape.hidden_size * shape.vocab_size  # the head; one row of the embedding
+        routers = shape.num_hidden_layers * shape.num_experts * shape.hidden_size
+        kv_values = 2 * shape.num_key_value_heads * shape.head_dim * shape.num_hidden_layers
+        kv = num_streams * context_tokens * kv_values * KV_BYTES
+        return quantised * bits / 8 + routers * 2 + kv
+
+    def prefill_ops(self, num_tokens: int) -> float:
+        """Multiplications and additions of a prompt: all rows but the head, which sees the last."""
+        shape = self.shape
+        per_row = self._attention_weights + shape.num_experts * shape.hidden_size
+        per_row += shape.num_experts_per_tok * self.expert_weights
+        # Causal: a row meets half of the tokens on average, in the scores and in the sum of values.
+        per_row += num_tokens * shape.num_attention_heads * shape.head_dim
+        rows = 2 * shape.num_hidden_layers * per_row * num_tokens
+        return rows + 2.0 * shape.hidden_size * shape.vocab_size
+
+    def layer_bytes(self, bits: float, num_experts: float) -> float:
+        return num_experts * self.expert_weights * bits / 8
