@@ -1,8 +1,8 @@
 """Chat templates: a conversation to the text that the model was trained on.
 
-Rendering happens in a process of its own (template_renderer.py says why); this side starts it when
-it is first needed, talks to it, ends it when it takes too long, and turns what went wrong into
-errors that say whose fault it was.
+Compiling and rendering happen in a process of its own (template_renderer.py says why); this side
+starts it, talks to it, ends it when it takes too long, and turns what went wrong into errors that
+say whose fault it was.
 """
 
 from __future__ import annotations
@@ -77,10 +77,22 @@ class ChatTemplate:
         """The templates of a model directory; None if the model has none.
 
         Looks into chat_template.jinja and additional_chat_templates/*.jinja, then into
-        tokenizer_config.json. Raises ModelError.
+        tokenizer_config.json. Raises ModelError naming the file, also for a template that does not
+        compile: every chat would fail on it.
         """
-        templates = _read_templates(Path(path))
-        return cls(templates, special_tokens, limits) if templates else None
+        found = _read_templates(Path(path))
+        if not found:
+            return None
+        sources = {name: source for name, (source, _) in found.items()}
+        template = cls(sources, special_tokens, limits)
+        for name, (_, file) in found.items():
+            # Its CPU time is limited as always; how busy the machine is must not fail a model.
+            answer = template._ask(_encode({"template": name, "variables": None}), STARTUP_SECONDS)
+            if "error" in answer:
+                template.close()
+                text = f"{file}: chat template {name!r} does not compile: {answer['error']}"
+                raise ModelError(text)
+        return template
 
     def render(
         self,
@@ -114,7 +126,7 @@ class ChatTemplate:
                 "add_generation_prompt": add_generation_prompt,
             },
         }
-        text = _text_of(self._ask(_encode(request)))
+        text = _text_of(self._ask(_encode(request), self._limits.max_seconds))
         return _cut_open_end(text) if continue_final_message else text
 
     def close(self) -> None:
@@ -141,7 +153,7 @@ class ChatTemplate:
             for quote in "'\""
         )
 
-    def _ask(self, request: bytes) -> dict[str, str]:
+    def _ask(self, request: bytes, seconds: float) -> dict[str, str]:
         if not self._lock.acquire(timeout=self._limits.max_wait_seconds):
             raise RequestError(
                 f"chat template: {self._limits.max_wait_seconds} s passed before its turn came",
@@ -151,10 +163,10 @@ class ChatTemplate:
             if self._renderer is None:
                 self._renderer = _Renderer(self._templates, self._limits)
             try:
-                return self._renderer.ask(request, self._limits.max_seconds)
+                return self._renderer.ask(request, seconds)
             except TimeoutError:
                 self._drop_renderer()
-                error = f"{self._limits.max_seconds} s passed"
+                error = f"{seconds} s passed"
             except (ConnectionError, EOFError):
                 self._drop_renderer()
                 error = "it used more CPU time, memory or stack than it may"
@@ -269,27 +281,28 @@ def _cut_open_end(text: str) -> str:
     return before
 
 
-def _read_templates(path: Path) -> dict[str, str]:
-    config_path = path / "tokenizer_config.json"
-    declared = read_json(config_path).get("chat_template") if config_path.is_file() else None
-    templates: dict[str, str] = {}
+def _read_templates(path: Path) -> dict[str, tuple[str, Path]]:
+    """Source and file of every template, by name."""
+    config = path / "tokenizer_config.json"
+    declared = read_json(config).get("chat_template") if config.is_file() else None
+    templates: dict[str, tuple[str, Path]] = {}
     match declared:
         case None:
             pass
         case str():
-            templates["default"] = declared
+            templates["default"] = (declared, config)
         case [*entries] if all(
             isinstance(e, dict) and {"name", "template"} <= e.keys() for e in entries
         ):
-            templates.update({str(e["name"]): str(e["template"]) for e in entries})
+            templates.update({str(e["name"]): (str(e["template"]), config) for e in entries})
         case _:
-            raise ModelError(f"{config_path}: chat_template is neither text nor a list of them")
+            raise ModelError(f"{config}: chat_template is neither text nor a list of them")
     main = path / "chat_template.jinja"
-    files = sorted((path / "additional_chat_templates").glob("*.jinja"))
+    files = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
+    if main.is_file():
+        files["default"] = main
     try:
-        found = {file.stem: file.read_text(encoding="utf-8") for file in files}
-        if main.is_file():
-            found["default"] = main.read_text(encoding="utf-8")
+        found = {name: (file.read_text(encoding="utf-8"), file) for name, file in files.items()}
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: a chat template cannot be read: {error}") from error
     templates = found or templates  # files replace what the config says, as a set

@@ -7,7 +7,8 @@ stop them. Here the kernel does: memory and CPU time have hard limits, and the p
 process when the wall clock is up.
 
 stdin is a socket. Every message, both ways, is a length (8 bytes, big-endian) and JSON. The first
-holds the templates and the limits; each further one asks for one rendering.
+holds the templates and the limits; each further one asks for one rendering, or with null for
+variables, whether the template compiles.
 """
 
 from __future__ import annotations
@@ -165,10 +166,10 @@ def main() -> None:
     sources: dict[str, str] = setup["templates"]
     compiled: dict[str, Any] = {}
 
-    def render(name: str, variables: dict[str, Any]) -> str:
+    def render(name: str, variables: dict[str, Any] | None) -> str:
         if name not in compiled:
             compiled[name] = environment.from_string(sources[name])
-        return str(compiled[name].render(variables))
+        return "" if variables is None else str(compiled[name].render(variables))
 
     send(connection, b'{"text": ""}')  # ready; from here on the parent counts the time
     while (request := receive(connection)) is not None:

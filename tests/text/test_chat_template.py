@@ -221,6 +221,42 @@ def test_errors_say_whose_fault_it_is(tmp_path: Path) -> None:
         ChatTemplate({"default": "x" * 11}, {}, TemplateLimits(max_template_chars=10))
 
 
+BROKEN = {
+    "{% if %}": "line 1: Expected an expression",
+    "ok\n{% for m in messages %}{{ m.content }": "line 2: unexpected '}'",
+    "{{ messages | no_such_filter }}": "line 1: No filter named 'no_such_filter'",
+    "{% generation %}never ended": "line 1: .*endgeneration",
+    ATTACKS["a deep expression"]: "recursion",
+    ATTACKS["a huge number"]: "more CPU time, memory or stack than it may",
+}
+
+
+@pytest.mark.parametrize("source", BROKEN, ids=range(len(BROKEN)))
+def test_a_broken_template_is_found_when_the_model_loads(tmp_path: Path, source: str) -> None:
+    file = tmp_path / "chat_template.jinja"
+    file.write_text(source)
+    message = rf"^{file}: chat template 'default' does not compile: .*{BROKEN[source]}"
+    with pytest.raises(ModelError, match=message):
+        ChatTemplate.load(tmp_path, {}, TemplateLimits(max_seconds=1.0))
+
+
+def test_a_broken_template_is_named_with_its_file(tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    named = [{"name": "default", "template": "x"}, {"name": "rag", "template": "{% if %}"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    with pytest.raises(ModelError, match=rf"^{config}: chat template 'rag' does not compile"):
+        ChatTemplate.load(tmp_path, {})
+    (tmp_path / "chat_template.jinja").write_text("{{ messages | length }}")
+    template = ChatTemplate.load(tmp_path, {})  # it replaces those of the config
+    assert template is not None
+    template.close()
+    file = tmp_path / "additional_chat_templates" / "tool_use.jinja"
+    file.parent.mkdir()
+    file.write_text("{% if %}")
+    with pytest.raises(ModelError, match=rf"^{file}: chat template 'tool_use' does not compile"):
+        ChatTemplate.load(tmp_path, {})
+
+
 def test_only_plain_data_goes_in() -> None:
     template = ChatTemplate({"default": "{{ messages | length }} {{ self }} {{ a }}"}, {})
     chat = [{"role": "user", "content": "hi"}]
