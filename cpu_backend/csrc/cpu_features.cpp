@@ -58,6 +58,7 @@ std::vector<std::string> usable_isa_extensions() {
   add(ymm && has(one.ecx, 12), "fma");
   add(ymm && has(one.ecx, 29), "f16c");
   add(zmm && has(seven.ebx, 16), "avx512f");
+  add(zmm && has(seven.ebx, 17), "avx512dq");
   add(zmm && has(seven.ebx, 30), "avx512bw");
   add(zmm && has(seven.ebx, 31), "avx512vl");
   add(zmm && has(seven.ecx, 11), "avx512_vnni");

@@ -1,0 +1,172 @@
+// Runtime, ISA levels, memory, and measurements of the machine.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "bindings.h"
+#include "dispatch.h"
+#include "runtime.h"
+
+namespace nb = nanobind;
+
+namespace moeserve {
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{1} << 21;
+
+// Zeroed memory, aligned to huge pages and backed by them where the system allows. Pages become
+// real, on the node of the thread that does it, when they are first written.
+class Memory {
+ public:
+  explicit Memory(std::size_t num_bytes)
+      : size_((num_bytes + kHugePage - 1) / kHugePage * kHugePage) {
+#if defined(__linux__)
+    void *reserved = mmap(nullptr, size_ + kHugePage, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED) throw std::bad_alloc();
+    base_ = static_cast<std::uint8_t *>(reserved);
+    const auto address = reinterpret_cast<std::uintptr_t>(base_);
+    data_ = base_ + (kHugePage - address % kHugePage) % kHugePage;
+    madvise(data_, size_, MADV_HUGEPAGE);  // a hint: refused where huge pages are off
+#else
+    base_ = data_ = static_cast<std::uint8_t *>(std::aligned_alloc(kHugePage, size_));
+    if (data_ == nullptr) throw std::bad_alloc();
+    std::memset(data_, 0, size_);
+#endif
+  }
+  ~Memory() {
+#if defined(__linux__)
+    munmap(base_, size_ + kHugePage);
+#else
+    std::free(base_);
+#endif
+  }
+  Memory(const Memory &) = delete;
+  Memory &operator=(const Memory &) = delete;
+  std::uint8_t *data() const { return data_; }
+
+ private:
+  std::size_t size_;
+  std::uint8_t *base_;
+  std::uint8_t *data_;
+};
+
+nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> allocate(std::size_t num_bytes) {
+  auto *memory = new Memory(num_bytes);
+  nb::capsule owner(memory, [](void *p) noexcept { delete static_cast<Memory *>(p); });
+  return {memory->data(), {num_bytes}, owner};
+}
+
+double seconds() {
+  using Clock = std::chrono::steady_clock;
+  return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+}
+
+template <class Work>
+double shortest(int repeats, const Work &work) {
+  double best = 1e300;
+  for (int i = 0; i < repeats; ++i) {
+    const double start = seconds();
+    work();
+    best = std::min(best, seconds() - start);
+  }
+  return best;
+}
+
+double measure_read_bandwidth(Runtime &runtime, std::size_t num_bytes, int repeats) {
+  constexpr std::size_t kItem = 256 * 1024;
+  const std::size_t items = std::max<std::size_t>(1, num_bytes / kItem);
+  const nb::gil_scoped_release release;
+  const Memory memory(items * kItem);
+  const auto for_items = [&](const auto &body) {
+    runtime.pool.run([&](Worker &worker) {
+      worker.share(static_cast<std::int64_t>(items), [&](std::int64_t item) {
+        body(memory.data() + static_cast<std::size_t>(item) * kItem);
+      });
+    });
+  };
+  for_items([](std::uint8_t *data) { std::memset(data, 1, kItem); });
+  const double best = shortest(repeats, [&] {
+    for_items([&](const std::uint8_t *data) {
+      volatile float kept = runtime.kernels.read_all(data, kItem);
+      (void)kept;
+    });
+  });
+  return static_cast<double>(items * kItem) / best;
+}
+
+double measure_dot_peak(Runtime &runtime, const std::string &type, int repeats) {
+  constexpr std::int64_t kRounds = 400000;
+  float (*work)(std::int64_t) = nullptr;
+  double products = 24.0 * 16.0 * kRounds;
+  if (type == "f32") {
+    work = runtime.kernels.multiply_add_f32;
+  } else if (type == "bf16") {
+    // Without an instruction for bf16, numbers are widened and multiplied as float32.
+    work = runtime.kernels.has_bf16_dot ? runtime.kernels.multiply_add_bf16
+                                        : runtime.kernels.multiply_add_f32;
+    if (runtime.kernels.has_bf16_dot) products *= 2;
+  } else if (type == "int8") {
+    work = runtime.kernels.multiply_add_int8;
+    products *= 4;
+  } else {
+    refuse("type", "'" + type + "' is none of f32, bf16, int8");
+  }
+  const nb::gil_scoped_release release;
+  const int threads = runtime.pool.num_threads();
+  const double best = shortest(repeats, [&] {
+    runtime.pool.run([&](Worker &worker) {
+      worker.share(threads, [&](std::int64_t) {
+        volatile float kept = work(kRounds);
+        (void)kept;
+      });
+    });
+  });
+  return 2.0 * products * threads / best;
+}
+
+}  // namespace
+
+void bind_runtime(nb::module_ &m) {
+  nb::class_<IsaLevel>(m, "IsaLevel", "A set of kernels. `usable`: it may run in this process.")
+      .def_ro("name", &IsaLevel::name)
+      .def_ro("missing", &IsaLevel::missing)
+      .def_prop_ro("built", [](const IsaLevel &level) { return level.kernels != nullptr; })
+      .def_prop_ro("usable", &IsaLevel::usable);
+  m.def("isa_levels", &isa_levels, "All levels, from the plainest to the fastest.");
+  m.def("pin_this_thread", &pin_this_thread, nb::arg("cpu"), "Pins the calling thread to a core.");
+  m.def("allocate", &allocate, nb::arg("num_bytes"),
+        "Zeroed bytes, in huge pages where the system allows: a numpy array [num_bytes] uint8.");
+
+  nb::class_<Ticket>(m, "Ticket", "The handle of submitted work.")
+      .def("done", &Ticket::done)
+      .def("wait", &Ticket::wait, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<Runtime>(m, "Runtime", "Compute threads and the kernels that they run.")
+      .def(
+          "__init__",
+          [](Runtime *self, const std::string &isa, int num_threads, std::vector<int> cpus,
+             int spin_us) {
+            new (self) Runtime(find_kernels(isa), num_threads, std::move(cpus), spin_us);
+          },
+          nb::arg("isa"), nb::arg("num_threads"), nb::arg("cpus") = std::vector<int>{},
+          nb::arg("spin_us") = 100,
+          "isa: the name of a level. cpus: a core for every thread, or none. Raises ValueError.")
+      .def_prop_ro("isa", [](const Runtime &runtime) { return runtime.kernels.name; })
+      .def_prop_ro("num_threads", [](const Runtime &runtime) { return runtime.pool.num_threads(); })
+      .def("measure_read_bandwidth", &measure_read_bandwidth, nb::arg("num_bytes"),
+           nb::arg("repeats") = 3, "Bytes per second that the threads read together.")
+      .def("measure_dot_peak", &measure_dot_peak, nb::arg("type"), nb::arg("repeats") = 3,
+           "Operations per second (a multiply-add is two) on f32, bf16 or int8 in registers.");
+}
+
+}  // namespace moeserve

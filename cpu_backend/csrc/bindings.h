@@ -1,0 +1,88 @@
+// What the parts of the Python module share. Arrays come in as nanobind ndarrays on the CPU (numpy
+// arrays, torch tensors); every function checks types and shapes and says which argument is wrong.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace moeserve {
+
+void bind_runtime(nanobind::module_ &m);
+void bind_packing(nanobind::module_ &m);
+void bind_products(nanobind::module_ &m);
+
+using Array = nanobind::ndarray<nanobind::device::cpu>;
+using ConstArray = nanobind::ndarray<nanobind::ro, nanobind::device::cpu>;
+
+[[noreturn]] inline void refuse(const char *name, const std::string &problem) {
+  throw std::invalid_argument(std::string(name) + ": " + problem);
+}
+
+template <class A>
+std::string shape_of(const A &array) {
+  std::string text = "[";
+  for (std::size_t i = 0; i < array.ndim(); ++i) {
+    text += (i > 0 ? ", " : "") + std::to_string(array.shape(i));
+  }
+  return text + "]";
+}
+
+// float32, bfloat16 or float16. Throws std::invalid_argument, with the argument's name, for others.
+template <class A>
+Dtype float_dtype(const A &array, const char *name) {
+  const nanobind::dlpack::dtype type = array.dtype();
+  const auto code = static_cast<nanobind::dlpack::dtype_code>(type.code);
+  if (code == nanobind::dlpack::dtype_code::Float && type.bits == 32) return Dtype::kF32;
+  if (code == nanobind::dlpack::dtype_code::Float && type.bits == 16) return Dtype::kF16;
+  if (code == nanobind::dlpack::dtype_code::Bfloat && type.bits == 16) return Dtype::kBF16;
+  refuse(name, "must be float32, bfloat16 or float16");
+}
+
+template <class T, class A>
+void check_dtype(const A &array, const char *name, const char *wanted) {
+  if (array.dtype() != nanobind::dtype<T>()) refuse(name, std::string("must be ") + wanted);
+}
+
+// A two-dimensional array whose rows are contiguous; they may stand apart.
+template <class A>
+void check_rows(const A &array, const char *name, std::int64_t rows, std::int64_t cols) {
+  const bool fits = array.ndim() == 2 &&
+                    (rows < 0 || static_cast<std::int64_t>(array.shape(0)) == rows) &&
+                    static_cast<std::int64_t>(array.shape(1)) == cols;
+  if (!fits) {
+    refuse(name, "shape " + shape_of(array) + ", expected [" +
+                     (rows < 0 ? std::string("rows") : std::to_string(rows)) + ", " +
+                     std::to_string(cols) + "]");
+  }
+  if (cols > 1 && array.shape(0) > 0 && array.stride(1) != 1) {
+    refuse(name, "its rows are not contiguous; call .contiguous()");
+  }
+  if (array.shape(0) > 1 && array.stride(0) < cols) {
+    refuse(name, "its rows overlap; call .contiguous()");
+  }
+}
+
+template <class A>
+void check_contiguous(const A &array, const char *name) {
+  std::int64_t step = 1;
+  for (std::size_t i = array.ndim(); i-- > 0;) {
+    if (array.shape(i) > 1 && array.stride(i) != step) {
+      refuse(name, "is not contiguous; call .contiguous()");
+    }
+    step *= static_cast<std::int64_t>(array.shape(i));
+  }
+}
+
+template <class A>
+void check_size(const A &array, const char *name, std::size_t wanted) {
+  if (array.ndim() != 1 || array.shape(0) != wanted) {
+    refuse(name, "shape " + shape_of(array) + ", expected [" + std::to_string(wanted) + "]");
+  }
+}
+
+}  // namespace moeserve

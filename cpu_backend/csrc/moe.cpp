@@ -1,0 +1,211 @@
+#include "moe.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace moeserve {
+namespace {
+
+// Panels of an item: see linear.cpp. Those of gate_up come in pairs.
+constexpr std::int64_t kGateUpPanels = 4;
+constexpr std::int64_t kDownPanels = 2;
+constexpr std::int64_t kAloneBytes = 64 * 1024;
+constexpr std::int64_t kManyRows = 8;
+constexpr std::int64_t kGateUpPanelsMany = 16;
+constexpr std::int64_t kDownPanelsMany = 8;
+
+// One choice of a token. Sorted by expert; `row` of the hidden state is its place in that order.
+struct Pair {
+  std::int64_t expert;
+  std::int64_t token;
+  float weight;
+};
+
+struct Group {
+  std::int64_t expert;
+  std::int64_t first;  // pair
+  std::int64_t count;
+};
+
+struct Plan {
+  std::vector<Pair> pairs;
+  std::vector<Group> groups;
+  bool gathers = false;  // some expert has rows that do not stand together in x
+};
+
+Plan make_plan(const Experts &experts, const ExpertJob &job) {
+  Plan plan;
+  const std::size_t num_experts = experts.records.size();
+  const std::int64_t choices = job.num_tokens * job.top_k;
+  std::vector<std::int64_t> start(num_experts + 1, 0);
+  const auto wanted = [&](std::int64_t expert) {
+    return job.wanted == nullptr || job.wanted[expert] != 0;
+  };
+  for (std::int64_t i = 0; i < choices; ++i) {
+    if (wanted(job.ids[i])) ++start[static_cast<std::size_t>(job.ids[i]) + 1];
+  }
+  for (std::size_t e = 0; e < num_experts; ++e) {
+    const std::int64_t count = start[e + 1];
+    if (count > 0) {
+      plan.groups.push_back({static_cast<std::int64_t>(e), start[e], count});
+      plan.gathers = plan.gathers || count > 1;
+    }
+    start[e + 1] += start[e];
+  }
+  plan.pairs.resize(static_cast<std::size_t>(start[num_experts]));
+  for (std::int64_t i = 0; i < choices; ++i) {
+    const std::int64_t expert = job.ids[i];
+    if (!wanted(expert)) continue;
+    auto &place = start[static_cast<std::size_t>(expert)];
+    plan.pairs[static_cast<std::size_t>(place++)] = {expert, i / job.top_k, job.weights[i]};
+  }
+  return plan;
+}
+
+std::int64_t items_of(std::int64_t panels, std::int64_t per_item) {
+  return (panels + per_item - 1) / per_item;
+}
+
+}  // namespace
+
+void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job) {
+  const std::lock_guard<std::mutex> lock(runtime.mutex);
+  const Kernels &kernels = runtime.kernels;
+  Workspace &workspace = runtime.workspace;
+  const Plan plan = make_plan(experts, job);
+  const auto num_pairs = static_cast<std::int64_t>(plan.pairs.size());
+  const auto num_groups = static_cast<std::int64_t>(plan.groups.size());
+
+  const RowFormat in_format = row_format(kernels, experts.gate_up);
+  const RowFormat hidden_format = row_format(kernels, experts.down);
+  const Rows input = workspace.input.take(in_format, job.num_tokens);
+  const Rows sorted = workspace.sorted.take(in_format, plan.gathers ? num_pairs : 0);
+  const Rows hidden = workspace.hidden.take(hidden_format, num_pairs);
+  // Activations go straight into the rows of the second product where those are floats.
+  const std::size_t inner =
+      static_cast<std::size_t>(experts.gate_up.num_panels / 2) * kPanelOutputs;
+  const bool direct = hidden_format.form == RowForm::kF32;
+  const std::size_t activated_stride = direct ? hidden_format.data_bytes / 4 : inner;
+  float *activated =
+      direct ? reinterpret_cast<float *>(hidden.data)
+             : workspace.activated.take<float>(static_cast<std::size_t>(num_pairs) * inner);
+
+  std::int64_t most_rows = 0;
+  for (const Group &group : plan.groups) most_rows = std::max(most_rows, group.count);
+  const bool many = num_pairs >= kManyRows * num_groups;
+  const std::int64_t gate_up_panels = many ? kGateUpPanelsMany : kGateUpPanels;
+  const std::int64_t down_panels = many ? kDownPanelsMany : kDownPanels;
+  const std::int64_t gate_up_items = items_of(experts.gate_up.num_panels, gate_up_panels);
+  const std::int64_t down_items = items_of(experts.down.num_panels, down_panels);
+  const auto out_numbers =
+      static_cast<std::size_t>(most_rows * std::max(gate_up_panels, down_panels) * kPanelOutputs);
+  const auto sum_numbers = static_cast<std::size_t>(job.num_tokens * down_panels * kPanelOutputs);
+  for (auto &scratch : workspace.per_thread) scratch.take<float>(out_numbers + sum_numbers);
+
+  const auto x_bytes = static_cast<std::int64_t>(size_of(job.dtype)) * job.x_stride;
+  const auto rows_of = [&](const Group &group) {
+    return group.count > 1 ? rows_from(sorted, in_format, group.first)
+                           : rows_from(input, in_format,
+                                       plan.pairs[static_cast<std::size_t>(group.first)].token);
+  };
+
+  const auto gate_up = [&](float *out, std::int64_t item) {
+    const Group &group = plan.groups[static_cast<std::size_t>(item / gate_up_items)];
+    const std::int64_t panel = item % gate_up_items * gate_up_panels;
+    const std::int64_t panels = std::min(gate_up_panels, experts.gate_up.num_panels - panel);
+    const std::uint8_t *record = experts.records[static_cast<std::size_t>(group.expert)];
+    const GemmJob gemm = {
+        .panels = record + static_cast<std::size_t>(panel) * experts.gate_up.panel_bytes,
+        .layout = &experts.gate_up,
+        .rows = rows_of(group),
+        .row_format = &in_format,
+        .num_rows = static_cast<int>(group.count),
+        .num_panels = static_cast<int>(panels),
+        .out = out,
+        .out_stride = static_cast<std::size_t>(panels * kPanelOutputs),
+    };
+    kernels.gemm(gemm);
+    const float *bias = nullptr;
+    if (experts.gate_up_bias_offset != 0) {
+      bias = reinterpret_cast<const float *>(record + experts.gate_up_bias_offset) +
+             panel * kPanelOutputs;
+    }
+    for (std::int64_t r = 0; r < group.count; ++r) {
+      float *target = activated + static_cast<std::size_t>(group.first + r) * activated_stride +
+                      panel / 2 * kPanelOutputs;
+      kernels.gated(experts.activation, out + static_cast<std::size_t>(r) * gemm.out_stride, bias,
+                    target, static_cast<int>(panels / 2));
+      if (panel + panels == experts.gate_up.num_panels) {  // the padding of the second product
+        float *row = activated + static_cast<std::size_t>(group.first + r) * activated_stride;
+        std::fill(row + inner, row + activated_stride, 0.0f);
+      }
+    }
+  };
+
+  const auto down = [&](float *out, std::int64_t item) {
+    const std::int64_t panel = item * down_panels;
+    const std::int64_t panels = std::min(down_panels, experts.down.num_panels - panel);
+    const std::int64_t width = panels * kPanelOutputs;
+    float *sums = out + out_numbers;
+    std::memset(sums, 0, static_cast<std::size_t>(job.num_tokens * width) * sizeof(float));
+    for (const Group &group : plan.groups) {
+      const std::uint8_t *record = experts.records[static_cast<std::size_t>(group.expert)];
+      const GemmJob gemm = {
+          .panels = record + experts.down_offset +
+                    static_cast<std::size_t>(panel) * experts.down.panel_bytes,
+          .layout = &experts.down,
+          .rows = rows_from(hidden, hidden_format, group.first),
+          .row_format = &hidden_format,
+          .num_rows = static_cast<int>(group.count),
+          .num_panels = static_cast<int>(panels),
+          .out = out,
+          .out_stride = static_cast<std::size_t>(width),
+      };
+      kernels.gemm(gemm);
+      const float *bias = nullptr;
+      if (experts.down_bias_offset != 0) {
+        bias = reinterpret_cast<const float *>(record + experts.down_bias_offset) +
+               panel * kPanelOutputs;
+      }
+      for (std::int64_t r = 0; r < group.count; ++r) {
+        const Pair &pair = plan.pairs[static_cast<std::size_t>(group.first + r)];
+        kernels.accumulate(sums + pair.token * width, out + r * width, bias, pair.weight,
+                           static_cast<int>(width));
+      }
+    }
+    const std::int64_t first = panel * kPanelOutputs;
+    const std::int64_t outputs = std::min<std::int64_t>(width, experts.down.rows - first);
+    for (std::int64_t t = 0; t < job.num_tokens; ++t) {
+      auto *y = static_cast<std::uint8_t *>(job.y) +
+                static_cast<std::size_t>(t * experts.down.rows + first) * size_of(job.y_dtype);
+      kernels.from_float(job.y_dtype, sums + t * width, y, outputs);
+    }
+  };
+
+  const auto bytes = static_cast<std::int64_t>(experts.gate_up.bytes() + experts.down.bytes());
+  const bool alone = bytes * num_pairs < kAloneBytes;
+  const auto region = [&](Worker &worker) {
+    float *out = workspace.per_thread[static_cast<std::size_t>(worker.index())].take<float>(
+        out_numbers + sum_numbers);
+    worker.share(job.num_tokens, [&](std::int64_t token) {
+      const auto *x = static_cast<const std::uint8_t *>(job.x) + token * x_bytes;
+      kernels.prepare_row(in_format, job.dtype, x, input, token);
+    });
+    if (plan.gathers) {
+      worker.share(num_pairs, [&](std::int64_t pair) {
+        copy_row(in_format, input, plan.pairs[static_cast<std::size_t>(pair)].token, sorted, pair);
+      });
+    }
+    worker.share(num_groups * gate_up_items, [&](std::int64_t item) { gate_up(out, item); });
+    if (!direct) {
+      worker.share(num_pairs, [&](std::int64_t pair) {
+        const float *row = activated + static_cast<std::size_t>(pair) * activated_stride;
+        kernels.prepare_row(hidden_format, Dtype::kF32, row, hidden, pair);
+      });
+    }
+    worker.share(down_items, [&](std::int64_t item) { down(out, item); });
+  };
+  runtime.pool.run(region, alone);
+}
+
+}  // namespace moeserve

@@ -1,0 +1,36 @@
+// What every call from Python needs: the kernels of one ISA level, the threads to run them, and
+// scratch memory that is kept between calls (fresh memory costs a page fault for every 4 KiB).
+#pragma once
+
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "rows.h"
+#include "thread_pool.h"
+
+namespace moeserve {
+
+struct Workspace {
+  RowBuffer input;   // prepared rows of x
+  RowBuffer sorted;  // the same, row by row for each expert
+  RowBuffer hidden;  // between an expert's two products
+  Scratch activated;
+  Scratch sums;
+  std::vector<Scratch> per_thread;
+};
+
+struct Runtime {
+  Runtime(const Kernels &kernels, int num_threads, std::vector<int> cpus, int spin_us)
+      : kernels(kernels), pool(num_threads, std::move(cpus), spin_us) {
+    workspace.per_thread.resize(static_cast<std::size_t>(num_threads));
+  }
+
+  const Kernels &kernels;
+  ThreadPool pool;
+  std::mutex mutex;  // held by whoever uses the workspace
+  Workspace workspace;
+};
+
+}  // namespace moeserve
