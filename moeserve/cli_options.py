@@ -32,7 +32,7 @@ UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 #: settings given as an argument of its own, or made from another one
 NOT_A_FLAG = {"model", "engine", "http", "zmq"}
 #: shorter or clearer names than the field's own
-FLAG_NAMES = {"endpoint": "zmq"}
+FLAG_NAMES = {"endpoint": "zmq", "allowed_hosts": "allowed-host"}
 
 
 #: flag, type and help of what every command that generates may be told
@@ -86,7 +86,7 @@ def add_flags(parser: argparse.ArgumentParser, *settings: type) -> None:
 def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     flag = "--" + FLAG_NAMES.get(field.name, field.name).replace("_", "-")
     text = field.metadata["help"].replace("%", "%%")
-    if field.default is not None:
+    if field.default not in (None, ()):
         text += f" (default: {field.default})"
     if hint is bool:
         group.add_argument(
@@ -97,6 +97,11 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
             help=text,
         )
         return
+    if hint == tuple[str, ...]:
+        group.add_argument(
+            flag, dest=field.name, action=_Append, default=(), metavar="NAME", help=text
+        )
+        return
     group.add_argument(
         flag,
         dest=field.name,
@@ -105,6 +110,15 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
         metavar=field.name.rsplit("_", 1)[-1].upper(),
         help=text,
     )
+
+
+class _Append(argparse.Action):
+    """One more value of a repeatable flag; unlike argparse's own action, for settings' tuples."""
+
+    def __call__(
+        self, _: argparse.ArgumentParser, args: argparse.Namespace, value: Any, __: Any = None
+    ) -> None:
+        setattr(args, self.dest, (*getattr(args, self.dest), value))
 
 
 def _parser_of(name: str, hint: Any) -> Callable[[str], Any]:

@@ -7,6 +7,7 @@ exist yet raises ConfigError where the config is built, never later and never si
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +143,11 @@ class HttpConfig:
     api_key: str | None = setting(
         None, "bearer token asked for on every route but /health; None: open"
     )
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "name, as in the Host header, that the server answers to besides localhost and its "
+        "address; repeatable; checked if there is no key or a name is given",
+    )
     max_body_bytes: int = setting(4 * 1024 * 1024, "largest request body")
     max_header_bytes: int = setting(32 * 1024, "largest request head (all headers together)")
     body_timeout_s: float = setting(60.0, "seconds a body may stall while it arrives")
@@ -154,6 +160,15 @@ class HttpConfig:
             raise ConfigError(f"port: {self.port} is not 0 to 65535", field="port")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("api_key: it is empty; give a key, or leave it out to serve openly")
+        for host in self.allowed_hosts:
+            if not re.fullmatch(r"[\w.-]+", host) and not re.fullmatch(
+                r"\[?[\da-fA-F:.]+\]?", host
+            ):
+                raise ConfigError(
+                    f"allowed_hosts: {host!r} is no host name or address",
+                    field="allowed_hosts",
+                    hint="leave out http:// and the port",
+                )
         for name in ("max_body_bytes", "max_header_bytes", "max_prompts", "max_n"):
             _at_least(name, getattr(self, name), 1)
         _at_least("body_timeout_s", self.body_timeout_s, 0.1)

@@ -18,6 +18,7 @@ from moeserve.core import ErrorCode, MoeserveError
 from moeserve.gateway import metrics as metrics_room
 from moeserve.gateway.auth import ApiKeyAuth
 from moeserve.gateway.errors import ApiError, check_model, json_response, of_status
+from moeserve.gateway.host_check import HostCheck, needs_host_check
 from moeserve.gateway.http_limits import RequestSizeLimits
 from moeserve.gateway.http_metrics import CountResponses
 from moeserve.gateway.lifecycle import Lifecycle
@@ -54,6 +55,8 @@ def create_app(lifecycle: Lifecycle, config: HttpConfig, metrics: Metrics) -> Fa
         max_body_bytes=config.max_body_bytes,
         body_timeout_s=config.body_timeout_s,
     )
+    if needs_host_check(config):
+        app.add_middleware(HostCheck, bound_host=config.host, allowed_hosts=config.allowed_hosts)
     if config.api_key is not None:
         app.add_middleware(ApiKeyAuth, api_key=config.api_key)
     app.add_middleware(CountResponses, counter=metrics.http_requests)

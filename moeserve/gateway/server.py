@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
@@ -30,6 +29,7 @@ from moeserve.config import (
 from moeserve.core import ConfigError, ModelInfo
 from moeserve.gateway import http_server
 from moeserve.gateway.app import create_app
+from moeserve.gateway.host_check import is_loopback
 from moeserve.gateway.lifecycle import Lifecycle
 from moeserve.gateway.metrics import Metrics
 from moeserve.gateway.service import GenerationService
@@ -239,11 +239,7 @@ class Gateway:
 
 
 def _warn_if_open(http: HttpConfig) -> None:
-    try:
-        loopback = ipaddress.ip_address(http.host).is_loopback
-    except ValueError:
-        loopback = http.host == "localhost"
-    if not loopback and http.api_key is None:
+    if not is_loopback(http.host) and http.api_key is None:
         log.warning("http: %s is reachable by others and asks for no --api-key", http.host)
 
 

@@ -368,7 +368,7 @@ def test_our_own_mistakes_are_500_and_tell_nothing(tmp_path: Path) -> None:
                 raise KeyError("a secret")
 
             transport = httpx.ASGITransport(inside.app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://[::1]") as client:
                 answer = await client.get("/broken")
                 assert b'{method="GET",route="/broken",status="500"} 1.0' in inside.metrics.text()
                 return answer

@@ -67,7 +67,7 @@ def test_body_size_without_a_length(server: BigramServer) -> None:
 def test_an_announced_length_is_enough_to_refuse(server: BigramServer, length: bytes) -> None:
     """Nobody has to send the body first, nor do we have to read it."""
     with socket.create_connection(server.address, timeout=30) as connection:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
         key = b"authorization: Bearer " + KEY.encode() + b"\r\n"
         connection.sendall(head + key + b"content-length: " + length + b"\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
@@ -91,7 +91,7 @@ def test_a_head_beyond_what_the_parser_takes(server: BigramServer) -> None:
 
 def test_a_body_that_stalls(server: BigramServer) -> None:
     with socket.create_connection(server.address, timeout=30) as connection:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
         key = b"authorization: Bearer " + KEY.encode() + b"\r\n"
         connection.sendall(head + key + b"connection: close\r\ncontent-length: 100\r\n\r\n{")
         answer = read_to_end(connection)

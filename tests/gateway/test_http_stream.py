@@ -33,7 +33,7 @@ def send_request(
     """Sends a request over a bare socket, whose reading and closing are then up to us."""
     content = json.dumps(body).encode()
     head = (
-        f"POST {TEXT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"POST {TEXT} HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
         f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
     )
     connection = socket.socket()
@@ -80,7 +80,7 @@ def test_a_client_that_leaves_in_mid_stream_is_cancelled(server: BigramServer) -
 
 def test_half_a_request_leaves_nothing(server: BigramServer) -> None:
     connection = socket.create_connection(server.address, timeout=30)
-    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n")
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-length: 100\r\n")
     connection.sendall(b'content-type: application/json\r\n\r\n{"prompt": "a')
     connection.close()
     assert server.client.post(TEXT, json={"prompt": "a"}).status_code == 200
