@@ -4,6 +4,7 @@ speed drifts is unfair to none."""
 from __future__ import annotations
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -61,21 +62,33 @@ class Plan:
         return sections
 
 
-Run = Callable[[], dict[str, Any]]
+@dataclass(frozen=True)
+class Run:
+    """python: the interpreter that has what the kind needs; None where none was named."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+    python: str | None = sys.executable
+
+    def __call__(self) -> dict[str, Any]:
+        if self.python is None:
+            return {"skipped": f"no interpreter that has {self.kind} was given"}
+        return run_alone(self.kind, self.settings, self.python)
 
 
-def runs_of_a_round(plan: Plan, first: bool) -> Iterator[tuple[str, Run]]:
-    """Name and run, in the order of a round. first: also what needs to be counted only once."""
+def runs_of_a_round(plan: Plan, first: bool) -> Iterator[Run]:
+    """In the order of a round. first: also what needs to be counted only once."""
     common = {"threads": plan.threads, "workload": asdict(plan.work)}
-    yield "limits", lambda: run_alone("limits", {"threads": plan.threads}, plan.ours_python)
+    yield Run("limits", "limits", {"threads": plan.threads}, plan.ours_python)
     for name, label in LLAMA_CPP.items():
         settings = {**common, "gguf": str(gguf_path(plan.data, name))}
-        yield f"llama.cpp {label}", lambda s=settings: run_alone("llama.cpp", s)
+        yield Run(f"llama.cpp {label}", "llama.cpp", settings)
     peer = {**common, "checkpoint": str(plan.data / CHECKPOINT), "count_experts": first}
-    yield "transformers bf16", lambda: run_alone("transformers", peer)
+    yield Run("transformers bf16", "transformers", peer)
     for quantize, label in WIDTHS.items():
         ours = {**common, "config": plan.ours_settings(quantize, plan.threads)}
-        yield f"moeserve {label}", lambda s=ours: run_alone("ours", s, plan.ours_python)
+        yield Run(f"moeserve {label}", "ours", ours, plan.ours_python)
     shape = plan.shape
     layer = {
         "threads": plan.threads,
@@ -86,26 +99,27 @@ def runs_of_a_round(plan: Plan, first: bool) -> Iterator[tuple[str, Run]]:
             "top_k": shape.num_experts_per_tok,
         },
     }
-    yield "layer", lambda: run_alone("layer", layer)
+    yield Run("layer", "layer", layer)
     for kind in ("ipex", "kt-kernel"):
-        yield f"layer {kind}", lambda k=kind: _in_other_venv(plan, k, layer)
+        yield Run(f"layer {kind}", kind, layer, plan.other_pythons.get(kind))
 
 
 def run_rounds(plan: Plan, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
     """Name -> one result per round. A run that was skipped or failed is not tried again."""
     results: dict[str, list[dict[str, Any]]] = {}
     for number in range(plan.repeats):
-        for name, run in runs_of_a_round(plan, first=number == 0):
-            past = results.setdefault(name, [])
+        for run in runs_of_a_round(plan, first=number == 0):
+            past = results.setdefault(run.name, [])
             if past and not past[-1].keys().isdisjoint({"skipped", "failed"}):
                 continue
-            if not plan.wants(name):
+            if not plan.wants(run.name):
                 past.append({"skipped": "not asked for (--engines)"})
                 continue
             started_s = time.perf_counter()
             past.append(run())
             took_s = time.perf_counter() - started_s
-            say(f"round {number + 1} of {plan.repeats}: {name}: {took_s:.0f} s {summary(past[-1])}")
+            line = f"{run.name}: {took_s:.0f} s {summary(past[-1])}"
+            say(f"round {number + 1} of {plan.repeats}: {line}")
     return results
 
 
@@ -149,10 +163,3 @@ def summary(result: dict[str, Any]) -> str:
             return f"{outcome}: {result[outcome]}"
     rates = result.get("rates", {})
     return ", ".join(f"{name} {value:.1f} tok/s" for name, value in rates.items())
-
-
-def _in_other_venv(plan: Plan, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-    python = plan.other_pythons.get(kind)
-    if python is None:
-        return {"skipped": f"no interpreter that has {kind} was given"}
-    return run_alone(kind, settings, python)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from random_checkpoint import Qwen3MoeShape
 
+from peers.traffic import BITS_PER_WEIGHT
 from peers.weights import (
     CHECKPOINT,
     QUANTISED,
@@ -21,6 +23,7 @@ from peers.weights import (
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """settings: data, shape, seed, gguf (names), threads. Seconds by what was written or found."""
     folder = Path(settings["data"])
+    _check_space(folder, Qwen3MoeShape(**settings["shape"]), settings["gguf"])
     seconds = {}
 
     def timed(name: str, started_s: float) -> None:
@@ -38,3 +41,20 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             quantise_gguf(source, gguf_path(folder, name), QUANTISED[name], settings["threads"])
         timed(name, started_s)
     return {"seconds": seconds, "checkpoint": str(checkpoint)}
+
+
+def _check_space(folder: Path, shape: Qwen3MoeShape, names: list[str]) -> None:
+    """Raises OSError before hours of writing, not after."""
+    files = {"bf16", *names} if names else set()  # the others are made from the bf16 one
+    wanted = [gguf_path(folder, name) for name in files] + [folder / CHECKPOINT]
+    missing = [path for path in wanted if not path.exists()]
+    bits = sum(BITS_PER_WEIGHT.get(path.stem, 16.0) for path in missing)
+    num_bytes = shape.num_parameters * bits / 8
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        what = ", ".join(path.name for path in missing)
+        raise OSError(
+            f"{folder}: {what} need {num_bytes / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; "
+            "give another --data, fewer --layers or fewer --engines"
+        )

@@ -77,7 +77,8 @@ class Transformers:
     def _forward(self, ids: Tensor, kv: DynamicCache) -> Tensor:
         """[B, T] token ids to the greedy next token of each row, [B, 1]."""
         output = self.model(input_ids=ids, past_key_values=kv, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        chosen: Tensor = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        return chosen
 
 
 def count_experts(model: Any, engine: Transformers, work: Workload) -> dict[str, float]:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -133,7 +134,8 @@ def _add_settings(writer: gguf.GGUFWriter, config: Qwen3MoeConfig) -> None:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_tokenizer_model("none")
 
 
