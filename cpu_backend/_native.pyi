@@ -1,4 +1,174 @@
-"""Compiled parts of the CPU backend."""
+"""Compiled parts of the CPU backend: see csrc/.
+
+Arrays are on the CPU: torch tensors or numpy arrays. Every call checks their types and shapes and
+raises ValueError, naming the argument, where one does not fit. TypeError: not an array, or one
+that must be written to and is read-only.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+_Array: TypeAlias = Tensor | npt.NDArray[Any]
 
 def usable_isa_extensions() -> list[str]:
     """Instruction-set extensions that this process may execute, in /proc/cpuinfo spelling."""
+
+class IsaLevel:
+    """A set of kernels. `usable`: it may run in this process."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def missing(self) -> list[str]: ...
+    @property
+    def built(self) -> bool: ...
+    @property
+    def usable(self) -> bool: ...
+
+def isa_levels() -> list[IsaLevel]:
+    """All levels, from the plainest to the fastest."""
+
+def pin_this_thread(cpu: int) -> None:
+    """Pins the calling thread to a core."""
+
+def allocate(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Zeroed bytes, in huge pages where the system allows: [num_bytes] uint8."""
+
+class Ticket:
+    """The handle of submitted work."""
+
+    def done(self) -> bool: ...
+    def wait(self) -> None: ...
+
+class Runtime:
+    """Compute threads and the kernels that they run.
+
+    isa: the name of a level. cpus: a core for every thread, or none.
+    """
+
+    def __init__(
+        self, isa: str, num_threads: int, cpus: list[int] = ..., spin_us: int = 100
+    ) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def num_threads(self) -> int: ...
+    def measure_read_bandwidth(self, num_bytes: int, repeats: int = 3) -> float:
+        """Bytes per second that the threads read together."""
+    def measure_dot_peak(self, type: str, repeats: int = 3) -> float:
+        """Operations per second (a multiply-add is two) on f32, bf16 or int8 in registers."""
+
+class Layout:
+    """Shape and format of a packed matrix [rows, cols]; see packed.h, also for `format`."""
+
+    def __init__(
+        self,
+        format: int,
+        rows: int,
+        cols: int,
+        group_cols: int = 0,
+        asymmetric: bool = False,
+        weight_only: bool = False,
+    ) -> None: ...
+    @property
+    def format(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def group_cols(self) -> int: ...
+    @property
+    def asymmetric(self) -> bool: ...
+    @property
+    def weight_only(self) -> bool: ...
+    @property
+    def num_panels(self) -> int: ...
+    @property
+    def num_groups(self) -> int: ...
+    @property
+    def panel_bytes(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+def pack(runtime: Runtime, layout: Layout, data: _Array, row_ids: _Array, source: _Array) -> bool:
+    """Packs rows of numbers [R, K] as rows `row_ids` [R] of `data`.
+
+    False: one that has to be quantised is NaN or Inf.
+    """
+
+def pack_codes(
+    runtime: Runtime,
+    layout: Layout,
+    data: _Array,
+    row_ids: _Array,
+    codes: _Array,
+    scales: _Array,
+) -> bool:
+    """Packs rows that are quantised already.
+
+    mxfp4: codes [R, K / 2] with scales [R, K / 32] uint8; fp8: e4m3 as uint8 [R, K] with scales
+    [R, ceil(K / 128)] float32. False: a code or scale is NaN.
+    """
+
+def unpack(layout: Layout, data: _Array, out: _Array) -> None:
+    """Fills out [N, K] float32 with the numbers that `data` stands for."""
+
+class PackedMatrix:
+    """A packed weight [N, K] with an optional bias [N] float32; keeps both alive."""
+
+    def __init__(self, layout: Layout, data: _Array, bias: _Array | None = None) -> None: ...
+    def run(self, runtime: Runtime, x: _Array, out: _Array) -> None:
+        """out [T, N] = x [T, K] times the transposed matrix, plus bias."""
+
+class PackedExperts:
+    """The experts of one layer; see moe.h. activation: a number of `Activation` in kernels.h."""
+
+    def __init__(
+        self,
+        gate_up: Layout,
+        down: Layout,
+        bias: bool,
+        activation: int,
+        alpha: float,
+        limit: float,
+        num_experts: int,
+    ) -> None: ...
+    @property
+    def record_bytes(self) -> int: ...
+    @property
+    def down_offset(self) -> int: ...
+    @property
+    def gate_up_bias_offset(self) -> int: ...
+    @property
+    def down_bias_offset(self) -> int: ...
+    def set_record(self, expert: int, record: _Array) -> None: ...
+    def run(
+        self,
+        runtime: Runtime,
+        x: _Array,
+        ids: _Array,
+        weights: _Array,
+        wanted: _Array | None,
+        out: _Array,
+    ) -> None:
+        """out [T, H]: for x [T, H] the sum of ids [T, K] int64 with weights [T, K] float32.
+
+        wanted: [num_experts] uint8, 0 for experts to leave out.
+        """
+    def submit(
+        self,
+        runtime: Runtime,
+        x: _Array,
+        ids: _Array,
+        weights: _Array,
+        wanted: _Array | None,
+        out: _Array,
+    ) -> Ticket:
+        """As run, but returns at once. All arrays and self must live until it is done."""
+
+def rms_norm(runtime: Runtime, x: _Array, weight: _Array, eps: float, out: _Array) -> None:
+    """out = x / sqrt(mean(x^2) + eps) * weight, row by row."""
