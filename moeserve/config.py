@@ -6,6 +6,7 @@ exist yet raises ConfigError where the config is built, never later and never si
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tempfile
@@ -32,6 +33,19 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...], fix: str = "") -> N
 def _at_least(name: str, value: float, least: float) -> None:
     if not value >= least:
         raise ConfigError(f"{name}: {value} is below the minimum {least}", field=name)
+
+
+def _host_name(name: str, value: str) -> None:
+    if re.fullmatch(r"[\w.-]+", value):
+        return
+    try:
+        ipaddress.IPv6Address(value.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        raise ConfigError(
+            f"{name}: {value!r} is no host name or address",
+            field=name,
+            hint="leave out http:// and the port",
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +175,7 @@ class HttpConfig:
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("api_key: it is empty; give a key, or leave it out to serve openly")
         for host in self.allowed_hosts:
-            if not re.fullmatch(r"[\w.-]+", host) and not re.fullmatch(
-                r"\[?[\da-fA-F:.]+\]?", host
-            ):
-                raise ConfigError(
-                    f"allowed_hosts: {host!r} is no host name or address",
-                    field="allowed_hosts",
-                    hint="leave out http:// and the port",
-                )
+            _host_name("allowed_hosts", host)
         for name in ("max_body_bytes", "max_header_bytes", "max_prompts", "max_n"):
             _at_least(name, getattr(self, name), 1)
         _at_least("body_timeout_s", self.body_timeout_s, 0.1)
