@@ -28,9 +28,9 @@ struct Runtime {
   }
 
   const Kernels &kernels;
-  ThreadPool pool;
   std::mutex mutex;  // held by whoever uses the workspace
   Workspace workspace;
+  ThreadPool pool;  // last, so that it goes first: until then, submitted work uses the others
 };
 
 }  // namespace moeserve
