@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig
 
 INDEX_FILE = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,17 @@ class Qwen3MoeShape:
 
 
 def write_random_checkpoint(
-    path: Path, shape: Qwen3MoeShape, device: torch.device, seed: int = 0
+    path: Path,
+    shape: Qwen3MoeShape,
+    device: torch.device,
+    seed: int = 0,
+    embedding_std: float = WEIGHT_STD,
 ) -> None:
-    """Writes config.json and bfloat16 weights, one shard per layer. The device draws them."""
+    """Writes config.json and bfloat16 weights, one shard per layer. The device draws them.
+
+    embedding_std: at 1 the last token decides what comes next; at WEIGHT_STD the layers add more
+    to the stream than the embedding brings, and greedy text soon repeats one token.
+    """
     path.mkdir(parents=True)
     config = Qwen3MoeConfig(
         **asdict(shape),
@@ -106,7 +116,10 @@ def write_random_checkpoint(
     location: dict[str, str] = {}
     for number, shapes in enumerate(shards.values(), start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _draw(size, device, generator) for name, size in shapes.items()}
+        tensors = {
+            name: _draw(size, embedding_std if name == EMBEDDING else WEIGHT_STD, device, generator)
+            for name, size in shapes.items()
+        }
         save_file(tensors, path / file, metadata={"format": "pt"})
         location.update(dict.fromkeys(tensors, file))
     (path / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": location}))
@@ -118,7 +131,7 @@ def _shards(shape: Qwen3MoeShape) -> Iterator[tuple[str, dict[str, tuple[int, ..
     yield (
         "ends",
         {
-            "model.embed_tokens.weight": table,
+            EMBEDDING: table,
             "model.norm.weight": (shape.hidden_size,),
             "lm_head.weight": table,
         },
@@ -128,8 +141,10 @@ def _shards(shape: Qwen3MoeShape) -> Iterator[tuple[str, dict[str, tuple[int, ..
         yield prefix, {prefix + name: size for name, size in shape.layer_shapes().items()}
 
 
-def _draw(size: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
+def _draw(
+    size: tuple[int, ...], std: float, device: torch.device, generator: torch.Generator
+) -> Tensor:
     if len(size) == 1:  # the norms
         return torch.ones(size, dtype=torch.bfloat16)
     weight = torch.empty(size, dtype=torch.bfloat16, device=device)
-    return weight.normal_(0.0, 0.02, generator=generator).cpu()
+    return weight.normal_(0.0, std, generator=generator).cpu()

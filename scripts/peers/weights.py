@@ -25,6 +25,9 @@ from transformers import Qwen3MoeConfig
 
 SHAPE_FILE = "shape.json"
 CHECKPOINT = "checkpoint"
+#: Greedy text must not repeat itself: the same few experts would then come from the processor's
+#: caches, and decoding would look faster than memory allows.
+EMBEDDING_STD = 1.0
 #: GGUF name -> llama.cpp's name of the file type that it is quantised to
 QUANTISED = {
     "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
@@ -57,7 +60,7 @@ END_NAMES = {
 
 def write_checkpoint(folder: Path, shape: Qwen3MoeShape, seed: int) -> Path:
     """The checkpoint's directory in `folder`. ValueError where weights of another shape stand."""
-    wanted = {**asdict(shape), "seed": seed}
+    wanted = {**asdict(shape), "seed": seed, "embedding_std": EMBEDDING_STD}
     note = folder / SHAPE_FILE
     if note.exists() and json.loads(note.read_text()) != wanted:
         raise ValueError(f"{folder} holds weights of another shape or seed; give another --data")
@@ -67,7 +70,7 @@ def write_checkpoint(folder: Path, shape: Qwen3MoeShape, seed: int) -> Path:
     if not path.exists():
         part = folder / f"{CHECKPOINT}.part"
         shutil.rmtree(part, ignore_errors=True)
-        write_random_checkpoint(part, shape, torch.device("cpu"), seed)
+        write_random_checkpoint(part, shape, torch.device("cpu"), seed, EMBEDDING_STD)
         part.rename(path)
     return path
 
