@@ -236,7 +236,6 @@ class Environment:
     """What moeserve takes from the environment, read once."""
 
     api_key: str | None  # MOESERVE_API_KEY
-    endpoint: str | None  # MOESERVE_ENDPOINT: where `moeserve request` and `chat` connect
     hf_token: str | None  # HF_TOKEN
     log_level: str  # MOESERVE_LOG_LEVEL
     data_home: Path  # XDG_DATA_HOME: chat history and saved chats
@@ -248,7 +247,6 @@ def read_environment() -> Environment:
     env = os.environ
     return Environment(
         api_key=env.get("MOESERVE_API_KEY") or None,
-        endpoint=env.get("MOESERVE_ENDPOINT") or None,
         hf_token=env.get("HF_TOKEN") or None,
         log_level=env.get("MOESERVE_LOG_LEVEL", "info"),
         data_home=Path(env.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "moeserve",
