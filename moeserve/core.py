@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -274,11 +274,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int = 0
     step_s: float = 0.0
     extra: dict[str, float] = {}
-
-
-def as_plain(value: Any) -> Any:
-    """A wire value as dicts, lists and scalars, for logs and JSON."""
-    return msgspec.to_builtins(value)
 
 
 def unknown_fields(given: Mapping[str, object], known: set[str]) -> list[str]:

@@ -60,10 +60,6 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def output_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
-
-    @property
     def num_tokens_to_compute(self) -> int:
         """Tokens whose kv is missing: 1 in decode, more in prefill and recompute."""
         return len(self.token_ids) - self.num_computed_tokens

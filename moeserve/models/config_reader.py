@@ -90,9 +90,6 @@ class ConfigReader:
             raise self.refusal(names[0], "expected a finite number")
         return value
 
-    def optional_number(self, *names: str) -> float | None:
-        return self.number(*names) if self.has(*names) else None
-
     def positive(self, *names: str, default: float | _Required = REQUIRED) -> float:
         value = self.number(*names, default=default)
         if value <= 0:

@@ -25,7 +25,6 @@ MODEL = "org/tiny"
 def environment(tmp_path: Path) -> Environment:
     return Environment(
         api_key=None,
-        endpoint=None,
         hf_token="hf_made_up",
         log_level="info",
         data_home=tmp_path,
