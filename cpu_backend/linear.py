@@ -10,11 +10,16 @@ in every call: about 20 us for a small matrix, twice the time of a large one at 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+
+from moeserve.cpu_backend.native_linear import NativeLinear
+from moeserve.cpu_backend.packing import PackedWeight
 
 #: [N, K] and numbers of rows that have shown every change of kernel met so far
 PROBE_SHAPES = ((96, 192), (384, 64), (1024, 704))
@@ -60,6 +65,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[0] == 1:
         return _inner_product(torch.cat((x, x)), weight, bias)[:1]
     return _inner_product(x, weight, bias)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x @ weight.T + bias through torch. weight: [out, in]; bias: [out]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def make_linear(
+    weight: Tensor | PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """The linear layer of a weight in either form. out_dtype: of packed ones, instead of x's."""
+    if isinstance(weight, PackedWeight):
+        return NativeLinear(weight, bias, out_dtype)
+    return Linear(weight, bias)
 
 
 def _inner_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from moeserve.cpu_backend.activations import gated_activation
 from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
 from moeserve.cpu_backend.grouping import run_grouped, weighted_sum
 from moeserve.cpu_backend.linear import linear
+from moeserve.cpu_backend.packing import PackedExperts
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ class TorchBackend(CpuBackend):
         # Starts its thread with the first job, so a backend that is never submitted to has none.
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moeserve-experts")
 
-    def add_layer(self, layer: int, spec: ExpertSpec, weights: ExpertWeights) -> None:
+    def add_layer(
+        self, layer: int, spec: ExpertSpec, weights: ExpertWeights | PackedExperts
+    ) -> None:
+        assert isinstance(weights, ExpertWeights), "weights are packed for the native backend only"
         if layer in self._layers:
             raise ModelError(f"layer {layer}: its experts were added before")
         self._layers[layer] = Layer(spec, gated_activation(spec), _split(weights))
@@ -82,7 +86,7 @@ class TorchBackend(CpuBackend):
     def run(self, job: ExpertJob) -> Tensor:
         layer = self._layers[job.layer]
         pair_out = run_grouped(job.x, job.routing.ids, job.experts, layer.run_expert)
-        return weighted_sum(pair_out, job.routing.weights)
+        return weighted_sum(pair_out, job.routing.weights).to(job.out_dtype)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

@@ -25,7 +25,8 @@ class Executor:
         """
         num_experts = len(slots.slots)
         if len(placement.on_cpu) == num_experts:
-            return self._backend.run(ExpertJob(placement.layer, x, routing)).to(x.dtype)
+            job = ExpertJob(placement.layer, x, routing, out_dtype=x.dtype)
+            return self._backend.run(job)
         assert self._device is not None, "the placement uses a device that the layer has not"
         if not placement.on_cpu:
             return self._device.run(x, routing, slots).to(x.dtype)

@@ -13,6 +13,8 @@ from moeserve.cache.policies.resident import ResidentPolicy
 from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError, ExpertSpec, ExpertWeights
 from moeserve.cpu_backend.backend import CpuBackend, choose_backend
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.torch_grouped import GroupedExperts
 from moeserve.experts.executor import Executor
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
@@ -27,11 +29,13 @@ from moeserve.predictors.none import NonePredictor
 class ExpertRuntime:
     """What the MoE layers of one model share. `close` ends its threads.
 
+    native: kernels and threads of the native backend, where weights on the CPU are packed for it.
     notes: what was chosen and why, for ModelInfo.notes.
     """
 
     device: torch.device
     backend: CpuBackend
+    native: NativeRuntime | None
     cache: ExpertCache
     intra: IntraLayerScheduler
     inter: InterLayerScheduler
@@ -54,18 +58,21 @@ def build_expert_runtime(
         raise ConfigError(
             f"policy {config.policy!r} with predictor {config.predictor!r} is unknown"
         )
-    backend, reason = choose_backend(config.cpu_backend)
+    # Where everything runs on a device, the backend has nothing to do, and torch's needs nothing.
+    name = config.cpu_backend if device.type == "cpu" else "torch"
+    choice = choose_backend(name, config.num_threads, config.isa, config.pin_threads)
     tier = Tier.HOST if device.type == "cpu" else Tier.DEVICE
     cache = resident_cache(tier, num_experts, ResidentPolicy())
     return ExpertRuntime(
         device=device,
-        backend=backend,
+        backend=choice.backend,
+        native=choice.native,
         cache=cache,
         intra=ResidentPlacement(),
         inter=ResidentPrefetch(),
         predictor=NonePredictor(),
         notes={
-            "cpu_backend": reason,
+            "cpu_backend": choice.reason,
             "experts": f"all {cache.num_slots} resident in the {tier.value} tier",
         },
     )
@@ -103,7 +110,7 @@ def build_moe_layer(
     router_spec: RouterSpec,
     expert_spec: ExpertSpec,
     router_weights: RouterWeights,
-    expert_weights: ExpertWeights,
+    expert_weights: ExpertWeights | PackedExperts,
     runtime: ExpertRuntime,
 ) -> MoELayer:
     """One MoE layer on tensors that are on `runtime.device` already; it copies none of them.
@@ -113,6 +120,7 @@ def build_moe_layer(
     check_expert_weights(expert_spec, expert_weights, layer)
     router = Router(router_spec, router_weights)
     if runtime.cache.tier is Tier.DEVICE:
+        assert isinstance(expert_weights, ExpertWeights), "packed weights are for the CPU"
         first_slot = min(runtime.cache.slots(layer).slots)
         device = GroupedExperts(expert_spec, expert_weights, first_slot)
         return MoELayer(layer, router, Executor(runtime.backend, device), runtime)

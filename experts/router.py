@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moeserve.core import ModelError, Routing
-from moeserve.cpu_backend.linear import linear
+from moeserve.cpu_backend.linear import make_linear
+from moeserve.cpu_backend.packing import PackedWeight
 
 SCORES = ("softmax", "sigmoid", "softmax_topk")
 GROUP_SCORES = ("max", "top2_sum")
@@ -86,9 +87,10 @@ class RouterSpec:
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """weight: [E, H]. bias, correction_bias: [E], present exactly where the spec says so."""
+    """weight: [E, H], also packed. bias, correction_bias: [E], present exactly where the spec says
+    so."""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None = None
     correction_bias: Tensor | None = None
 
@@ -100,16 +102,16 @@ class Router:
         """Raises ModelError where tensors and spec do not fit."""
         _check_shapes(spec, weights)
         self.spec = spec
-        logits_dtype = torch.float32 if spec.float32_logits else weights.weight.dtype
-        self._dtype = logits_dtype
-        self._weight = weights.weight.to(logits_dtype)
-        self._bias = None if weights.bias is None else weights.bias.to(logits_dtype)
+        weight, bias = weights.weight, weights.bias
+        if isinstance(weight, Tensor) and spec.float32_logits:
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        self._linear = make_linear(weight, bias)
         correction = weights.correction_bias
         self._correction = None if correction is None else correction.to(torch.float32)
 
     def __call__(self, x: Tensor) -> Routing:
         spec = self.spec
-        logits = linear(x.to(self._dtype), self._weight, self._bias)  # [T, E]
+        logits = self._linear(x.float() if spec.float32_logits else x)  # [T, E]
         if spec.score == "softmax_topk":
             # Chosen before float32, so that ties of rounded logits fall as in the reference.
             top_logits, ids = logits.topk(spec.top_k, dim=-1)  # [T, K]
@@ -158,7 +160,7 @@ class Router:
 
 def _check_shapes(spec: RouterSpec, weights: RouterWeights) -> None:
     experts = (spec.num_experts,)
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
+    expected: dict[str, tuple[Tensor | PackedWeight | None, tuple[int, ...] | None]] = {
         "weight": (weights.weight, (spec.num_experts, spec.hidden_size)),
         "bias": (weights.bias, experts if spec.bias else None),
         "correction_bias": (weights.correction_bias, experts if spec.correction_bias else None),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moeserve.core import ExpertSpec, ExpertWeights, ModelError
+from moeserve.cpu_backend.packing import PackedExperts
 
 __all__ = [
     "ExpertSpec",
@@ -37,8 +38,13 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
 
 
-def check_expert_weights(spec: ExpertSpec, weights: ExpertWeights, layer: int) -> None:
+def check_expert_weights(
+    spec: ExpertSpec, weights: ExpertWeights | PackedExperts, layer: int
+) -> None:
     """ModelError, naming layer, tensor and shape, unless the weights are what the spec says."""
+    if isinstance(weights, PackedExperts):
+        assert weights.spec == spec, "packed experts are made from the spec"
+        return
     experts, hidden, inner = spec.num_experts, spec.hidden_size, spec.intermediate_size
     expected: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
         "gate_up": (weights.gate_up, (experts, 2 * inner, hidden)),

@@ -60,11 +60,25 @@ class ModelConfig:
     offline: bool = setting(False, "never reach the network")
     dtype: str = setting("auto", "auto (what config.json says), float32, bfloat16, float16")
     device: str = setting("cpu", "cpu, cuda or cuda:N")
+    quantize: str = setting(
+        "none", "none, int8 or int4: the weights of products on the CPU, rounded as they are read"
+    )
+    quantize_group: int = setting(32, "int4: inputs that share a scale: 32, 64 or 128")
+    quantize_zero_points: bool = setting(False, "int4: a zero point for every group, too")
+    quantize_activations: bool = setting(
+        True, "with quantize: multiply in integers, inputs rounded to int8 per token"
+    )
     check_weights: bool = setting(False, "refuse NaN and Inf in the weights; reads them all")
     context_tokens: int | None = setting(None, "context length in tokens; default: the model's")
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("quantize", self.quantize, ("none", "int8", "int4"))
+        if self.quantize_group not in (32, 64, 128):
+            raise ConfigError(
+                f"quantize_group: {self.quantize_group} is not one of 32, 64, 128",
+                field="quantize_group",
+            )
         index = self.device.removeprefix("cuda:")
         if self.device not in ("cpu", "cuda") and not (index != self.device and index.isdigit()):
             raise ConfigError(
@@ -122,16 +136,19 @@ class SchedulerConfig:
 class ExpertConfig:
     """Where experts live and run. Rooms without content yet are refused by name."""
 
-    cpu_backend: str = setting("auto", "auto or torch")
+    cpu_backend: str = setting("auto", "auto, native (our own kernels) or torch")
+    isa: str = setting(
+        "auto", "instruction set of the native kernels: scalar, avx2, avx512, …; auto: the fastest"
+    )
     predictor: str = setting("none", "none (all experts are resident)")
     policy: str = setting("resident", "resident (every expert in the fast tier)")
     num_threads: int | None = setting(
         None, "compute threads of the engine; default: the cores this process may use"
     )
+    pin_threads: bool = setting(False, "bind every compute thread to a core of its own")
 
     def __post_init__(self) -> None:
-        later = "native and ipex come with the native CPU backend"
-        _one_of("cpu_backend", self.cpu_backend, ("auto", "torch"), later)
+        _one_of("cpu_backend", self.cpu_backend, ("auto", "native", "torch"))
         _one_of("predictor", self.predictor, ("none",), "predictors come with the expert cache")
         _one_of("policy", self.policy, ("resident",), "policies come with the expert cache")
         if self.num_threads is not None:

@@ -40,7 +40,7 @@ from moeserve.core import ConfigError
         (KvConfig, "num_blocks", -1),
         (SchedulerConfig, "admission", "hopeful"),
         (SchedulerConfig, "max_batch_tokens", 0),
-        (ExpertConfig, "cpu_backend", "native"),
+        (ExpertConfig, "cpu_backend", "ipex2"),
         (ExpertConfig, "predictor", "markov"),
         (ExpertConfig, "policy", "lru"),
         (ExpertConfig, "num_threads", 0),

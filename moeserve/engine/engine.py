@@ -66,6 +66,10 @@ class Engine:
         threads = use_threads(config.experts.num_threads)
         loaded = load_model(config.model, config.experts, progress)
         loaded.notes["threads"] = f"{threads.num_threads} ({threads.reason})"
+        if loaded.runtime.native is not None:
+            # The native threads compute; torch's, spinning between its small parts, would only
+            # take the cores from them.
+            torch.set_num_threads(1)
         loaded.notes["isa"] = ", ".join(usable_isa_extensions()) or "no vector extension known"
         return cls(config, loaded)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeserve.models.kv_pool import KvLayer
-from moeserve.models.layers import Linear, RmsNorm, per_head
+from moeserve.models.layers import RowFunction, per_head
 from moeserve.models.rope import rotate_
 from moeserve.models.spec import AttentionSpec, MlaSpec, QkNorm
 from moeserve.models.step_context import AttentionLayout, AttentionTile, StepContext
@@ -74,8 +74,8 @@ class AttentionWeights:
     sinks: [kv_heads, G]. output: [H, heads * D].
     """
 
-    qkv: Linear
-    output: Linear
+    qkv: RowFunction
+    output: RowFunction
     qk_norm: Tensor | None = None
     sinks: Tensor | None = None
 
@@ -135,14 +135,14 @@ class MlaWeights:
     key_up: [heads, nope, kv_rank]. value_up: [heads, kv_rank, value]. output: [H, heads * value].
     """
 
-    query: Linear
-    kv_down: Linear
-    kv_norm: RmsNorm
+    query: RowFunction
+    kv_down: RowFunction
+    kv_norm: RowFunction
     key_up: Tensor
     value_up: Tensor
-    output: Linear
-    q_norm: RmsNorm | None = None
-    q_up: Linear | None = None
+    output: RowFunction
+    q_norm: RowFunction | None = None
+    q_up: RowFunction | None = None
 
 
 class LatentAttention:

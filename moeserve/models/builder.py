@@ -9,10 +9,14 @@ from torch import Tensor
 
 from moeserve.core import ExpertWeights
 from moeserve.cpu_backend.activations import elementwise_activation
+from moeserve.cpu_backend.linear import make_linear
+from moeserve.cpu_backend.native_linear import NativeFfn, NativeRmsNorm
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.packing import PackedExperts, PackedWeight
 from moeserve.experts.layer import ExpertRuntime, build_moe_layer
 from moeserve.experts.router import RouterWeights
 from moeserve.models.attention import Attention, AttentionWeights, LatentAttention, MlaWeights
-from moeserve.models.layers import GatedFfn, Linear, RmsNorm, SharedExpert
+from moeserve.models.layers import GatedFfn, RmsNorm, RowFunction, SharedExpert
 from moeserve.models.spec import (
     AttentionSpec,
     DenseFfnSpec,
@@ -22,25 +26,28 @@ from moeserve.models.spec import (
     MoeFfnSpec,
     QkNorm,
 )
+from moeserve.models.targets import Weight
 from moeserve.models.transformer import DecoderLayer, MoeFfn, Transformer
 
 
 def build_transformer(
-    spec: ModelSpec, tensors: Mapping[str, Tensor], runtime: ExpertRuntime
+    spec: ModelSpec, weights: Mapping[str, Weight], runtime: ExpertRuntime
 ) -> Transformer:
-    """tensors: by the target names of weight_rules; all of the spec's, on one device."""
-    embedding = tensors["embedding"]
+    """weights: by the target names of weight_rules; all of the spec's, on one device."""
+    embedding = _tensor(weights, "embedding")
     layers = []
     for index, layer in enumerate(spec.layers):
         prefix = f"layers.{index}."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
         layers.append(_build_layer(spec, index, layer, own, runtime))
+    head = weights["head"]
+    assert not isinstance(head, PackedExperts)
     return Transformer(
         spec,
         embedding,
         tuple(layers),
-        RmsNorm(tensors["norm"], spec.norm_eps),
-        embedding if spec.tie_word_embeddings else tensors["head"],
+        _norm(_tensor(weights, "norm"), spec.norm_eps, runtime),
+        make_linear(head, out_dtype=torch.float32),
     )
 
 
@@ -48,84 +55,141 @@ def _build_layer(
     spec: ModelSpec,
     index: int,
     layer: LayerSpec,
-    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, Weight],
     runtime: ExpertRuntime,
 ) -> DecoderLayer:
-    ffn: GatedFfn | MoeFfn
+    ffn: RowFunction | MoeFfn
     if isinstance(layer.ffn, DenseFfnSpec):
-        ffn = _build_ffn(layer.ffn, tensors, "ffn.")
+        ffn = _build_ffn(layer.ffn, weights, "ffn.", runtime.native)
     else:
-        ffn = _build_moe(index, layer.ffn, tensors, runtime)
+        ffn = _build_moe(index, layer.ffn, weights, runtime)
     if isinstance(layer.attention, MlaSpec):
-        attention: Attention | LatentAttention = _build_latent(layer.attention, tensors)
+        attention: Attention | LatentAttention = _build_latent(layer.attention, weights, runtime)
     else:
-        attention = _build_grouped(layer.attention, tensors, spec.norm_eps)
+        attention = _build_grouped(layer.attention, weights, spec.norm_eps)
     return DecoderLayer(
-        RmsNorm(tensors["attention_norm"], spec.norm_eps),
+        _norm(_tensor(weights, "attention_norm"), spec.norm_eps, runtime),
         attention,
-        RmsNorm(tensors["ffn_norm"], spec.norm_eps),
+        _norm(_tensor(weights, "ffn_norm"), spec.norm_eps, runtime),
         ffn,
     )
 
 
-def _linear(tensors: Mapping[str, Tensor], name: str) -> Linear:
-    return Linear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+def _tensor(weights: Mapping[str, Weight], name: str) -> Tensor:
+    weight = weights[name]
+    assert isinstance(weight, Tensor), f"{name}: not a plain tensor"
+    return weight
 
 
-def _build_ffn(spec: DenseFfnSpec, tensors: Mapping[str, Tensor], prefix: str) -> GatedFfn:
+def _optional(weights: Mapping[str, Weight], name: str) -> Tensor | None:
+    return _tensor(weights, name) if name in weights else None
+
+
+def _norm(weight: Tensor, eps: float, runtime: ExpertRuntime) -> RowFunction:
+    if runtime.native is None:
+        return RmsNorm(weight, eps)
+    return NativeRmsNorm(runtime.native, weight, eps)
+
+
+def _linear(weights: Mapping[str, Weight], name: str) -> RowFunction:
+    weight = weights[f"{name}.weight"]
+    assert not isinstance(weight, PackedExperts)
+    return make_linear(weight, _optional(weights, f"{name}.bias"))
+
+
+def _build_ffn(
+    spec: DenseFfnSpec,
+    weights: Mapping[str, Weight],
+    prefix: str,
+    native: NativeRuntime | None,
+) -> RowFunction:
+    packed = weights[f"{prefix}gate_up.weight"]
+    if isinstance(packed, PackedExperts):
+        assert native is not None, "only the native backend packs weights"
+        gate_up_bias = _optional(weights, f"{prefix}gate_up.bias")
+        if gate_up_bias is not None:
+            down_bias = _tensor(weights, f"{prefix}down.bias")
+            packed.put_biases(gate_up_bias[None], down_bias[None])
+        return NativeFfn(native, packed)
     return GatedFfn(
-        _linear(tensors, f"{prefix}gate_up"),
-        _linear(tensors, f"{prefix}down"),
+        _linear(weights, f"{prefix}gate_up"),
+        _linear(weights, f"{prefix}down"),
         elementwise_activation(spec.activation),
     )
 
 
 def _build_moe(
-    layer: int, spec: MoeFfnSpec, tensors: Mapping[str, Tensor], runtime: ExpertRuntime
+    layer: int, spec: MoeFfnSpec, weights: Mapping[str, Weight], runtime: ExpertRuntime
 ) -> MoeFfn:
+    gate = weights["router.weight"]
+    assert not isinstance(gate, PackedExperts)
     router = RouterWeights(
-        tensors["router.weight"], tensors.get("router.bias"), tensors.get("router.correction")
-    )
-    experts = ExpertWeights(
-        tensors["experts.gate_up"],
-        tensors["experts.down"],
-        tensors.get("experts.gate_up_bias"),
-        tensors.get("experts.down_bias"),
+        gate, _optional(weights, "router.bias"), _optional(weights, "router.correction")
     )
     shared = None
     if spec.shared is not None:
-        gated = _build_ffn(spec.shared.ffn, tensors, "shared.")
-        shared = SharedExpert(gated, tensors.get("shared.gate"))
+        gated = _build_ffn(spec.shared.ffn, weights, "shared.", runtime.native)
+        weigh = None
+        if spec.shared.gated:
+            shared_gate = weights["shared.gate"]
+            assert not isinstance(shared_gate, PackedExperts)
+            weigh = make_linear(shared_gate)
+        shared = SharedExpert(gated, weigh)
+    experts = _experts(weights)
     return MoeFfn(
         build_moe_layer(layer, spec.router, spec.experts, router, experts, runtime), shared
     )
 
 
+def _experts(weights: Mapping[str, Weight]) -> ExpertWeights | PackedExperts:
+    gate_up_bias = _optional(weights, "experts.gate_up_bias")
+    down_bias = _optional(weights, "experts.down_bias")
+    packed = weights["experts.gate_up"]
+    if isinstance(packed, PackedExperts):
+        if gate_up_bias is not None and down_bias is not None:
+            packed.put_biases(gate_up_bias, down_bias)
+        return packed
+    gate_up, down = _tensor(weights, "experts.gate_up"), _tensor(weights, "experts.down")
+    return ExpertWeights(gate_up, down, gate_up_bias, down_bias)
+
+
 def _build_grouped(
-    spec: AttentionSpec, tensors: Mapping[str, Tensor], norm_eps: float
+    spec: AttentionSpec, weights: Mapping[str, Weight], norm_eps: float
 ) -> Attention:
-    bias, qk_norm = tensors.get("qkv.bias"), tensors.get("qk_norm")
+    bias, qk_norm = _optional(weights, "qkv.bias"), _optional(weights, "qk_norm")
     if qk_norm is not None and spec.qk_norm is QkNorm.HEAD:
         qk_norm = torch.cat((qk_norm[:1].expand(spec.heads_per_kv_head, -1), qk_norm[1:]))
-    weights = AttentionWeights(
-        qkv=Linear(tensors["qkv.weight"].flatten(0, 2), None if bias is None else bias.flatten()),
-        output=_linear(tensors, "output"),
-        qk_norm=qk_norm,
-        sinks=tensors.get("sinks"),
+    qkv = weights["qkv.weight"]
+    assert not isinstance(qkv, PackedExperts)
+    # [kv_heads, G + 2, D, H]: packed weights number their rows through as flattening does
+    flat = qkv if isinstance(qkv, PackedWeight) else qkv.flatten(0, 2)
+    return Attention(
+        spec,
+        AttentionWeights(
+            qkv=make_linear(flat, None if bias is None else bias.flatten()),
+            output=_linear(weights, "output"),
+            qk_norm=qk_norm,
+            sinks=_optional(weights, "sinks"),
+        ),
+        norm_eps,
     )
-    return Attention(spec, weights, norm_eps)
 
 
-def _build_latent(spec: MlaSpec, tensors: Mapping[str, Tensor]) -> LatentAttention:
+def _build_latent(
+    spec: MlaSpec, weights: Mapping[str, Weight], runtime: ExpertRuntime
+) -> LatentAttention:
     ranked = spec.q_lora_rank is not None
-    weights = MlaWeights(
-        query=_linear(tensors, "query"),
-        kv_down=_linear(tensors, "kv_down"),
-        kv_norm=RmsNorm(tensors["kv_norm"], spec.latent_norm_eps),
-        key_up=tensors["key_up"],
-        value_up=tensors["value_up"],
-        output=_linear(tensors, "output"),
-        q_norm=RmsNorm(tensors["q_norm"], spec.latent_norm_eps) if ranked else None,
-        q_up=_linear(tensors, "q_up") if ranked else None,
+    eps = spec.latent_norm_eps
+    return LatentAttention(
+        spec,
+        MlaWeights(
+            query=_linear(weights, "query"),
+            kv_down=_linear(weights, "kv_down"),
+            kv_norm=_norm(_tensor(weights, "kv_norm"), eps, runtime),
+            key_up=_tensor(weights, "key_up"),
+            value_up=_tensor(weights, "value_up"),
+            output=_linear(weights, "output"),
+            q_norm=_norm(_tensor(weights, "q_norm"), eps, runtime) if ranked else None,
+            q_up=_linear(weights, "q_up") if ranked else None,
+        ),
     )
-    return LatentAttention(spec, weights)

@@ -22,7 +22,7 @@ from moeserve.models.config_sections import (
 )
 from moeserve.models.family import Family
 from moeserve.models.spec import AttentionSpec, LayerSpec, ModelSpec, MoeFfnSpec, Quantization
-from moeserve.models.weight_map import Part, WeightRule
+from moeserve.models.weight_map import Part, Use, WeightRule
 from moeserve.models.weight_rules import FfnNames, Sources
 
 
@@ -104,7 +104,8 @@ def expert_rules(
 
         parts = tuple(Part(tensors, shapes, (e,), (e,), convert) for e in range(num))
         short = name.removesuffix("_proj")
-        return WeightRule(f"{target}experts.{short}", (num, rows, columns), parts)
+        use = Use.GATE_UP if interleaved else Use.DOWN
+        return WeightRule(f"{target}experts.{short}", (num, rows, columns), parts, use=use)
 
     bias = f"{source}experts.gate_up_proj_bias"
     shape = (num, 2 * inner)

@@ -13,21 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeserve.cpu_backend.linear import linear
-
 #: below that many multiplications torch takes loops of its own instead of oneDNN or MKL
 SMALL_PRODUCT = 16**3
 
 
-@dataclass(frozen=True)
-class Linear:
-    """x @ weight.T + bias. weight: [out, in]; bias: [out]."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+#: a linear layer, a norm or an FFN: rows of [T, in] to rows of [T, out]
+RowFunction = Callable[[Tensor], Tensor]
 
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
@@ -58,8 +49,8 @@ class RmsNorm:
 class GatedFfn:
     """down(activation(gate(x)) * up(x)) (arXiv:2002.05202). gate_up: gate rows, then up rows."""
 
-    gate_up: Linear
-    down: Linear
+    gate_up: RowFunction
+    down: RowFunction
     activation: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -72,10 +63,10 @@ class GatedFfn:
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """An FFN that every token takes; gate: [1, H], sigmoid(x @ gate) weighs its output."""
+    """An FFN that every token takes; gate: [T, H] -> [T, 1], its sigmoid weighs the output."""
 
-    ffn: GatedFfn
-    gate: Tensor | None = None
+    ffn: RowFunction
+    gate: RowFunction | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.ffn(x)
@@ -83,5 +74,5 @@ class SharedExpert:
             return y
         # In float64, whose last bits are lost: sigmoid of a row's one number would otherwise round
         # by where in a vector it stands, which is to say by the number of its neighbours.
-        weight = torch.sigmoid(linear(x, self.gate).double()).to(x.dtype)
+        weight = torch.sigmoid(self.gate(x).double()).to(x.dtype)
         return y * weight

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moeserve.core import ModelError
 from moeserve.models.checkpoint import Checkpoint, describe, list_names
+from moeserve.models.targets import Target, Targets, TensorTargets, Weight
 from moeserve.models.weight_map import Part, WeightRule
 
 PIECE_BYTES = 64 * 1024 * 1024
@@ -35,10 +36,14 @@ def load_weights(
     tied: Mapping[str, str] | None = None,
     dtype: torch.dtype,
     device: torch.device,
+    targets: Targets | None = None,
     check_weights: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """The target tensors of all rules, by target name.
+) -> dict[str, Weight]:
+    """The targets of all rules, filled, by target name.
+
+    dtype, device: of converted parts, and of targets where `targets`, the maker of others than
+        plain tensors, is not given.
 
     ignore: regular expressions of whole names that may be in the checkpoint and are not used.
     tied: names that may be absent because the model uses another tensor in their place
@@ -53,19 +58,20 @@ def load_weights(
     check_names(checkpoint, rules, ignore, tied, dtype)
     for copy, original in tied.items():
         _check_tied(checkpoint, copy, original)
-    targets = {rule.target: _allocate(rule, dtype, device) for rule in rules}
-    work = [(part, targets[rule.target]) for rule in rules for part in rule.parts]
+    maker = targets or TensorTargets(dtype, device)
+    made = {rule.target: maker.make(rule) for rule in rules}
+    work = [(part, rule, made[rule.target]) for rule in rules for part in rule.parts]
     work.sort(key=lambda item: checkpoint.position(item[0].names[0]))
-    total = sum(_num_bytes(checkpoint, part) for part, _ in work)
+    total = sum(_num_bytes(checkpoint, part) for part, _, _ in work)
     done, reported, report = 0, 0, progress or (lambda stage, fraction: None)
     not_finite: dict[str, Counter[str]] = {}
     report(STAGE, 0.0)
-    for part, target in work:
-        for destination, piece, num_bytes in _pieces(checkpoint, part, target[part.index], device):
-            destination.copy_(piece)
-            del piece  # a view of the mapping or a converted copy: neither may outlive its turn
+    for part, rule, target in work:
+        for rows, piece, num_bytes in _pieces(checkpoint, part, rule, device):
+            stored = _put(target, part, rows, piece)
             if check_weights:
-                _count_not_finite(destination, " + ".join(part.names), not_finite)
+                _count_not_finite(stored, " + ".join(part.names), not_finite)
+            del piece, stored  # views of the mapping or converted copies: none outlives its turn
             for name in part.names:
                 checkpoint.release(name)
             done += num_bytes
@@ -75,7 +81,14 @@ def load_weights(
     if not_finite:
         raise _not_finite_error(checkpoint, not_finite)
     report(STAGE, 1.0)
-    return targets
+    return {name: target.weight for name, target in made.items()}
+
+
+def _put(target: Target, part: Part, rows: slice, piece: Tensor) -> Tensor:
+    try:
+        return target.put(part.index, rows, piece)
+    except ModelError as error:
+        raise ModelError(f"{' + '.join(part.names)}: {error}") from error
 
 
 def check_names(
@@ -135,16 +148,6 @@ def _assert_covered(rule: WeightRule) -> None:
     assert filled == target.numel(), f"{rule.target}: parts fill {filled} of {target.numel()}"
 
 
-def _allocate(rule: WeightRule, dtype: torch.dtype, device: torch.device) -> Tensor:
-    try:
-        return torch.empty(rule.shape, dtype=rule.dtype or dtype, device=device)
-    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on CPU
-        raise ModelError(
-            f"{rule.target}: no memory on {device} for {list(rule.shape)}: {error}",
-            hint="use a smaller dtype, a smaller model or a device with more memory",
-        ) from error
-
-
 def _num_bytes(checkpoint: Checkpoint, part: Part) -> int:
     """Bytes that a part reads, all its tensors together."""
     return sum(
@@ -154,29 +157,30 @@ def _num_bytes(checkpoint: Checkpoint, part: Part) -> int:
 
 
 def _pieces(
-    checkpoint: Checkpoint, part: Part, destination: Tensor, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(region to fill, what to fill it with, bytes read), for a part."""
+    checkpoint: Checkpoint, part: Part, rule: WeightRule, device: torch.device
+) -> Iterator[tuple[slice, Tensor, int]]:
+    """(rows of the part's region, what to fill them with, bytes read), for a part."""
+    region = torch.empty(rule.shape, device="meta")[part.index]
     sources = [checkpoint.read(name)[part.select] for name in part.names]
     if part.convert is not None:
         num_bytes = sum(source.nbytes for source in sources)
         # Moved before it is converted: the packed form is the smaller one to send to a device.
         piece = part.convert([source.to(device) for source in sources])
-        assert piece.shape == destination.shape, (
-            f"{part.names}: converted to {list(piece.shape)}, wanted {list(destination.shape)}"
+        assert piece.shape == region.shape, (
+            f"{part.names}: converted to {list(piece.shape)}, wanted {list(region.shape)}"
         )
-        yield destination, piece, num_bytes
+        yield slice(None), piece, num_bytes
         return
     (source,) = sources
-    assert source.shape == destination.shape, (
-        f"{part.names}: {list(source.shape)} does not fit {list(destination.shape)}"
+    assert source.shape == region.shape, (
+        f"{part.names}: {list(source.shape)} does not fit {list(region.shape)}"
     )
     if source.dim() == 0:
-        source, destination = source.reshape(1), destination.reshape(1)
+        source = source.reshape(1)
     rows = max(1, PIECE_BYTES * max(1, len(source)) // max(1, source.nbytes))
     for start in range(0, len(source), rows):
         piece = source[start : start + rows].to(device)
-        yield destination[start : start + rows], piece, piece.nbytes
+        yield slice(start, start + rows), piece, piece.nbytes
 
 
 def _count_not_finite(tensor: Tensor, name: str, counts: dict[str, Counter[str]]) -> None:

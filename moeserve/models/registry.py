@@ -12,6 +12,7 @@ import torch
 
 from moeserve.config import ExpertConfig, ModelConfig, read_environment
 from moeserve.core import ConfigError, ModelError
+from moeserve.cpu_backend.packing import PackFormat, dense_format
 from moeserve.experts.layer import ExpertRuntime, build_expert_runtime
 from moeserve.models import (
     deepseek_v2,
@@ -31,6 +32,7 @@ from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
 from moeserve.models.loader import load_weights
 from moeserve.models.spec import ModelSpec, Quantization
+from moeserve.models.targets import PackedTargets, Targets, TensorTargets, WeightFormats
 from moeserve.models.transformer import Transformer
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -92,38 +94,80 @@ def load_model(
     spec = family.spec(raw, str(path / "config.json"))
     context_tokens = _context_tokens(config, spec)
     device = _device(config.device)
+    num_experts = {i: ffn.experts.num_experts for i, ffn in spec.moe_layers.items()}
+    runtime = build_expert_runtime(expert_config, num_experts, device)
     with Checkpoint.open(path) as checkpoint:
         dtype, notes["dtype"] = _dtype(config.dtype, raw, checkpoint)
         names = checkpoint.names()
         rules = family.weight_rules(spec, names, dtype)
-        tensors = load_weights(
+        targets, notes["weights"] = _targets(config, spec, dtype, device, runtime)
+        weights = load_weights(
             checkpoint,
             rules,
             ignore=family.ignored_names(spec),
             tied=family.tied_names(spec),
             dtype=dtype,
             device=device,
+            targets=targets,
             check_weights=config.check_weights,
             progress=progress,
         )
+    if spec.tie_word_embeddings:
+        embedding = weights["embedding"]
+        assert isinstance(embedding, torch.Tensor)
+        weights["head"] = targets.tied_head(embedding)
     if spec.quantization is not Quantization.NONE:
         notes["quantization"] = f"{spec.quantization.value}, converted to {_name(dtype)} at load"
     eos_token_ids = _eos_token_ids(raw, read_generation_config(path), spec, notes)
-    num_experts = {i: ffn.experts.num_experts for i, ffn in spec.moe_layers.items()}
-    runtime = build_expert_runtime(expert_config, num_experts, device)
-    model = build_transformer(spec, tensors, runtime)
+    model = build_transformer(spec, weights, runtime)
     return LoadedModel(
         model=model,
         spec=spec,
         path=path,
         eos_token_ids=eos_token_ids,
         context_tokens=context_tokens,
-        num_parameters=sum(tensor.numel() for tensor in tensors.values()),
+        num_parameters=sum(torch.Size(rule.shape).numel() for rule in rules),
         dtype=dtype,
         device=device,
         notes={**notes, **runtime.notes},
         runtime=runtime,
     )
+
+
+def _targets(
+    config: ModelConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    runtime: ExpertRuntime,
+) -> tuple[Targets, str]:
+    """The form that weights take as they are read, and a note about it."""
+    plain = TensorTargets(dtype, device)
+    if runtime.native is None:
+        if config.quantize != "none":
+            raise ConfigError(
+                f"quantize: {config.quantize} needs the native CPU backend",
+                field="quantize",
+                hint="leave out --quantize, or use --cpu-backend native on --device cpu",
+            )
+        return plain, f"{_name(dtype)} tensors"
+    formats = weight_formats(config, dtype)
+    return PackedTargets(spec, runtime.native, formats, plain), f"packed, {formats.describe()}"
+
+
+def weight_formats(config: ModelConfig, dtype: torch.dtype) -> WeightFormats:
+    """How `config` wants packed weights of a model that computes in `dtype` stored."""
+    scores = PackFormat("float32")  # small, and a rounded score can choose another expert
+    weight_only = not config.quantize_activations
+    if config.quantize == "none":
+        plain = dense_format(dtype)
+        return WeightFormats(product=plain, experts=plain, head=plain, scores=scores)
+    int8 = PackFormat("int8", weight_only=weight_only)
+    if config.quantize == "int8":
+        return WeightFormats(product=int8, experts=int8, head=int8, scores=scores)
+    int4 = PackFormat("int4", config.quantize_group, config.quantize_zero_points, weight_only)
+    # The head's errors go straight into the logits, and it is a small part of an MoE.
+    return WeightFormats(product=int4, experts=int4, head=int8, scores=scores)
 
 
 def _context_tokens(config: ModelConfig, spec: ModelSpec) -> int:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeserve.cpu_backend.linear import linear
 from moeserve.experts.layer import MoELayer
 from moeserve.models.attention import Attention, LatentAttention
 from moeserve.models.inputs import ForwardBatch
 from moeserve.models.kv_pool import KvLayer, KvPool
-from moeserve.models.layers import GatedFfn, RmsNorm, SharedExpert
+from moeserve.models.layers import RowFunction, SharedExpert
 from moeserve.models.rope import Rope
 from moeserve.models.spec import ModelSpec, RopeSpec
 from moeserve.models.step_context import AttentionLayout, StepContext
@@ -34,10 +33,10 @@ class MoeFfn:
 class DecoderLayer:
     """Attention, then FFN, each on the normed stream and added to it."""
 
-    attention_norm: RmsNorm
+    attention_norm: RowFunction
     attention: Attention | LatentAttention
-    ffn_norm: RmsNorm
-    ffn: GatedFfn | MoeFfn
+    ffn_norm: RowFunction
+    ffn: RowFunction | MoeFfn
 
     def __call__(self, x: Tensor, step: StepContext, kv: KvLayer) -> Tensor:
         x = x + self.attention(self.attention_norm(x), step, kv)
@@ -54,10 +53,10 @@ class Transformer:
         spec: ModelSpec,
         embedding: Tensor,
         layers: tuple[DecoderLayer, ...],
-        norm: RmsNorm,
-        head: Tensor,
+        norm: RowFunction,
+        head: RowFunction,
     ) -> None:
-        """embedding, head: [V, H], the same tensor where the model ties them."""
+        """embedding: [V, H]. head: [R, H] -> [R, V]."""
         self.spec = spec
         self.layers = layers
         self._embedding = embedding
@@ -80,4 +79,4 @@ class Transformer:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R, H] as returned by forward -> [R, V] float32."""
-        return linear(hidden, self._head).float()
+        return self._head(hidden).float()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -22,6 +23,17 @@ from torch import Tensor
 #: basic indexing of leading dimensions; () is the whole tensor
 Index = tuple[slice | int, ...]
 Convert = Callable[[Sequence[Tensor]], Tensor]
+
+
+class Use(Enum):
+    """What a target is for, which decides the form it is kept in."""
+
+    PLAIN = "plain"  # a tensor
+    PRODUCT = "product"  # [..., K], the weight of a linear layer
+    SCORES = "scores"  # the same, too delicate to be quantised: routers
+    HEAD = "head"  # the same, from hidden states to logits
+    GATE_UP = "gate_up"  # [(E,) 2I, H] of experts, or of one dense FFN
+    DOWN = "down"  # [(E,) H, I]
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class WeightRule:
     parts: tuple[Part, ...]
     #: None: the compute dtype given to load_weights
     dtype: torch.dtype | None = None
+    use: Use = Use.PLAIN
 
 
 def whole(

@@ -21,7 +21,7 @@ from moeserve.models.spec import (
     MoeFfnSpec,
     QkNorm,
 )
-from moeserve.models.weight_map import Convert, Index, Part, WeightRule, whole
+from moeserve.models.weight_map import Convert, Index, Part, Use, WeightRule, whole
 
 Reorder = Callable[[Tensor], Tensor]
 
@@ -72,9 +72,11 @@ class Sources:
 
         return convert
 
-    def rule(self, target: str, name: str, shape: tuple[int, ...]) -> WeightRule:
+    def rule(
+        self, target: str, name: str, shape: tuple[int, ...], use: Use = Use.PLAIN
+    ) -> WeightRule:
         """The rule for a target that is one checkpoint tensor."""
-        return WeightRule(target, shape, (self.part(name, shape),))
+        return WeightRule(target, shape, (self.part(name, shape),), use=use)
 
 
 ExpertRules = Callable[[MoeFfnSpec, str, str, Sources, FfnNames], list[WeightRule]]
@@ -104,7 +106,7 @@ def model_rules(
         whole("norm", "model.norm.weight", (hidden,)),
     ]
     if not spec.tie_word_embeddings:
-        rules.append(sources.rule("head", "lm_head.weight", (vocabulary, hidden)))
+        rules.append(sources.rule("head", "lm_head.weight", (vocabulary, hidden), Use.HEAD))
     for index, layer in enumerate(spec.layers):
         source, target = f"model.layers.{index}.", f"layers.{index}."
         rules += [
@@ -149,7 +151,8 @@ def _grouped_rules(
             sources.part(f"{source}k_proj.{kind}", kv, (every, group), one),
             sources.part(f"{source}v_proj.{kind}", kv, (every, group + 1), one),
         )
-        return WeightRule(f"{target}qkv.{kind}", (heads, group + 2, dim, *inputs), parts)
+        shape = (heads, group + 2, dim, *inputs)
+        return WeightRule(f"{target}qkv.{kind}", shape, parts, use=_use(kind, Use.PRODUCT))
 
     rules = [qkv("weight", hidden)]
     if spec.qkv_bias:
@@ -203,9 +206,9 @@ def _latent_rules(
         return reorder if spec.rope_pairs_adjacent else None
 
     def rotated(name: str, of: str, shape: tuple[int, ...], reorder: Reorder | None) -> WeightRule:
-        return WeightRule(
-            f"{target}{name}", shape, (sources.part(f"{source}{of}", shape, (), reorder),)
-        )
+        parts = (sources.part(f"{source}{of}", shape, (), reorder),)
+        kind = name.rpartition(".")[2]
+        return WeightRule(f"{target}{name}", shape, parts, use=_use(kind, Use.PRODUCT))
 
     queries = heads * (nope + rope)
     if spec.q_lora_rank is None:
@@ -239,12 +242,22 @@ def _latent_rules(
 
 
 def _linear(
-    target: str, source: str, shape: tuple[int, int], bias: bool, sources: Sources
+    target: str,
+    source: str,
+    shape: tuple[int, int],
+    bias: bool,
+    sources: Sources,
+    use: Use = Use.PRODUCT,
 ) -> list[WeightRule]:
-    rules = [sources.rule(f"{target}.weight", f"{source}.weight", shape)]
+    rules = [sources.rule(f"{target}.weight", f"{source}.weight", shape, use)]
     if bias:
         rules.append(sources.rule(f"{target}.bias", f"{source}.bias", shape[:1]))
     return rules
+
+
+def _use(kind: str, weight: Use) -> Use:
+    """A bias is a plain tensor whatever its weight is for."""
+    return weight if kind == "weight" else Use.PLAIN
 
 
 def ffn_rules(
@@ -259,9 +272,11 @@ def ffn_rules(
             sources.part(f"{source}{name}.{kind}", (inner, *inputs), (place,))
             for name, place in rows
         )
-        return WeightRule(f"{target}gate_up.{kind}", (2 * inner, *inputs), parts)
+        shape = (2 * inner, *inputs)
+        return WeightRule(f"{target}gate_up.{kind}", shape, parts, use=_use(kind, Use.GATE_UP))
 
-    down = _linear(f"{target}down", f"{source}{names.down}", (hidden, inner), spec.bias, sources)
+    shape = (hidden, inner)
+    down = _linear(f"{target}down", f"{source}{names.down}", shape, spec.bias, sources, Use.DOWN)
     return [gate_up("weight", hidden), *([gate_up("bias")] if spec.bias else []), *down]
 
 
@@ -271,7 +286,9 @@ def _moe_rules(
     """Router and shared experts. The correction bias stays float32: bf16 would change choices."""
     experts, hidden = spec.experts.num_experts, spec.experts.hidden_size
     router = f"{source}{names.router}."
-    rules = [sources.rule(f"{target}router.weight", f"{router}weight", (experts, hidden))]
+    rules = [
+        sources.rule(f"{target}router.weight", f"{router}weight", (experts, hidden), Use.SCORES)
+    ]
     if spec.router.bias:
         rules.append(sources.rule(f"{target}router.bias", f"{router}bias", (experts,)))
     if spec.router.correction_bias:
@@ -282,7 +299,7 @@ def _moe_rules(
         rules += ffn_rules(spec.shared.ffn, hidden, shared, f"{target}shared.", sources, names)
         if spec.shared.gated:
             gate = f"{source}{names.shared}_gate.weight"
-            rules.append(sources.rule(f"{target}shared.gate", gate, (1, hidden)))
+            rules.append(sources.rule(f"{target}shared.gate", gate, (1, hidden), Use.SCORES))
     return rules
 
 
@@ -299,8 +316,8 @@ def separate_or_packed(
     packed = f"{source}experts.gate_up_proj"
     if packed in sources.names:
         return [
-            whole(f"{target}experts.gate_up", packed, gate_up_shape),
-            whole(f"{target}experts.down", f"{source}experts.down_proj", down_shape),
+            _experts(target, "gate_up", packed, gate_up_shape, Use.GATE_UP),
+            _experts(target, "down", f"{source}experts.down_proj", down_shape, Use.DOWN),
         ]
     gate_up: list[Part] = []
     down: list[Part] = []
@@ -313,6 +330,14 @@ def separate_or_packed(
         ]
         down.append(sources.part(f"{expert}{names.down}.weight", (hidden, inner), (e,)))
     return [
-        WeightRule(f"{target}experts.gate_up", gate_up_shape, tuple(gate_up)),
-        WeightRule(f"{target}experts.down", down_shape, tuple(down)),
+        WeightRule(f"{target}experts.gate_up", gate_up_shape, tuple(gate_up), use=Use.GATE_UP),
+        WeightRule(f"{target}experts.down", down_shape, tuple(down), use=Use.DOWN),
     ]
+
+
+def _experts(
+    target: str, kind: str, name: str, shape: tuple[int, int, int], use: Use
+) -> WeightRule:
+    """A tensor of all experts, read one expert at a time."""
+    parts = tuple(Part((name,), (shape,), (e,), (e,)) for e in range(shape[0]))
+    return WeightRule(f"{target}experts.{kind}", shape, parts, use=use)

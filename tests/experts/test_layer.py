@@ -233,7 +233,7 @@ def test_resident_placement_runs_all_where_they_stand(tier: Tier) -> None:
 
 def test_runtime_says_what_it_chose() -> None:
     runtime = build_expert_runtime(ExpertConfig(), {0: 4, 1: 4}, CPU)
-    assert runtime.notes["cpu_backend"].startswith("torch (")
+    assert runtime.notes["cpu_backend"].startswith("native (auto")
     assert "all 8 resident in the host tier" in runtime.notes["experts"]
     runtime.close()
 

@@ -1,0 +1,61 @@
+"""Linear layers, dense FFNs and norms on the native kernels, as callables of [T, K] tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeserve.cpu_backend import _native
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.packing import PackedExperts, PackedWeight
+
+
+class NativeLinear:
+    """x [T, K] -> x @ weight.T + bias [T, N], in the dtype of x or in `out_dtype`.
+
+    A row's bits depend on that row alone.
+    """
+
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    ) -> None:
+        self.weight = weight
+        self._num_outputs = weight.layout.rows
+        self._out_dtype = out_dtype
+        self._runtime = weight.runtime
+        held_bias = None if bias is None else bias.float().contiguous().numpy()
+        self._matrix = _native.PackedMatrix(weight.layout, weight.data, held_bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = torch.empty(x.shape[0], self._num_outputs, dtype=self._out_dtype or x.dtype)
+        self._matrix.run(self._runtime, x, out)
+        return out
+
+
+class NativeFfn:
+    """A gated FFN, x [T, H] -> [T, H]: the one expert of its layer, which every row takes."""
+
+    def __init__(self, runtime: NativeRuntime, experts: PackedExperts) -> None:
+        self._runtime = runtime.handle
+        self._experts = experts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        ids = torch.zeros(x.shape[0], 1, dtype=torch.int64)
+        weights = torch.ones(x.shape[0], 1)
+        self._experts.native.run(self._runtime, x, ids, weights, None, out)
+        return out
+
+
+class NativeRmsNorm:
+    """Root mean square norm (arXiv:1910.07467) of each row of [T, H], rounded once."""
+
+    def __init__(self, runtime: NativeRuntime, weight: Tensor, eps: float) -> None:
+        self._runtime = runtime.handle
+        self._weight = weight.float().contiguous()
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = torch.empty(x.shape, dtype=x.dtype)
+        _native.rms_norm(self._runtime, x, self._weight, self._eps, out)
+        return out
