@@ -20,11 +20,8 @@ const std::uint8_t *packed_data(const PackedLayout &layout, const ConstArray &da
   check_dtype<std::uint8_t>(data, name, "uint8");
   check_contiguous(data, name);
   check_size(data, name, layout.bytes());
-  const auto *bytes = static_cast<const std::uint8_t *>(data.data());
-  if (reinterpret_cast<std::uintptr_t>(bytes) % 4 != 0) {
-    refuse(name, "its address is no multiple of 4; take it from `allocate`");
-  }
-  return bytes;
+  check_aligned(data, name, sizeof(float));
+  return static_cast<const std::uint8_t *>(data.data());
 }
 
 // A packed matrix that keeps its arrays alive.
@@ -64,8 +61,8 @@ class PackedExperts {
  public:
   PackedExperts(const PackedLayout &gate_up, const PackedLayout &down, bool bias, int activation,
                 float alpha, float limit, int num_experts) {
-    if (gate_up.num_panels % 2 != 0 || (gate_up.num_panels / 2) * kPanelOutputs < down.cols ||
-        gate_up.cols != down.rows) {
+    const int inner_panels = (down.cols + kPanelOutputs - 1) / kPanelOutputs;
+    if (gate_up.num_panels != 2 * inner_panels || gate_up.cols != down.rows) {
       refuse("gate_up", "its shape does not fit that of down");
     }
     if (num_experts < 1) refuse("num_experts", "must be at least 1");
@@ -101,6 +98,7 @@ class PackedExperts {
     check_dtype<std::uint8_t>(record, "record", "uint8");
     check_contiguous(record, "record");
     check_size(record, "record", record_bytes_);
+    check_aligned(record, "record", sizeof(float));
     const auto at = static_cast<std::size_t>(expert);
     experts_.records[at] = static_cast<const std::uint8_t *>(record.data());
     owners_[at] = std::move(record);

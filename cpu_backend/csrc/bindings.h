@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -32,10 +33,19 @@ std::string shape_of(const A &array) {
   return text + "]";
 }
 
+// Reading numbers that straddle their own size is undefined in C++, whatever the CPU makes of it.
+template <class A>
+void check_aligned(const A &array, const char *name, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(array.data()) % bytes != 0) {
+    refuse(name, "its address is no multiple of " + std::to_string(bytes) + "; copy it");
+  }
+}
+
 // float32, bfloat16 or float16. Throws std::invalid_argument, with the argument's name, for others.
 template <class A>
 Dtype float_dtype(const A &array, const char *name) {
   const nanobind::dlpack::dtype type = array.dtype();
+  check_aligned(array, name, type.bits == 32 ? 4 : 2);
   const auto code = static_cast<nanobind::dlpack::dtype_code>(type.code);
   if (code == nanobind::dlpack::dtype_code::Float && type.bits == 32) return Dtype::kF32;
   if (code == nanobind::dlpack::dtype_code::Float && type.bits == 16) return Dtype::kF16;
@@ -46,6 +56,7 @@ Dtype float_dtype(const A &array, const char *name) {
 template <class T, class A>
 void check_dtype(const A &array, const char *name, const char *wanted) {
   if (array.dtype() != nanobind::dtype<T>()) refuse(name, std::string("must be ") + wanted);
+  check_aligned(array, name, sizeof(T));
 }
 
 // A two-dimensional array whose rows are contiguous; they may stand apart.

@@ -11,7 +11,9 @@ std::int64_t round_up(std::int64_t value, std::int64_t step) {
   return (value + step - 1) / step * step;
 }
 
-constexpr std::int64_t kLargest = std::int64_t{1} << 30;
+constexpr std::int64_t kLargestRows = std::int64_t{1} << 30;
+// The bytes of an output's panel are counted in 32 bits up to here.
+constexpr std::int64_t kLargestCols = std::int64_t{1} << 24;
 // Sums of int8 products are exact in 32 bits up to here: 2^31 / (255 * 128).
 constexpr std::int64_t kLargestInt8Cols = 65536;
 
@@ -23,9 +25,9 @@ PackedLayout make_layout(Format format, std::int64_t rows, std::int64_t cols, in
   if (kind < 0 || kind >= kNumFormats) {
     throw std::invalid_argument("format: " + std::to_string(kind) + " is none");
   }
-  if (rows < 1 || cols < 1 || rows > kLargest || cols > kLargest) {
+  if (rows < 1 || cols < 1 || rows > kLargestRows || cols > kLargestCols) {
     throw std::invalid_argument("shape: [" + std::to_string(rows) + ", " + std::to_string(cols) +
-                                "]; both must be 1 to 2^30");
+                                "]; rows must be 1 to 2^30, columns 1 to 2^24");
   }
   if (format == Format::kInt8 && cols > kLargestInt8Cols) {
     throw std::invalid_argument("int8: " + std::to_string(cols) + " inputs; at most 65536");

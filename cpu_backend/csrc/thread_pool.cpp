@@ -32,13 +32,34 @@ void pin_this_thread(int cpu) {
   CPU_SET(cpu, &set);
   const int error = pthread_setaffinity_np(pthread_self(), sizeof set, &set);
   if (error != 0) {
-    throw std::system_error(error, std::generic_category(),
-                            "cannot pin a compute thread to core " + std::to_string(cpu));
+    throw std::invalid_argument("cpus: cannot pin a thread to core " + std::to_string(cpu) + ": " +
+                                std::generic_category().message(error));
   }
 #else
   (void)cpu;  // no such call; the OS places threads
 #endif
 }
+
+namespace {
+
+// Pins the calling thread to one core after the other and then back where it was: in a thread of
+// the pool, failing would end the process.
+void try_cpus(const std::vector<int> &cpus) {
+#if defined(__linux__)
+  if (cpus.empty()) return;
+  struct Restored {
+    cpu_set_t set;
+    Restored() { pthread_getaffinity_np(pthread_self(), sizeof set, &set); }
+    ~Restored() { pthread_setaffinity_np(pthread_self(), sizeof set, &set); }
+  };
+  const Restored restored;
+  for (const int cpu : cpus) pin_this_thread(cpu);
+#else
+  (void)cpus;
+#endif
+}
+
+}  // namespace
 
 ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus, int spin_us)
     : num_threads_(num_threads), cpus_(std::move(cpus)), spin_us_(spin_us) {
@@ -47,12 +68,23 @@ ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus, int spin_us)
     throw std::invalid_argument("cpus: " + std::to_string(cpus_.size()) + " cores for " +
                                 std::to_string(num_threads) + " threads");
   }
-  for (int index = 1; index < num_threads; ++index) {
-    threads_.emplace_back([this, index] { serve(index); });
+  try_cpus(cpus_);
+  try {
+    for (int index = 1; index < num_threads; ++index) {
+      threads_.emplace_back([this, index] { serve(index); });
+    }
+  } catch (const std::system_error &error) {
+    const std::size_t started = threads_.size();
+    stop();
+    throw std::invalid_argument("num_threads: " + std::to_string(num_threads) +
+                                "; the system refuses more than " + std::to_string(started) + ": " +
+                                error.what());
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     const std::lock_guard<std::mutex> lock(queue_mutex_);
     queue_closed_ = true;

@@ -64,7 +64,8 @@ class ThreadPool {
   // cpus: a core for every thread to be pinned to, or empty. The first is for the threads that call
   // `run`; of those, only the one behind `submit` is pinned here, because the others are not ours
   // (see pin_this_thread). spin_us: how long idle threads spin before they sleep.
-  // Throws std::invalid_argument where num_threads is below 1 or cpus has another length.
+  // Throws std::invalid_argument where num_threads is below 1, cpus has another length or names a
+  // core that this process may not use, or the system has no room for so many threads.
   ThreadPool(int num_threads, std::vector<int> cpus, int spin_us);
   ~ThreadPool();  // finishes what was submitted
   ThreadPool(const ThreadPool &) = delete;
@@ -82,6 +83,7 @@ class ThreadPool {
  private:
   friend class Worker;
 
+  void stop();  // finishes what was submitted, ends the threads
   void serve(int index);
   void dispatch();
   // Waits, spinning first, while `value` is `old`.
@@ -118,7 +120,7 @@ class ThreadPool {
   std::thread dispatcher_;  // starts with the first `submit`
 };
 
-// Pins the calling thread to one core. Throws std::system_error where the kernel refuses.
+// Pins the calling thread to one core. Throws std::invalid_argument where the kernel refuses.
 void pin_this_thread(int cpu);
 
 template <class Body>
