@@ -94,6 +94,11 @@ class Figures:
             values.append(value)
         return statistics.median(values) if values else None
 
+    def spread(self, name: str, metric: str) -> tuple[float, float]:
+        """Slowest and fastest round."""
+        rates = [result["rates"][metric] for result in self.rounds(name)]
+        return min(rates), max(rates)
+
     def rate(self, name: str, metric: str) -> float | None:
         return self.median(name, "rates", metric)
 
@@ -211,7 +216,8 @@ class Figures:
 
     def agreement(self, name: str) -> dict[str, float] | None:
         """Greedy tokens against transformers': share of equal first tokens, and of all tokens up to
-        the first that differs (after it the two continue different texts)."""
+        the first that differs (after it the two continue different texts). distinct: the share of
+        tokens that are new in their stream; text that repeats itself decodes out of caches."""
         own, peer = self.rounds(name), self.rounds("transformers bf16")
         if not own or not peer:
             return None
@@ -220,6 +226,7 @@ class Figures:
         return {
             "first": sum(a[0] == b[0] for a, b in pairs) / len(pairs),
             "prefix": equal / sum(len(a) for a, _ in pairs),
+            "distinct": sum(len(set(a)) for a, _ in pairs) / sum(len(a) for a, _ in pairs),
         }
 
     def other_load(self) -> float:

@@ -25,7 +25,8 @@ def report(figures: Figures, facts: dict[str, Any], packed: str | None, plot: st
         _ratio_table(figures.limit_ratios(), "of the limit"),
         _ratio_table([*figures.layer_ratios(), *figures.start_ratio(packed)], "against"),
         "## Engines",
-        "Medians, tokens/s; start is loading plus the first token, files in page cache.",
+        "Medians (slowest and fastest round), tokens/s; start is loading plus the first token, with "
+        "the files in page cache.",
         _engine_table(figures),
         "## Limits of the machine",
         "\n".join(_limits(figures)),
@@ -84,11 +85,16 @@ def _engine_table(figures: Figures) -> str:
         if not figures.rounds(name):
             rows.append([name, *["–"] * len(METRICS), "–", _cell(figures.reason(name))])
             continue
-        rates = [number(figures.rate(name, metric)) for metric in METRICS]
+        rates = [_rate(figures, name, metric) for metric in METRICS]
         load_s = figures.median(name, "load_s") or 0.0
         start_s = load_s + (figures.median(name, "first_token_s") or 0.0)
         rows.append([name, *rates, number(start_s, 2), ""])
     return table(["", *METRICS.values(), "start, s", ""], rows)
+
+
+def _rate(figures: Figures, name: str, metric: str) -> str:
+    low, high = figures.spread(name, metric)
+    return f"{number(figures.rate(name, metric))} ({low:.1f} to {high:.1f})"
 
 
 def _limits(figures: Figures) -> Iterator[str]:
@@ -131,11 +137,12 @@ def _layer_table(figures: Figures) -> str:
 
 def _agreement_table(figures: Figures) -> str:
     rows = []
-    for name in ENGINES[:-1]:
+    for name in ENGINES:
         found = figures.agreement(name)
         if found is not None:
-            rows.append([name, f"{found['first']:.0%}", f"{found['prefix']:.0%}"])
-    return table(["", "first tokens equal", "equal before the first difference"], rows)
+            rows.append([name, *(f"{found[key]:.0%}" for key in ("first", "prefix", "distinct"))])
+    header = ["", "first tokens equal", "equal before the first difference", "distinct tokens"]
+    return table(header, rows)
 
 
 def _cell(text: str) -> str:
