@@ -81,7 +81,7 @@ def main() -> int:
     plan = replace(plan, packed=packed)
     results = run_rounds(plan, say)
     rows = run_rows(plan, say)
-    publish(args.out, plan, results, rows, why_not, json.loads(args.ours_bits))
+    publish(args.out, plan, results, rows, why_not)
     failed = [name for name, found in results.items() if any("failed" in each for each in found)]
     return 1 if failed else 0
 
@@ -109,7 +109,6 @@ def parse() -> argparse.Namespace:
         help="a field of EngineConfig, for all runs of moeserve: experts.cpu_backend=torch",
     )
     add("--quantize-field", default="model.quantize", help="where an unpacked model's width goes")
-    add("--ours-bits", default="{}", help='stored bits per weight: {"int4": 4.25}')
     add("--ipex-python", help="interpreter of a venv with intel-extension-for-pytorch")
     add("--kt-python", help="interpreter of a venv with kt-kernel")
     return parser.parse_args()
@@ -156,7 +155,6 @@ def publish(
     results: dict[str, list[dict[str, Any]]],
     rows: dict[str, dict[str, Any]],
     why_not_packed: str | None,
-    bits: dict[str, float],
 ) -> None:
     work = plan.work
     contexts = {
@@ -164,7 +162,7 @@ def publish(
         "decode_streams": work.prompt_tokens + work.stream_steps / 2,
         "prefill": float(work.prefill_tokens),
     }
-    figures = Figures(results, Traffic(plan.shape), contexts, bits)
+    figures = Figures(results, Traffic(plan.shape), contexts)
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{date.today()}-peers"
     plotted = draw(rows, path.with_suffix(".png"))

@@ -21,7 +21,7 @@ from peers.layer_work import (
     routings,
     time_layer,
 )
-from peers.traffic import Traffic
+from peers.traffic import StoredBits, Traffic
 from peers.weights import QUANTISED, quantise_gguf, write_checkpoint, write_gguf
 from random_checkpoint import INDEX_FILE
 from safetensors import safe_open
@@ -124,11 +124,11 @@ def test_another_shape_in_the_folder_is_refused(checkpoint: Path) -> None:
 def test_step_bytes_are_those_of_the_file(bf16_file: Path) -> None:
     """With every expert in use and no kv: the matrices of the file but the embedding."""
     expected = sum(
-        tensor.n_elements * 2
+        tensor.n_bytes
         for tensor in gguf.GGUFReader(bf16_file).tensors
         if "norm" not in tensor.name and tensor.name != "token_embd.weight"
     )
-    assert Traffic(TINY).step_bytes(16, TINY.num_experts, 1, 0) == expected
+    assert Traffic(TINY).step_bytes(StoredBits(), TINY.num_experts, 1, 0) == expected
 
 
 def test_uniform_experts_against_drawing_them() -> None:
@@ -178,7 +178,12 @@ def test_ratios_take_the_better_peer_and_name_what_is_missing() -> None:
         return [{"rates": rates}]
 
     results = {
-        "moeserve int4": run(decode_1=30.0, decode_streams=80.0, prefill=200.0),
+        "moeserve int4": [
+            {
+                "rates": {"decode_1": 30.0, "decode_streams": 80.0, "prefill": 200.0},
+                "stored_bits": {"experts": 4.5, "product": 4.5, "head": 8.0, "router": 32.0},
+            }
+        ],
         "llama.cpp Q4_0": run(decode_1=15.0, decode_streams=50.0, prefill=110.0),
         "llama.cpp Q4_K": run(decode_1=20.0, decode_streams=40.0, prefill=100.0),
         "moeserve bf16": [{"skipped": "for a test"}],
@@ -187,7 +192,7 @@ def test_ratios_take_the_better_peer_and_name_what_is_missing() -> None:
         ],
     }
     contexts = {"decode_1": 80.0, "decode_streams": 72.0, "prefill": 512.0}
-    figures = Figures(results, Traffic(TINY), contexts, {})
+    figures = Figures(results, Traffic(TINY), contexts)
     ratios = {(ratio.name, ratio.against): ratio for ratio in figures.peer_ratios()}
     assert ratios["decode, 1 stream, int4", "llama.cpp Q4_K"].found == pytest.approx(1.5)
     assert ratios["decode, 16 streams, int4", "llama.cpp Q4_0"].found == pytest.approx(1.6)
@@ -196,5 +201,6 @@ def test_ratios_take_the_better_peer_and_name_what_is_missing() -> None:
     assert not missing.reached
     assert "for a test" in missing.reason
     bound, _ = figures.bound("int4", "decode_1")
-    step = Traffic(TINY).step_bytes(4.5, TINY.num_experts_per_tok, 1, 80.0)
+    bits = StoredBits(experts=4.5, product=4.5, head=8.0)
+    step = Traffic(TINY).step_bytes(bits, TINY.num_experts_per_tok, 1, 80.0)
     assert bound == pytest.approx(2e9 / step)  # the bandwidth of all threads, not of one

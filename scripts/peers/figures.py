@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peers.traffic import BITS_PER_WEIGHT, Traffic
+from peers.traffic import StoredBits, Traffic
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 METRICS = {
@@ -54,19 +54,16 @@ class Ratio:
 class Figures:
     """Medians over the rounds. Whatever was not measured is None and has a reason."""
 
-    def __init__(
-        self,
-        results: Results,
-        traffic: Traffic,
-        contexts: Mapping[str, float],
-        bits: Mapping[str, float],
-    ) -> None:
-        """contexts: mean tokens in kv while a metric's decoding is timed. bits: stored bits per
-        weight of moeserve's widths, where they differ from traffic.BITS_PER_WEIGHT."""
+    def __init__(self, results: Results, traffic: Traffic, contexts: Mapping[str, float]) -> None:
+        """contexts: mean tokens in kv while a metric's decoding is timed."""
         self.results = results
         self.traffic = traffic
         self.contexts = contexts
-        self.bits = {**BITS_PER_WEIGHT, **bits}
+
+    def bits(self, name: str) -> StoredBits:
+        """How moeserve said that it stores a width; 16 bits where nothing is known."""
+        found = [result["stored_bits"] for result in self.rounds(name) if "stored_bits" in result]
+        return StoredBits(**found[0]) if found else StoredBits()
 
     def rounds(self, name: str) -> list[Mapping[str, Any]]:
         """Results that hold figures."""
@@ -153,7 +150,10 @@ class Figures:
     def _tokens_per_byte(self, width: str, metric: str) -> float:
         num_streams = self.num_streams(metric)
         step = self.traffic.step_bytes(
-            self.bits[width], self.num_experts(num_streams)[0], num_streams, self.contexts[metric]
+            self.bits(f"moeserve {width}"),
+            self.num_experts(num_streams)[0],
+            num_streams,
+            self.contexts[metric],
         )
         return num_streams / step
 

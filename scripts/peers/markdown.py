@@ -25,8 +25,8 @@ def report(figures: Figures, facts: dict[str, Any], packed: str | None, plot: st
         _ratio_table(figures.limit_ratios(), "of the limit"),
         _ratio_table([*figures.layer_ratios(), *figures.start_ratio(packed)], "against"),
         "## Engines",
-        "Medians (slowest and fastest round), tokens/s; start is loading plus the first token, with "
-        "the files in page cache.",
+        "Medians (slowest and fastest round), tokens/s; start is loading plus the first token, "
+        "with the files in page cache.",
         _engine_table(figures),
         "## Limits of the machine",
         "\n".join(_limits(figures)),
@@ -124,7 +124,7 @@ def _layer_table(figures: Figures) -> str:
     }
     rows = []
     for name, times in figures.layer_ms().items():
-        bits = figures.bits[name.split()[-1]] if name.startswith("moeserve") else 16
+        bits = figures.bits(name).experts
         cells = []
         for count, milliseconds in times.items():
             cells.append(number(milliseconds, 2))

@@ -3,6 +3,7 @@ speed drifts is unfair to none."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -105,7 +106,10 @@ def runs_of_a_round(plan: Plan, first: bool) -> Iterator[Run]:
 
 
 def run_rounds(plan: Plan, say: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """Name -> one result per round. A run that was skipped or failed is not tried again."""
+    """Name -> one result per round. A run that was skipped or failed is not tried again.
+
+    After each round the results so far are written to rounds.json beside the weights.
+    """
     results: dict[str, list[dict[str, Any]]] = {}
     for number in range(plan.repeats):
         for run in runs_of_a_round(plan, first=number == 0):
@@ -120,6 +124,7 @@ def run_rounds(plan: Plan, say: Callable[[str], None]) -> dict[str, list[dict[st
             took_s = time.perf_counter() - started_s
             line = f"{run.name}: {took_s:.0f} s {summary(past[-1])}"
             say(f"round {number + 1} of {plan.repeats}: {line}")
+        (plan.data / "rounds.json").write_text(json.dumps(results))
     return results
 
 

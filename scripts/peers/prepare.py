@@ -9,7 +9,7 @@ from typing import Any
 
 from random_checkpoint import Qwen3MoeShape
 
-from peers.traffic import BITS_PER_WEIGHT
+from peers.traffic import FILE_BITS
 from peers.weights import (
     CHECKPOINT,
     QUANTISED,
@@ -48,7 +48,7 @@ def _check_space(folder: Path, shape: Qwen3MoeShape, names: list[str]) -> None:
     files = {"bf16", *names} if names else set()  # the others are made from the bf16 one
     wanted = [gguf_path(folder, name) for name in files] + [folder / CHECKPOINT]
     missing = [path for path in wanted if not path.exists()]
-    bits = sum(BITS_PER_WEIGHT.get(path.stem, 16.0) for path in missing)
+    bits = sum(FILE_BITS.get(path.stem, 16.0) for path in missing)
     num_bytes = shape.num_parameters * bits / 8
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free

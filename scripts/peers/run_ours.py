@@ -23,7 +23,9 @@ import torch  # noqa: E402
 
 from moeserve.core import EngineRequest, Routing, SamplingParams  # noqa: E402
 from moeserve.cpu_backend.backend import ExpertJob  # noqa: E402
+from moeserve.cpu_backend.packing import PackFormat  # noqa: E402
 from moeserve.engine.engine import Engine  # noqa: E402
+from moeserve.models.registry import weight_formats  # noqa: E402
 from peers.layer_work import Experts, LayerShape, time_layer  # noqa: E402
 from peers.measure import DecodeRun, Skip, Workload, measure, read_into_page_cache  # noqa: E402
 
@@ -44,7 +46,13 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         result = measure(Ours(engine), Workload(**settings["workload"]))
         notes = {**engine.info.notes, "read_files_s": round(read_s, 2)}
-        return {"load_s": load_s, **result, "layer": layer_times(engine), "notes": notes}
+        return {
+            "load_s": load_s,
+            **result,
+            "layer": layer_times(engine),
+            "stored_bits": stored_bits(engine),
+            "notes": notes,
+        }
     finally:
         engine.close()
 
@@ -129,6 +137,30 @@ def layer_times(engine: Engine, rows: tuple[int, ...] = (1, 16)) -> dict[str, fl
         return backend.run(ExpertJob(layers[layer], x, Routing(chosen.ids, chosen.weights)))
 
     return {str(n): time_layer(call, shape, len(layers), n, dtype) for n in rows}
+
+
+def stored_bits(engine: Engine) -> dict[str, float]:
+    """Bits per weight in memory, scales included; keys of traffic.StoredBits."""
+    loaded = engine.loaded
+    if loaded.runtime.native is None:
+        plain = float(8 * loaded.dtype.itemsize)
+        return {"experts": plain, "product": plain, "head": plain, "router": plain}
+    formats = weight_formats(engine.config.model, loaded.dtype)
+    hidden = loaded.spec.hidden_size
+    experts = next(iter(loaded.spec.moe_layers.values())).experts
+    gate_up = (2 * experts.intermediate_size, experts.hidden_size)
+    down = (experts.hidden_size, experts.intermediate_size)
+    return {
+        "experts": _bits(formats.experts, gate_up, down),
+        "product": _bits(formats.product, (hidden, hidden)),
+        "head": _bits(formats.head, (loaded.spec.vocab_size, hidden)),
+        "router": _bits(formats.scores, (experts.num_experts, hidden)),
+    }
+
+
+def _bits(form: PackFormat, *shapes: tuple[int, int]) -> float:
+    num_bytes = sum(form.layout(*shape).num_bytes for shape in shapes)
+    return 8 * num_bytes / sum(rows * cols for rows, cols in shapes)
 
 
 def _top_k(engine: Engine) -> int:

@@ -8,12 +8,19 @@ from types import MappingProxyType
 from random_checkpoint import Qwen3MoeShape
 
 KV_BYTES = 2  # of one kv value: bf16 or fp16
-#: Stored bits per weight, scales included, where nothing else is said. llama.cpp: its block formats
-#: (ggml-common.h). Ours: int8 has one scale per output channel; int4 groups of 32 with a 16-bit
-#: scale, the costliest of its group sizes.
-BITS_PER_WEIGHT = MappingProxyType(
-    {"bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5, "q4_k": 4.5, "int8": 8.0, "int4": 4.5}
-)
+#: Stored bits per weight, scales included, of files whose matrices are all alike. llama.cpp's block
+#: formats: 32 (Q4_K: 256) weights with their scales (ggml-common.h).
+FILE_BITS = MappingProxyType({"bf16": 16.0, "q8_0": 8.5, "q4_0": 4.5, "q4_k": 4.5})
+
+
+@dataclass(frozen=True)
+class StoredBits:
+    """Bits per weight, scales included, of an engine's matrices in memory."""
+
+    experts: float = 16
+    product: float = 16  # attention
+    head: float = 16
+    router: float = 32
 
 
 @dataclass(frozen=True)
@@ -40,21 +47,20 @@ class Traffic:
         return shape.num_experts * (1 - untouched)
 
     def step_bytes(
-        self, bits: float, num_experts: float, num_streams: int, context_tokens: float
+        self, bits: StoredBits, num_experts: float, num_streams: int, context_tokens: float
     ) -> float:
         """Bytes of one decode step: every weight in use once, and the streams' kv.
 
-        num_experts: distinct experts per layer. Routers (E x H per layer) count as 16 bits.
+        num_experts: distinct experts per layer. Of the embedding a step reads single rows.
         """
         shape = self.shape
-        quantised = shape.num_hidden_layers * (
-            self._attention_weights + num_experts * self.expert_weights
-        )
-        quantised += shape.hidden_size * shape.vocab_size  # the head; one row of the embedding
-        routers = shape.num_hidden_layers * shape.num_experts * shape.hidden_size
+        layer = self._attention_weights * bits.product
+        layer += num_experts * self.expert_weights * bits.experts
+        layer += shape.num_experts * shape.hidden_size * bits.router
+        head = shape.hidden_size * shape.vocab_size * bits.head
         kv_values = 2 * shape.num_key_value_heads * shape.head_dim * shape.num_hidden_layers
         kv = num_streams * context_tokens * kv_values * KV_BYTES
-        return quantised * bits / 8 + routers * 2 + kv
+        return (shape.num_hidden_layers * layer + head) / 8 + kv
 
     def prefill_ops(self, num_tokens: int) -> float:
         """Multiplications and additions of a prompt: all rows but the head, which sees the last."""
