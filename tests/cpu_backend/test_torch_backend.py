@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.randomness import fresh_generators
 
-from moeserve.core import ConfigError, ExpertSpec, ExpertWeights, ModelError, Routing
-from moeserve.cpu_backend.backend import ExpertJob, choose_backend
+from moeserve.core import ExpertSpec, ExpertWeights, ModelError, Routing
+from moeserve.cpu_backend.backend import ExpertJob
 from moeserve.cpu_backend.torch_backend import TorchBackend
 
 SPEC = ExpertSpec(num_experts=6, hidden_size=32, intermediate_size=64)
@@ -105,13 +105,3 @@ def test_close_ends_the_thread_after_its_jobs() -> None:
     assert ticket.done()
     backend.close()
     assert threading.active_count() == before
-
-
-def test_choice_says_why(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    for name in ("auto", "torch"):
-        backend, reason = choose_backend(name)
-        assert backend.name == "torch"
-        assert reason in caplog.text or reason.split(" (", 1)[1].rstrip(")") in caplog.text
-    with pytest.raises(ConfigError, match="'native'"):
-        choose_backend("native")
