@@ -1,0 +1,597 @@
+// Random products, experts and packings under AddressSanitizer and UBSan (`make sanitize`), on
+// every ISA level that this machine runs, each compared with a plain computation in double.
+//
+//   fuzz_native [seconds] [seed]
+//
+// Every array is a heap block of exactly its size, and every round has a Runtime of its own, so
+// that a read or write one byte past any of them is seen. The round's seed is printed before a
+// failure; that seed with 0 seconds repeats the round alone.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "linear.h"
+#include "moe.h"
+#include "pack.h"
+
+using namespace moeserve;
+
+namespace {
+
+std::mt19937_64 random_bits;
+
+int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_bits); }
+bool chance(double p) { return std::bernoulli_distribution(p)(random_bits); }
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+// A block of exactly `count` numbers; std::vector would keep room behind them.
+template <class T>
+class Block {
+ public:
+  explicit Block(std::size_t count) : data_(new T[count]()), count_(count) {}
+  T *data() { return data_.get(); }
+  const T *data() const { return data_.get(); }
+  T &operator[](std::size_t i) { return data_[i]; }
+  const T &operator[](std::size_t i) const { return data_[i]; }
+  std::size_t size() const { return count_; }
+
+ private:
+  std::unique_ptr<T[]> data_;
+  std::size_t count_;
+};
+
+std::string context;  // what this round does, for the message
+
+[[noreturn]] void fail(const std::string &problem) {
+  std::fprintf(stderr, "FAILED: %s\n%s\n", context.c_str(), problem.c_str());
+  std::exit(1);
+}
+
+void check(double got, double expected, double bound, const std::string &where) {
+  if (std::fabs(got - expected) <= bound) return;
+  fail(where + ": " + std::to_string(got) + ", expected " + std::to_string(expected) +
+       ", allowed difference " + std::to_string(bound));
+}
+
+// -- numbers of every type ------------------------------------------------------------------------
+
+std::uint16_t to_bf16(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+float from_bf16(std::uint16_t half) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+double from_half(std::uint16_t half) {
+  const int exponent = (half >> 10) & 31, fraction = half & 1023;
+  const double sign = half & 0x8000 ? -1.0 : 1.0;
+  if (exponent == 31) return sign * (fraction ? NAN : INFINITY);
+  return sign *
+         (exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25));
+}
+
+// Rows of numbers of one type, `stride` apart, nothing behind the last one.
+struct Numbers {
+  Numbers(Dtype dtype, int rows, int cols)
+      : dtype(dtype),
+        rows(rows),
+        cols(cols),
+        stride(cols + (chance(0.3) ? pick(1, 9) : 0)),
+        bytes(rows == 0 ? 0 : ((rows - 1) * stride + cols) * size_of(dtype)) {}
+
+  static Numbers random(int rows, int cols) {
+    Numbers numbers(static_cast<Dtype>(pick(0, 2)), rows, cols);
+    const float magnitude = std::ldexp(1.0f, pick(-6, 3));
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < cols; ++c) numbers.set(r, c, magnitude * normal());
+    }
+    return numbers;
+  }
+
+  void set(int row, int col, float x) {
+    // Half precision by cutting off: which number it is does not matter, it is read back.
+    if (dtype == Dtype::kF32) std::memcpy(at(row, col), &x, 4);
+    std::uint16_t half = to_bf16(x);
+    if (dtype == Dtype::kF16) {
+      const float clipped = std::clamp(x, -60000.0f, 60000.0f);
+      half = std::fabs(clipped) < 1e-4f ? 0 : half_of(clipped);
+    }
+    if (dtype != Dtype::kF32) std::memcpy(at(row, col), &half, 2);
+  }
+  double get(int row, int col) const {
+    const std::uint8_t *p = bytes.data() + index(row, col);
+    if (dtype == Dtype::kF32) {
+      float x;
+      std::memcpy(&x, p, 4);
+      return x;
+    }
+    std::uint16_t half;
+    std::memcpy(&half, p, 2);
+    return dtype == Dtype::kBF16 ? from_bf16(half) : from_half(half);
+  }
+  // Any bits at all in one row.
+  void spoil(int row) {
+    for (std::size_t i = index(row, 0); i < index(row, cols - 1) + size_of(dtype); ++i) {
+      bytes[i] = static_cast<std::uint8_t>(pick(0, 255));
+    }
+  }
+
+  Dtype dtype;
+  int rows, cols, stride;
+  Block<std::uint8_t> bytes;
+
+ private:
+  static std::uint16_t half_of(float x) {
+    int exponent;
+    const float fraction = std::frexp(std::fabs(x), &exponent);  // 0.5 to 1
+    const int bits = static_cast<int>(fraction * 2048.0f) - 1024;
+    return static_cast<std::uint16_t>((x < 0 ? 0x8000 : 0) | ((exponent + 14) << 10) | bits);
+  }
+  std::size_t index(int row, int col) const {
+    return (static_cast<std::size_t>(row) * static_cast<std::size_t>(stride) +
+            static_cast<std::size_t>(col)) *
+           size_of(dtype);
+  }
+  std::uint8_t *at(int row, int col) { return bytes.data() + index(row, col); }
+};
+
+// -- weights --------------------------------------------------------------------------------------
+
+struct Kind {
+  Format format;
+  int group_cols;
+  bool asymmetric;
+  bool weight_only;
+};
+
+Kind random_kind() {
+  const auto format = static_cast<Format>(pick(0, kNumFormats - 1));
+  const bool int4 = format == Format::kInt4;
+  return {format, 32 << pick(0, 2), int4 && chance(0.5), chance(0.4)};
+}
+
+int usable_cols(const Kind &kind, int cols) {
+  return kind.format == Format::kMxfp4 ? (cols + 31) / 32 * 32 : cols;
+}
+
+PackedLayout layout_of(const Kind &kind, int rows, int cols) {
+  return make_layout(kind.format, rows, cols, kind.group_cols, kind.asymmetric, kind.weight_only);
+}
+
+// Fills the rows `ids` with random weights, in pieces.
+void pack_random(Runtime &runtime, const PackedLayout &layout, std::uint8_t *panels,
+                 std::vector<std::int64_t> ids) {
+  std::shuffle(ids.begin(), ids.end(), random_bits);
+  const int cols = layout.cols;
+  for (std::size_t first = 0; first < ids.size();) {
+    const auto count =
+        std::min<std::size_t>(ids.size() - first, static_cast<std::size_t>(pick(1, 40)));
+    const RowTarget target = {&layout, panels, ids.data() + first,
+                              static_cast<std::int64_t>(count)};
+    const int rows = static_cast<int>(count);
+    bool good = true;
+    if (layout.format == Format::kMxfp4 || layout.format == Format::kFp8) {
+      const bool fp8 = layout.format == Format::kFp8;
+      const int code_cols = fp8 ? cols : cols / 2;
+      const int groups = layout.num_groups;
+      Block<std::uint8_t> codes(count * static_cast<std::size_t>(code_cols));
+      for (std::size_t i = 0; i < codes.size(); ++i) {
+        codes[i] = static_cast<std::uint8_t>(pick(0, 255));
+        if (fp8 && (codes[i] & 0x7f) > 0x50) codes[i] &= 0x8f;  // no NaN, nothing huge
+      }
+      if (fp8) {
+        Block<float> scales(count * static_cast<std::size_t>(groups));
+        for (std::size_t i = 0; i < scales.size(); ++i) scales[i] = 0.1f + std::fabs(normal());
+        good = pack_fp8(runtime, target, codes.data(), code_cols, scales.data(), groups);
+      } else {
+        Block<std::uint8_t> scales(count * static_cast<std::size_t>(groups));
+        for (std::size_t i = 0; i < scales.size(); ++i) {
+          scales[i] = static_cast<std::uint8_t>(pick(120, 128));
+        }
+        good = pack_mxfp4(runtime, target, codes.data(), code_cols, scales.data(), groups);
+      }
+    } else {
+      const Numbers source = Numbers::random(rows, cols);
+      good = pack_numbers(runtime, target, source.dtype, source.bytes.data(), source.stride);
+    }
+    if (!good) fail("finite weights were refused");
+    first += count;
+  }
+}
+
+std::vector<std::int64_t> first_ids(int count) {
+  std::vector<std::int64_t> ids(static_cast<std::size_t>(count));
+  for (int i = 0; i < count; ++i) ids[static_cast<std::size_t>(i)] = i;
+  return ids;
+}
+
+// [rows][cols] of the numbers that the packed rows `ids` stand for.
+std::vector<std::vector<double>> unpack(const PackedLayout &layout, const std::uint8_t *panels,
+                                        const std::vector<std::int64_t> &ids) {
+  std::vector<std::vector<double>> all;
+  Block<float> row(static_cast<std::size_t>(layout.cols));
+  for (const std::int64_t id : ids) {
+    unpack_row(layout, panels, id, row.data());
+    all.emplace_back(row.data(), row.data() + layout.cols);
+  }
+  return all;
+}
+
+// -- the reference --------------------------------------------------------------------------------
+
+// A row as a level's kernels multiply it, and how far apart two neighbouring values are.
+struct Used {
+  std::vector<double> row;
+  double step = 0.0;
+};
+
+Used as_used(const Kernels &kernels, const PackedLayout &layout, const std::vector<double> &row) {
+  Used used = {row, 0.0};
+  float bound = 0.0f;
+  for (const double x : row) bound = std::max(bound, static_cast<float>(std::fabs(x)));
+  switch (kernels.row_form(layout)) {
+    case RowForm::kF32:
+      for (double &x : used.row) x = static_cast<float>(x);
+      break;
+    case RowForm::kBF16:
+      for (double &x : used.row) x = from_bf16(to_bf16(static_cast<float>(x)));
+      used.step = std::ldexp(bound, -8);
+      break;
+    case RowForm::kInt8: {
+      const float inverse = bound > 0.0f ? 127.0f / bound : 0.0f, scale = bound / 127.0f;
+      for (double &x : used.row) {
+        x = std::nearbyint(static_cast<float>(x) * inverse) * static_cast<double>(scale);
+      }
+      used.step = scale;
+      break;
+    }
+  }
+  return used;
+}
+
+struct Sum {
+  double value = 0.0;
+  double magnitude = 0.0;
+  double largest = 0.0;  // weight
+};
+
+Sum product(const std::vector<double> &weight, const std::vector<double> &row) {
+  Sum sum;
+  for (std::size_t k = 0; k < row.size(); ++k) {
+    sum.value += weight[k] * row[k];
+    sum.magnitude += std::fabs(weight[k] * row[k]);
+    sum.largest = std::max(sum.largest, std::fabs(weight[k]));
+  }
+  return sum;
+}
+
+// Rounding to the type of results; a result beyond half precision is Inf and not compared.
+double rounding(Dtype dtype, double x) {
+  const double relative = dtype == Dtype::kF32 ? 0x1p-24 : dtype == Dtype::kBF16 ? 0x1p-8 : 0x1p-11;
+  return std::fabs(x) * relative + 0x1p-24;
+}
+
+std::vector<double> row_of(const Numbers &x, int row) {
+  std::vector<double> numbers;
+  for (int c = 0; c < x.cols; ++c) numbers.push_back(x.get(row, c));
+  return numbers;
+}
+
+double activation(const ActivationSpec &spec, double gate, double up) {
+  const auto sigmoid = [](double x) { return 1.0 / (1.0 + std::exp(-x)); };
+  switch (spec.kind) {
+    case Activation::kSilu:
+      return gate * sigmoid(gate) * up;
+    case Activation::kGelu:
+      return 0.5 * gate * (1.0 + std::erf(gate / std::sqrt(2.0))) * up;
+    case Activation::kGeluTanh:
+      return 0.5 * gate *
+             (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (gate + 0.044715 * gate * gate * gate))) * up;
+    case Activation::kQuickGelu:
+      return gate * sigmoid(1.702 * gate) * up;
+    case Activation::kRelu:
+      return std::max(gate, 0.0) * up;
+    case Activation::kSwigluClamped: {
+      const double limit = spec.limit;
+      gate = std::min(gate, limit);
+      return (std::clamp(up, -limit, limit) + 1.0) * gate * sigmoid(spec.alpha * gate);
+    }
+  }
+  return NAN;
+}
+
+// -- rounds ---------------------------------------------------------------------------------------
+
+void fuzz_linear(Runtime &runtime) {
+  const Kind kind = random_kind();
+  const int outputs = pick(1, 150), cols = usable_cols(kind, pick(1, 300)), rows = pick(1, 70);
+  const PackedLayout layout = layout_of(kind, outputs, cols);
+  context += ", linear, format " + std::to_string(static_cast<int>(kind.format)) + " [" +
+             std::to_string(outputs) + ", " + std::to_string(cols) + "], " + std::to_string(rows) +
+             " rows";
+  Block<std::uint8_t> panels(layout.bytes());
+  pack_random(runtime, layout, panels.data(), first_ids(outputs));
+  Block<float> bias(static_cast<std::size_t>(outputs));
+  for (std::size_t i = 0; i < bias.size(); ++i) bias[i] = normal();
+  const bool has_bias = chance(0.5);
+  const Matrix matrix = {layout, panels.data(), has_bias ? bias.data() : nullptr};
+
+  Numbers x = Numbers::random(rows, cols);
+  const int spoilt = chance(0.2) ? pick(0, rows - 1) : -1;
+  if (spoilt >= 0) x.spoil(spoilt);
+  Numbers y(static_cast<Dtype>(pick(0, 2)), rows, outputs);
+  linear(runtime, matrix, x.dtype, x.bytes.data(), rows, x.stride, y.dtype, y.bytes.data(),
+         y.stride);
+
+  const auto weight = unpack(layout, panels.data(), first_ids(outputs));
+  const double eps = 0x1p-24 * (cols + layout.num_groups + 8);
+  for (int r = 0; r < rows; ++r) {
+    if (r == spoilt) continue;
+    const Used used = as_used(runtime.kernels, layout, row_of(x, r));
+    for (int n = 0; n < outputs; ++n) {
+      const auto at = static_cast<std::size_t>(n);
+      const Sum sum = product(weight[at], used.row);
+      const double expected = sum.value + (has_bias ? bias[at] : 0.0f);
+      if (y.dtype == Dtype::kF16 && std::fabs(expected) > 60000.0) continue;
+      const double bound = eps * (sum.magnitude + 1.0) + rounding(y.dtype, expected);
+      check(y.get(r, n), expected, bound,
+            "row " + std::to_string(r) + ", output " + std::to_string(n));
+    }
+  }
+}
+
+// An expert's record, and its weights and biases in double.
+struct Expert {
+  explicit Expert(std::size_t bytes) : record(bytes) {}
+  Block<std::uint8_t> record;
+  std::vector<std::vector<double>> gate, up, down;
+  std::vector<double> gate_bias, up_bias, down_bias;
+};
+
+std::vector<double> random_bias(std::uint8_t *record, std::size_t offset,
+                                const std::vector<std::int64_t> &ids) {
+  std::vector<double> bias;
+  for (const std::int64_t id : ids) {
+    const float x = offset == 0 ? 0.0f : normal();
+    if (offset != 0) std::memcpy(record + offset + 4 * static_cast<std::size_t>(id), &x, 4);
+    bias.push_back(x);
+  }
+  return bias;
+}
+
+Expert random_expert(Runtime &runtime, const Experts &experts, std::size_t bytes, int inner) {
+  Expert expert(bytes);
+  std::vector<std::int64_t> gate, up;
+  for (int i = 0; i < inner; ++i) {
+    gate.push_back(i / kPanelOutputs * 2 * kPanelOutputs + i % kPanelOutputs);
+    up.push_back(gate.back() + kPanelOutputs);
+  }
+  std::uint8_t *record = expert.record.data();
+  std::uint8_t *down = record + experts.down_offset;
+  pack_random(runtime, experts.gate_up, record, gate);
+  pack_random(runtime, experts.gate_up, record, up);
+  const auto outputs = first_ids(experts.down.rows);
+  pack_random(runtime, experts.down, down, outputs);
+  expert.gate = unpack(experts.gate_up, record, gate);
+  expert.up = unpack(experts.gate_up, record, up);
+  expert.down = unpack(experts.down, down, outputs);
+  expert.gate_bias = random_bias(record, experts.gate_up_bias_offset, gate);
+  expert.up_bias = random_bias(record, experts.gate_up_bias_offset, up);
+  expert.down_bias = random_bias(record, experts.down_bias_offset, outputs);
+  return expert;
+}
+
+// Adds weight * expert(x) to y [H] and what it may be off by to bound [H].
+void add_expert(const Kernels &kernels, const Experts &experts, const Expert &expert,
+                const std::vector<double> &x, double weight, std::vector<double> &y,
+                std::vector<double> &bound) {
+  const Used input = as_used(kernels, experts.gate_up, x);
+  std::vector<double> hidden;
+  double inexact = 0.0;  // of the hidden state, before it is rounded
+  for (std::size_t i = 0; i < expert.gate.size(); ++i) {
+    const Sum gate = product(expert.gate[i], input.row), up = product(expert.up[i], input.row);
+    const double g = gate.value + expert.gate_bias[i], u = up.value + expert.up_bias[i];
+    hidden.push_back(activation(experts.activation, g, u));
+    // Slopes of the activations are below 1.2 in the gate, 2 for clamped SwiGLU's alpha.
+    inexact = std::max(inexact, 2.0 * (gate.magnitude * (1.0 + std::fabs(u)) +
+                                       up.magnitude * (1.0 + std::fabs(g)) + std::fabs(g * u)));
+  }
+  const double eps = 0x1p-24 * (experts.gate_up.cols + experts.down.cols + 40);
+  const Used used = as_used(kernels, experts.down, hidden);
+  for (std::size_t n = 0; n < y.size(); ++n) {
+    const Sum sum = product(expert.down[n], used.row);
+    double weights = 0.0;
+    for (const double w : expert.down[n]) weights += std::fabs(w);
+    y[n] += weight * (sum.value + expert.down_bias[n]);
+    // A few numbers of the hidden state next to a tie end one step away.
+    const double off = eps * (sum.magnitude + std::fabs(expert.down_bias[n]) + inexact * weights) +
+                       4.0 * used.step * sum.largest;
+    bound[n] += std::fabs(weight) * off;
+  }
+}
+
+void fuzz_experts(Runtime &runtime) {
+  const Kind first = random_kind();
+  const Kind second = chance(0.3) ? random_kind() : first;
+  const int hidden = usable_cols(first, pick(1, 100)), inner = usable_cols(second, pick(1, 70));
+  const int panels = (inner + kPanelOutputs - 1) / kPanelOutputs;
+  const int num_experts = pick(1, 6), top_k = pick(1, 8), tokens = pick(0, 70);
+  context += ", experts, formats " + std::to_string(static_cast<int>(first.format)) + " and " +
+             std::to_string(static_cast<int>(second.format)) + ", H " + std::to_string(hidden) +
+             ", I " + std::to_string(inner) + ", " + std::to_string(tokens) + " tokens, top " +
+             std::to_string(top_k) + " of " + std::to_string(num_experts);
+  Experts experts = {};
+  experts.gate_up = layout_of(first, 2 * panels * kPanelOutputs, hidden);
+  experts.down = layout_of(second, hidden, inner);
+  experts.down_offset = experts.gate_up.bytes();
+  std::size_t bytes = experts.down_offset + experts.down.bytes();
+  if (chance(0.5)) {
+    experts.gate_up_bias_offset = bytes;
+    bytes += static_cast<std::size_t>(experts.gate_up.num_panels) * kPanelOutputs * 4;
+    experts.down_bias_offset = bytes;
+    bytes += static_cast<std::size_t>(experts.down.num_panels) * kPanelOutputs * 4;
+  }
+  experts.activation = {static_cast<Activation>(pick(0, 5)), 1.702f, 7.0f};
+  std::vector<Expert> all;
+  for (int e = 0; e < num_experts; ++e) {
+    all.push_back(random_expert(runtime, experts, bytes, inner));
+  }
+  for (const Expert &expert : all) experts.records.push_back(expert.record.data());
+
+  const auto choices = static_cast<std::size_t>(tokens * top_k);
+  Block<std::int64_t> ids(choices);
+  Block<float> weights(choices);
+  Block<std::uint8_t> wanted(static_cast<std::size_t>(num_experts));
+  const int few = pick(1, num_experts);  // the others are chosen by nobody
+  for (std::size_t i = 0; i < choices; ++i) {
+    ids[i] = pick(0, few - 1);
+    weights[i] = std::fabs(normal());
+  }
+  for (std::size_t e = 0; e < wanted.size(); ++e) wanted[e] = chance(0.7);
+  const bool some = chance(0.4);
+  Numbers x = Numbers::random(tokens, hidden);
+  Numbers y(static_cast<Dtype>(pick(0, 2)), tokens, hidden);
+  const int spoilt = tokens > 0 && chance(0.2) ? pick(0, tokens - 1) : -1;
+  if (spoilt >= 0) x.spoil(spoilt);
+  Block<std::uint8_t> out(static_cast<std::size_t>(tokens * hidden) * size_of(y.dtype));
+  ExpertJob job = {};
+  job.dtype = x.dtype;
+  job.x = x.bytes.data();
+  job.num_tokens = tokens;
+  job.x_stride = x.stride;
+  job.ids = ids.data();
+  job.weights = weights.data();
+  job.top_k = top_k;
+  job.wanted = some ? wanted.data() : nullptr;
+  job.y_dtype = y.dtype;
+  job.y = out.data();
+  if (chance(0.5)) {
+    run_experts(runtime, experts, job);
+  } else {
+    runtime.pool.submit([&] { run_experts(runtime, experts, job); })->wait();
+  }
+
+  for (int t = 0; t < tokens; ++t) {
+    std::memcpy(y.bytes.data() + static_cast<std::size_t>(t * y.stride) * size_of(y.dtype),
+                out.data() + static_cast<std::size_t>(t * hidden) * size_of(y.dtype),
+                static_cast<std::size_t>(hidden) * size_of(y.dtype));
+    if (t == spoilt) continue;
+    std::vector<double> expected(static_cast<std::size_t>(hidden)), bound = expected;
+    const std::vector<double> row = row_of(x, t);
+    for (int k = 0; k < top_k; ++k) {
+      const auto choice = static_cast<std::size_t>(t * top_k + k);
+      const auto expert = static_cast<std::size_t>(ids[choice]);
+      if (some && !wanted[expert]) continue;
+      add_expert(runtime.kernels, experts, all[expert], row, weights[choice], expected, bound);
+    }
+    for (int n = 0; n < hidden; ++n) {
+      const auto at = static_cast<std::size_t>(n);
+      if (y.dtype == Dtype::kF16 && std::fabs(expected[at]) > 60000.0) continue;
+      check(y.get(t, n), expected[at], bound[at] + rounding(y.dtype, expected[at]),
+            "token " + std::to_string(t) + ", output " + std::to_string(n));
+    }
+  }
+}
+
+void fuzz_pool(Runtime &runtime) {
+  context += ", pool";
+  for (int region = pick(1, 30); region > 0; --region) {
+    const int steps = pick(1, ThreadPool::kMaxSteps), items = pick(0, 100);
+    std::vector<std::atomic<int>> done(static_cast<std::size_t>(items));
+    runtime.pool.run(
+        [&](Worker &worker) {
+          for (int step = 0; step < steps; ++step) {
+            worker.share(items, [&](std::int64_t item) {
+              // All items of the steps before are finished.
+              const auto next = static_cast<std::size_t>((item + 1) % items);
+              if (done[next].load() < step) fail("a step began before the last one ended");
+              done[static_cast<std::size_t>(item)].fetch_add(1);
+            });
+          }
+        },
+        chance(0.3));
+    for (const auto &count : done) {
+      if (count.load() != steps) fail("an item was not done once in every step");
+    }
+  }
+}
+
+void fuzz_rows(Runtime &runtime) {
+  context += ", norm";
+  const int cols = pick(1, 300);
+  const auto count = static_cast<std::size_t>(cols);
+  const Numbers x = Numbers::random(1, cols);
+  Numbers out(x.dtype, 1, cols);
+  Block<float> weight(count);
+  for (std::size_t i = 0; i < count; ++i) weight[i] = normal();
+  runtime.kernels.rms_norm(x.dtype, x.bytes.data(), weight.data(), 1e-5f, out.bytes.data(), cols);
+  double squares = 0.0;
+  for (int c = 0; c < cols; ++c) squares += x.get(0, c) * x.get(0, c);
+  const double factor = 1.0 / std::sqrt(squares / cols + 1e-5);
+  for (int c = 0; c < cols; ++c) {
+    const double expected = x.get(0, c) * factor * weight[static_cast<std::size_t>(c)];
+    const double bound = std::fabs(expected) * 0x1p-24 * (cols + 10);
+    check(out.get(0, c), expected, bound + rounding(x.dtype, expected), std::to_string(c));
+  }
+}
+
+void run_round(std::uint64_t seed, const std::vector<std::string> &levels) {
+  random_bits.seed(seed);
+  const std::string isa =
+      levels[static_cast<std::size_t>(pick(0, static_cast<int>(levels.size()) - 1))];
+  const int threads = pick(1, 4), spin_us = chance(0.5) ? 0 : 50;
+  context =
+      "seed " + std::to_string(seed) + ", " + isa + ", " + std::to_string(threads) + " threads";
+  Runtime runtime(find_kernels(isa), threads, {}, spin_us);
+  for (int repeat = pick(1, 2); repeat > 0; --repeat) {  // the second one finds memory in use
+    const int what = pick(0, 9);
+    if (what < 4) {
+      fuzz_linear(runtime);
+    } else if (what < 8) {
+      fuzz_experts(runtime);
+    } else if (what == 8) {
+      fuzz_pool(runtime);
+    } else {
+      fuzz_rows(runtime);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 20.0;
+  std::uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : std::random_device{}();
+  std::vector<std::string> levels = {"scalar_bf16"};
+  for (const IsaLevel &level : isa_levels()) {
+    if (level.usable()) levels.push_back(level.name);
+  }
+  std::printf("seed %llu, levels", static_cast<unsigned long long>(seed));
+  for (const auto &level : levels) std::printf(" %s", level.c_str());
+  std::printf("\n");
+  std::fflush(stdout);
+  const auto start = std::chrono::steady_clock::now();
+  std::int64_t rounds = 0;
+  do {
+    run_round(seed++, levels);
+    ++rounds;
+  } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() <
+           seconds);
+  std::printf("%lld rounds, every result within its bound\n", static_cast<long long>(rounds));
+  return 0;
+}
