@@ -7,14 +7,17 @@ STAMP := $(VENV)/.stamps
 
 # Built-in sources that need a rebuild; Python files are picked up by the editable install.
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard cpu_backend/csrc/*)
+CXX_FILES := $(wildcard cpu_backend/csrc/*.cpp cpu_backend/csrc/*.h tests/cpu_backend/*.cpp \
+  tests/cpu_backend/*.h)
 
-.PHONY: demo test test-all check format bench bench-peers soak clean
+.PHONY: demo test test-all check format sanitize bench bench-peers soak clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    start a server with the bundled model, ask it twice, stop it"
 	@echo "make test    the tests (about 10 minutes on 2 cores)"
 	@echo "make check   ruff, mypy --strict, import-linter, clang-format"
+	@echo "make sanitize   the C++ under AddressSanitizer and UBSan, on random input (about 4 minutes)"
 	@echo "make bench   short benchmarks of this machine"
 	@echo "make bench-peers   beside llama.cpp and transformers (an hour; 50 GB of disk)"
 	@echo "make soak    64 streams with cancels for 2 minutes against a real server"
@@ -60,12 +63,20 @@ check: $(STAMP)/check
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict -p moeserve
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror cpu_backend/csrc/*.cpp cpu_backend/csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(STAMP)/check
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i cpu_backend/csrc/*.cpp cpu_backend/csrc/*.h
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# ARGS="seconds seed": how long, and a seed that an earlier run printed.
+sanitize: $(STAMP)/install
+	$(BIN)/cmake -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Debug -DMOESERVE_FUZZ=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir) > /dev/null
+	$(BIN)/cmake --build build/sanitize --target fuzz_native
+	build/sanitize/fuzz_native $(ARGS)
 
 bench: $(STAMP)/install
 	$(BIN)/python scripts/bench_decode.py
