@@ -1,7 +1,6 @@
 #include "moe.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace moeserve {
 namespace {
@@ -147,7 +146,7 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
     const std::int64_t panels = std::min(down_panels, experts.down.num_panels - panel);
     const std::int64_t width = panels * kPanelOutputs;
     float *sums = out + out_numbers;
-    std::memset(sums, 0, static_cast<std::size_t>(job.num_tokens * width) * sizeof(float));
+    std::fill_n(sums, job.num_tokens * width, 0.0f);
     for (const Group &group : plan.groups) {
       const std::uint8_t *record = experts.records[static_cast<std::size_t>(group.expert)];
       const GemmJob gemm = {
