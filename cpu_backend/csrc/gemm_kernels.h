@@ -25,7 +25,7 @@ using moeserve::RowForm;
 #define MOESERVE_INLINE inline __attribute__((always_inline))
 
 // How far ahead of its use a weight is asked for; beyond a page the hardware's own stops.
-constexpr int kPrefetchBytes = 1536;
+constexpr int kPrefetchBytes = 768;
 
 // Tile sizes. Sums take R * P vectors (twice that with groups), and each vector of AVX2 two
 // registers.
@@ -282,14 +282,7 @@ struct IntTile {
         kGrouped ? layout.group_cols / chunk_inputs(kFormat) : layout.num_chunks;
     for (int g = 0; g < layout.num_groups; ++g) {
       Vec::I acc[R][P];
-      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
-        if constexpr (kAsymmetric) {
-          const Vec::I zero = Vec::load_u8(panel[p] + layout.zero_offset + kPanelOutputs * g);
-          MOESERVE_UNROLL for (int r = 0; r < R; ++r) acc[r][p] = Vec::mul_small(zero, sums[r][g]);
-        } else {
-          MOESERVE_UNROLL for (int r = 0; r < R; ++r) acc[r][p] = Vec::iset1(sums[r][g]);
-        }
-      }
+      start_group<R, P>(layout, panel, g, sums, g, acc);
       const int begin = g * group_chunks;
       for (int c = begin; c < begin + group_chunks; ++c) add_chunk<R, P>(panel, x, c, acc);
       MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
@@ -300,13 +293,55 @@ struct IntTile {
       }
     }
     MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
-      // The integer codes of e2m1 are twice its values.
-      const float row_scale = job.rows.scales[first_row + r];
-      const Vec::F scale = Vec::set1(kFormat == Format::kMxfp4 ? 0.5f * row_scale : row_scale);
+      const Vec::F scale = Vec::set1(row_scale(job, first_row + r));
       MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
         Vec::store(job.out + (first_row + r) * job.out_stride + (first_panel + p) * kPanelOutputs,
                    Vec::mul(total[r][p], scale));
       }
+    }
+  }
+
+  // The integer codes of e2m1 are twice its values.
+  static float row_scale(const GemmJob &job, int row) {
+    const float scale = job.rows.scales[row];
+    return kFormat == Format::kMxfp4 ? 0.5f * scale : scale;
+  }
+
+  // Sums of a group start with what the codes' zero points add up to. `own`: the group's place in
+  // the rows' `sums`.
+  template <int R, int P>
+  MOESERVE_INLINE static void start_group(const PackedLayout &layout,
+                                          const std::uint8_t *const *panel, int group,
+                                          const std::int32_t *const (&sums)[R], int own,
+                                          Vec::I (&acc)[R][P]) {
+    MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+      if constexpr (kAsymmetric) {
+        const Vec::I zero = Vec::load_u8(panel[p] + layout.zero_offset + kPanelOutputs * group);
+        MOESERVE_UNROLL for (int r = 0; r < R; ++r) acc[r][p] = Vec::mul_small(zero, sums[r][own]);
+      } else {
+        MOESERVE_UNROLL for (int r = 0; r < R; ++r) acc[r][p] = Vec::iset1(sums[r][own]);
+      }
+    }
+  }
+
+  // A chunk of nibbles to the bytes of its inputs 0-3 and 4-7.
+  MOESERVE_INLINE static void take_apart(Vec::I raw, Vec::I &low, Vec::I &high) {
+    low = Vec::low_nibbles(raw);
+    high = Vec::high_nibbles(raw);
+    if constexpr (kFormat == Format::kMxfp4) {
+      const Vec::I table = Vec::byte_table(kShiftedFp4);
+      low = Vec::look_up(table, low);
+      high = Vec::look_up(table, high);
+    }
+  }
+
+  template <int R, int P>
+  MOESERVE_INLINE static void add_products(const Vec::I (&codes)[P],
+                                           const std::int8_t *const (&x)[R], int input,
+                                           Vec::I (&acc)[R][P]) {
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+      const auto four = Vec::broadcast4(x[r] + input);
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) acc[r][p] = Vec::dot(acc[r][p], codes[p], four);
     }
   }
 
@@ -327,33 +362,132 @@ struct IntTile {
     } else {
       Vec::I low[P], high[P];
       MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
-        const Vec::I raw = Vec::load64(panel[p] + c * kChunkBytes);
-        low[p] = Vec::low_nibbles(raw);
-        high[p] = Vec::high_nibbles(raw);
-        if constexpr (kFormat == Format::kMxfp4) {
-          const Vec::I table = Vec::byte_table(kShiftedFp4);
-          low[p] = Vec::look_up(table, low[p]);
-          high[p] = Vec::look_up(table, high[p]);
-        }
+        take_apart(Vec::load64(panel[p] + c * kChunkBytes), low[p], high[p]);
       }
       add_products<R, P>(low, x, 8 * c, acc);
       add_products<R, P>(high, x, 8 * c + 4, acc);
     }
   }
 
-  template <int R, int P>
-  MOESERVE_INLINE static void add_products(const Vec::I (&codes)[P],
-                                           const std::int8_t *const (&x)[R], int input,
-                                           Vec::I (&acc)[R][P]) {
-    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
-      const auto four = Vec::broadcast4(x[r] + input);
-      MOESERVE_UNROLL for (int p = 0; p < P; ++p) acc[r][p] = Vec::dot(acc[r][p], codes[p], four);
-    }
-  }
-
   // Twice the values of e2m1, plus 12: unsigned.
   static constexpr std::uint8_t kShiftedFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                                    12, 11, 10, 9,  8,  6,  4,  0};
+};
+
+// Four-bit codes for many rows: taking nibbles apart costs as much as three rows' products, so it
+// is done once for a block of inputs, into bytes that stay in the first-level cache while all rows
+// pass by. The arithmetic, and with it every bit of the result, is IntTile's.
+template <Format kFormat, bool kAsymmetric>
+struct UnpackedProduct {
+  using Tile = IntTile<kFormat, kAsymmetric>;
+  static constexpr int kPanels = Tiles<true>::kManyPanels;
+  static constexpr int kRows = Tiles<true>::kManyRows;
+  static constexpr int kBlockInputs = 768;
+
+  struct Block {
+    const GemmJob *job;
+    const std::uint8_t *panel[kPanels];
+    const std::uint8_t *codes[kPanels];  // [inputs / 4][16 outputs][4]
+    int first_panel, num_panels;
+    int first_group, num_groups;
+    bool last;
+  };
+
+  static void run(const GemmJob &job) {
+    alignas(64) std::uint8_t codes[kPanels][kBlockInputs * kPanelOutputs];
+    const PackedLayout &layout = *job.layout;
+    const int block_groups = kBlockInputs / layout.group_cols;
+    for (int first = 0; first < job.num_panels; first += kPanels) {
+      const int panels = job.num_panels - first < kPanels ? job.num_panels - first : kPanels;
+      for (int g = 0; g < layout.num_groups; g += block_groups) {
+        Block block = {};
+        block.job = &job;
+        block.first_panel = first;
+        block.num_panels = panels;
+        block.first_group = g;
+        block.num_groups =
+            layout.num_groups - g < block_groups ? layout.num_groups - g : block_groups;
+        block.last = g + block.num_groups == layout.num_groups;
+        const int group_chunks = layout.group_cols / chunk_inputs(kFormat);
+        for (int p = 0; p < panels; ++p) {
+          block.panel[p] = job.panels + (first + p) * layout.panel_bytes;
+          block.codes[p] = codes[p];
+          unpack(block.panel[p] + g * group_chunks * kChunkBytes, block.num_groups * group_chunks,
+                 codes[p]);
+        }
+        if (panels == kPanels) {
+          cover<kRows, kPanels>(block, 0);
+        } else {
+          cover<kRows, 1>(block, 0);
+        }
+      }
+    }
+  }
+
+ private:
+  static void unpack(const std::uint8_t *chunk, int num_chunks, std::uint8_t *codes) {
+    for (int c = 0; c < num_chunks; ++c) {
+      Vec::prefetch(chunk + c * kChunkBytes + kPrefetchBytes);
+      Vec::I low, high;
+      Tile::take_apart(Vec::load64(chunk + c * kChunkBytes), low, high);
+      Vec::store64(codes + 2 * c * kChunkBytes, low);
+      Vec::store64(codes + (2 * c + 1) * kChunkBytes, high);
+    }
+  }
+
+  template <int R, int P>
+  static void cover(const Block &block, int row) {
+    for (; row + R <= block.job->num_rows; row += R) tile<R, P>(block, row);
+    if constexpr (R > 1) cover<(R > 4 ? 4 : R > 2 ? 2 : 1), P>(block, row);
+  }
+
+  template <int R, int P>
+  static void tile(const Block &block, int first_row) {
+    const GemmJob &job = *block.job;
+    const PackedLayout &layout = *job.layout;
+    const int steps = layout.group_cols / 4;
+    const std::int8_t *x[R];
+    const std::int32_t *sums[R];
+    float *out[R];
+    Vec::F total[R][P];
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+      const std::size_t row = static_cast<std::size_t>(first_row + r);
+      x[r] =
+          reinterpret_cast<const std::int8_t *>(job.rows.data + row * job.row_format->data_bytes) +
+          block.first_group * layout.group_cols;
+      sums[r] = job.rows.sums + row * job.row_format->num_groups + block.first_group;
+      out[r] = job.out + row * job.out_stride + block.first_panel * kPanelOutputs;
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+        total[r][p] = block.first_group == 0 ? Vec::zero() : Vec::load(out[r] + p * kPanelOutputs);
+      }
+    }
+    for (int g = 0; g < block.num_groups; ++g) {
+      Vec::I acc[R][P];
+      Tile::template start_group<R, P>(layout, block.panel, block.first_group + g, sums, g, acc);
+      // In runs of 32 inputs, the smallest group.
+      for (int s = g * steps; s < (g + 1) * steps; s += 8) {
+        MOESERVE_UNROLL for (int j = 0; j < 8; ++j) {
+          Vec::I codes[P];
+          MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+            codes[p] = Vec::load64(block.codes[p] + (s + j) * kChunkBytes);
+          }
+          Tile::template add_products<R, P>(codes, x, 4 * (s + j), acc);
+        }
+      }
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+        const Vec::F scale = load_scale<kFormat>(layout, block.panel[p], block.first_group + g);
+        MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+          total[r][p] = Vec::fma(Vec::to_float(acc[r][p]), scale, total[r][p]);
+        }
+      }
+    }
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec::F scale = Vec::set1(block.last ? Tile::row_scale(job, first_row + r) : 1.0f);
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+        Vec::store(out[r] + p * kPanelOutputs, Vec::mul(total[r][p], scale));
+      }
+    }
+  }
 };
 
 // -- covering a job with tiles --------------------------------------------------------------------
@@ -385,6 +519,15 @@ void gemm_tiles(const GemmJob &job) {
   }
 }
 
+// From how many rows on taking nibbles apart beforehand pays.
+constexpr int kUnpackRows = 8;
+
+template <Format kFormat, bool kAsymmetric>
+void four_bit_gemm(const GemmJob &job) {
+  if (job.num_rows >= kUnpackRows) return UnpackedProduct<kFormat, kAsymmetric>::run(job);
+  gemm_tiles<IntTile<kFormat, kAsymmetric>>(job);
+}
+
 RowForm row_form(const PackedLayout &layout) {
   if (layout.format == Format::kBF16 && Vec::kHasBf16Dot) return RowForm::kBF16;
   const bool codes = layout.format == Format::kInt8 || moeserve::is_four_bit(layout.format);
@@ -404,12 +547,12 @@ void gemm(const GemmJob &job) {
       if (integer) return gemm_tiles<IntTile<Format::kInt8, false>>(job);
       return gemm_tiles<FloatTile<Format::kInt8, false>>(job);
     case Format::kInt4:
-      if (integer && layout.asymmetric) return gemm_tiles<IntTile<Format::kInt4, true>>(job);
-      if (integer) return gemm_tiles<IntTile<Format::kInt4, false>>(job);
+      if (integer && layout.asymmetric) return four_bit_gemm<Format::kInt4, true>(job);
+      if (integer) return four_bit_gemm<Format::kInt4, false>(job);
       if (layout.asymmetric) return gemm_tiles<FloatTile<Format::kInt4, true>>(job);
       return gemm_tiles<FloatTile<Format::kInt4, false>>(job);
     case Format::kMxfp4:
-      if (integer) return gemm_tiles<IntTile<Format::kMxfp4, false>>(job);
+      if (integer) return four_bit_gemm<Format::kMxfp4, false>(job);
       return gemm_tiles<FloatTile<Format::kMxfp4, false>>(job);
     case Format::kFp8:
       return gemm_tiles<FloatTile<Format::kFp8, false>>(job);

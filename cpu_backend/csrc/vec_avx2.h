@@ -78,6 +78,11 @@ struct Vec {
     const auto *q = reinterpret_cast<const __m256i *>(p);
     return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
   }
+  static void store64(std::uint8_t *p, I x) {
+    auto *q = reinterpret_cast<__m256i *>(p);
+    _mm256_storeu_si256(q, x.a);
+    _mm256_storeu_si256(q + 1, x.b);
+  }
   static I iset1(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
   static F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
   static I load_u8(const std::uint8_t *p) {
@@ -184,7 +189,9 @@ struct Vec {
   // Never run: kHasBf16Dot is false.
   static F bf16_dot(F acc, I, const std::uint16_t *) { return acc; }
 
-  static void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+  static void prefetch(const void *p) {
+    __asm__ __volatile__("prefetcht0 %0" : : "m"(*static_cast<const char *>(p)));
+  }
 
  private:
   static __m128i load16(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }

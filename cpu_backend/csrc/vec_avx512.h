@@ -71,6 +71,7 @@ struct Vec {
   }
 
   static I load64(const std::uint8_t *p) { return _mm512_loadu_si512(p); }
+  static void store64(std::uint8_t *p, I x) { _mm512_storeu_si512(p, x); }
   static I iset1(std::int32_t x) { return _mm512_set1_epi32(x); }
   static F as_float(I a) { return _mm512_castsi512_ps(a); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
@@ -174,7 +175,11 @@ struct Vec {
 #endif
   }
 
-  static void prefetch(const void *p) { _mm_prefetch(static_cast<const char *>(p), _MM_HINT_T0); }
+  // As assembly because GCC 12 takes a function that only prefetches for one without effect, and
+  // drops the calls.
+  static void prefetch(const void *p) {
+    __asm__ __volatile__("prefetcht0 %0" : : "m"(*static_cast<const char *>(p)));
+  }
 };
 
 }  // namespace

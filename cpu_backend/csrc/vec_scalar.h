@@ -100,6 +100,7 @@ struct Vec {
     __builtin_memcpy(x.v, p, 64);
     return x;
   }
+  static void store64(std::uint8_t *p, const I &x) { __builtin_memcpy(p, x.v, 64); }
   static I iset1(std::int32_t x) {
     return ieach([&](int) { return static_cast<std::uint32_t>(x); });
   }
