@@ -104,9 +104,10 @@ def parse() -> argparse.Namespace:
     add(
         "--ours-config",
         action="append",
-        default=[],
+        default=["experts.cpu_backend=native"],  # `auto` would measure while the clock runs
         metavar="SECTION.FIELD=VALUE",
-        help="a field of EngineConfig, for all runs of moeserve: experts.cpu_backend=torch",
+        help="a field of EngineConfig, for all runs of moeserve; default: experts.cpu_backend="
+        "native",
     )
     add("--quantize-field", default="model.quantize", help="where an unpacked model's width goes")
     add("--ipex-python", help="interpreter of a venv with intel-extension-for-pytorch")

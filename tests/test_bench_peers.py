@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from bench_peers import TINY
+from bench_peers import TINY, setting
 from peers.figures import Figures
 from peers.layer_work import (
     Experts,
@@ -21,6 +21,9 @@ from peers.layer_work import (
     routings,
     time_layer,
 )
+from peers.measure import Workload
+from peers.plan import Plan
+from peers.processes import run_alone
 from peers.traffic import StoredBits, Traffic
 from peers.weights import QUANTISED, quantise_gguf, write_checkpoint, write_gguf
 from random_checkpoint import INDEX_FILE
@@ -204,3 +207,54 @@ def test_ratios_take_the_better_peer_and_name_what_is_missing() -> None:
     bits = StoredBits(experts=4.5, product=4.5, head=8.0)
     step = Traffic(TINY).step_bytes(bits, TINY.num_experts_per_tok, 1, 80.0)
     assert bound == pytest.approx(2e9 / step)  # the bandwidth of all threads, not of one
+
+
+def test_engines_in_processes_of_their_own_say_the_same(checkpoint: Path) -> None:
+    """17 prompts in bfloat16: near ties may fall either way, so not every token must be equal."""
+    work = {"vocab_size": TINY.vocab_size, "decode_steps": 3, "stream_steps": 2}
+    common = {"workload": work, "threads": 1}
+    experts = {"num_threads": 1, "cpu_backend": "torch"}
+    config = {"model": {"model": str(checkpoint)}, "experts": experts}
+    ours = run_alone("ours", {**common, "config": config})
+    peer = run_alone(
+        "transformers", {**common, "checkpoint": str(checkpoint), "count_experts": True}
+    )
+    results = {"moeserve bf16": [ours], "transformers bf16": [peer]}
+    figures = Figures(results, Traffic(TINY), {"decode_1": 65.5, "decode_streams": 65.0})
+    agreement = figures.agreement("moeserve bf16")
+    assert agreement is not None, results
+    assert agreement["first"] > 0.8
+    assert all(rate > 0 for result in (ours, peer) for rate in result["rates"].values())
+    assert figures.num_experts(1) == (TINY.num_experts_per_tok, "counted in the router's output")
+    assert TINY.num_experts_per_tok < figures.num_experts(16)[0] <= TINY.num_experts
+
+
+def test_what_is_not_there_is_skipped_and_what_breaks_has_failed(checkpoint: Path) -> None:
+    unknown = {"config": {"model": {"model": str(checkpoint), "no_such": 1}}, "workload": {}}
+    assert "no_such" in run_alone("ours", {**unknown, "workload": {"vocab_size": 8}})["skipped"]
+    missing = {"config": {"model": {"model": str(checkpoint / "absent")}}}
+    failed = run_alone("ours", {**missing, "workload": {"vocab_size": 8}})["failed"]
+    assert "absent" in failed
+
+
+def test_settings_reach_the_config_of_every_width() -> None:
+    plan = Plan(
+        data=Path("data"),
+        shape=TINY,
+        work=Workload(vocab_size=TINY.vocab_size),
+        threads=2,
+        repeats=1,
+        engines=("limits", "moeserve int"),
+        ours_python="python",
+        ours_config=(setting("experts.cpu_backend=native"), setting("kv.block_tokens=32")),
+        packed={"int8": Path("data/packed-int8")},
+    )
+    assert plan.wants("moeserve int8")
+    assert not plan.wants("moeserve bf16")
+    assert plan.ours_settings("int4", 1) == {
+        "model": {"model": "data/checkpoint", "quantize": "int4"},
+        "experts": {"num_threads": 1, "cpu_backend": "native"},
+        "kv": {"block_tokens": 32},
+    }
+    # A packed directory says itself how it is quantised.
+    assert plan.ours_settings("int8", 1)["model"] == {"model": "data/packed-int8"}
