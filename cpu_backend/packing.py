@@ -8,7 +8,7 @@ order, so that a loader never holds more than a piece of the unpacked model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -58,6 +58,18 @@ class PackFormat:
     group: int = 0
     zero_points: bool = False
     weight_only: bool = False
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether it stores a checkpoint's own codes; numbers are not rounded to it here."""
+        return self.name in ("mxfp4", "fp8")
+
+    def describe(self) -> str:
+        """For notes: int4/64+zeros, weight only."""
+        group = f"/{self.group}" if self.name == "int4" else ""
+        zeros = "+zeros" if self.zero_points else ""
+        integers = self.name in ("int8", "int4", "mxfp4")
+        return f"{self.name}{group}{zeros}{' weight-only' if self.weight_only and integers else ''}"
 
     def layout(self, rows: int, cols: int) -> _native.Layout:
         """The layout of [rows, cols]. Raises ModelError where the format cannot store it."""
@@ -127,29 +139,17 @@ class PackedExperts:
     """
 
     def __init__(
-        self, runtime: _native.Runtime, spec: ExpertSpec, form: PackFormat,
-        records: Bytes | None = None,
+        self, runtime: _native.Runtime, spec: ExpertSpec, gate_up_form: PackFormat,
+        down_form: PackFormat | None = None, records: Bytes | None = None,
     ) -> None:  # fmt: skip
-        """Raises ModelError for an activation that the kernels do not have."""
-        if spec.activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ModelError(
-                f"hidden_act: {spec.activation!r} is not one of {known}", field="hidden_act"
-            )
+        """down_form: None for that of gate and up. records: they may lie in a file, for one.
+
+        Raises ModelError for an activation that the kernels do not have.
+        """
         self.spec = spec
-        self.form = form
-        panels = -(-spec.intermediate_size // PANEL_OUTPUTS)
-        gate_up = form.layout(2 * panels * PANEL_OUTPUTS, spec.hidden_size)
-        down = form.layout(spec.hidden_size, spec.intermediate_size)
-        self.native = _native.PackedExperts(
-            gate_up,
-            down,
-            spec.bias,
-            ACTIVATIONS[spec.activation],
-            spec.swiglu_alpha,
-            spec.swiglu_limit,
-            spec.num_experts,
-        )
+        self.gate_up_form = gate_up_form
+        self.down_form = down_form = down_form or gate_up_form
+        gate_up, down, self.native = _expert_layouts(spec, gate_up_form, down_form)
         self.record_bytes: int = self.native.record_bytes
         shape = (spec.num_experts, self.record_bytes)
         if records is None:
@@ -157,16 +157,21 @@ class PackedExperts:
         self.records = records
         start = self.native.down_offset
         self._gate_up = [
-            PackedWeight(runtime, (gate_up.rows, gate_up.cols), form, record[:start])
+            PackedWeight(runtime, (gate_up.rows, gate_up.cols), gate_up_form, record[:start])
             for record in records
         ]
         stop = start + down.num_bytes
         self._down = [
-            PackedWeight(runtime, (down.rows, down.cols), form, record[start:stop])
+            PackedWeight(runtime, (down.rows, down.cols), down_form, record[start:stop])
             for record in records
         ]
         for expert, record in enumerate(records):
             self.native.set_record(expert, record)
+
+    @staticmethod
+    def bytes_of_record(spec: ExpertSpec, gate_up_form: PackFormat, down_form: PackFormat) -> int:
+        """What one expert takes, in whole pages."""
+        return _expert_layouts(spec, gate_up_form, down_form)[2].record_bytes
 
     @property
     def nbytes(self) -> int:
@@ -211,6 +216,30 @@ class PackedExperts:
         return self._down[expert].numbers()
 
 
+def _expert_layouts(
+    spec: ExpertSpec, gate_up_form: PackFormat, down_form: PackFormat
+) -> tuple[_native.Layout, _native.Layout, _native.PackedExperts]:
+    """The layouts of both matrices of an expert, and the layer's experts without any record."""
+    if spec.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ModelError(
+            f"hidden_act: {spec.activation!r} is not one of {known}", field="hidden_act"
+        )
+    panels = -(-spec.intermediate_size // PANEL_OUTPUTS)
+    gate_up = gate_up_form.layout(2 * panels * PANEL_OUTPUTS, spec.hidden_size)
+    down = down_form.layout(spec.hidden_size, spec.intermediate_size)
+    native = _native.PackedExperts(
+        gate_up,
+        down,
+        spec.bias,
+        ACTIVATIONS[spec.activation],
+        spec.swiglu_alpha,
+        spec.swiglu_limit,
+        spec.num_experts,
+    )
+    return gate_up, down, native
+
+
 def dense_format(dtype: torch.dtype) -> PackFormat:
     """The format that keeps numbers of a dtype as they are. ModelError: there is none."""
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -221,8 +250,3 @@ def dense_format(dtype: torch.dtype) -> PackFormat:
             hint="choose --dtype bfloat16 or float32, or --cpu-backend torch",
         )
     return PackFormat(names[dtype])
-
-
-def as_stored(form: PackFormat, name: str) -> PackFormat:
-    """The format of a checkpoint's own codes, multiplied as `form` says."""
-    return replace(form, name=name, group=0, zero_points=False)

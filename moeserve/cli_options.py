@@ -88,7 +88,7 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     text = field.metadata["help"].replace("%", "%%")
     if field.default not in (None, ()):
         text += f" (default: {field.default})"
-    if hint is bool:
+    if hint in (bool, bool | None):
         group.add_argument(
             flag,
             dest=field.name,

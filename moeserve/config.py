@@ -65,8 +65,10 @@ class ModelConfig:
     )
     quantize_group: int = setting(32, "int4: inputs that share a scale: 32, 64 or 128")
     quantize_zero_points: bool = setting(False, "int4: a zero point for every group, too")
-    quantize_activations: bool = setting(
-        True, "with quantize: multiply in integers, inputs rounded to int8 per token"
+    quantize_activations: bool | None = setting(
+        None,
+        "multiply int8, int4 and mxfp4 weights in integers, inputs rounded to int8 per token; "
+        "default: with --quantize, and not for the codes that a checkpoint comes with",
     )
     check_weights: bool = setting(False, "refuse NaN and Inf in the weights; reads them all")
     context_tokens: int | None = setting(None, "context length in tokens; default: the model's")

@@ -22,7 +22,7 @@ from moeserve.models.config_sections import (
 )
 from moeserve.models.family import Family
 from moeserve.models.spec import AttentionSpec, LayerSpec, ModelSpec, MoeFfnSpec, Quantization
-from moeserve.models.weight_map import Part, Use, WeightRule
+from moeserve.models.weight_map import Codes, Part, Use, WeightRule
 from moeserve.models.weight_rules import FfnNames, Sources
 
 
@@ -90,19 +90,28 @@ def expert_rules(
     def weight(name: str, rows: int, columns: int, interleaved: bool) -> WeightRule:
         packed = f"{source}experts.{name}"
         blocks = (num, rows, columns // 32)
-        tensors: tuple[str, ...] = (packed,)
-        shapes: tuple[tuple[int, ...], ...] = ((num, columns, rows),)
-        if f"{packed}_blocks" in sources.names:
-            tensors, shapes = (f"{packed}_blocks", f"{packed}_scales"), ((*blocks, 16), blocks)
+
+        def ordered(rows: Tensor) -> Tensor:
+            return deinterleave_gate_up(rows, 0) if interleaved else rows
+
+        def take(stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            return ordered(stored[0].flatten(-2)), ordered(stored[1])
 
         def convert(stored: Sequence[Tensor]) -> Tensor:
             if len(stored) == 1:
                 plain = stored[0].mT
             else:
                 plain = dequantize_mxfp4(stored[0], stored[1], sources.dtype)
-            return deinterleave_gate_up(plain, 0) if interleaved else plain
+            return ordered(plain)
 
-        parts = tuple(Part(tensors, shapes, (e,), (e,), convert) for e in range(num))
+        tensors: tuple[str, ...] = (packed,)
+        shapes: tuple[tuple[int, ...], ...] = ((num, columns, rows),)
+        codes: Codes | None = None
+        if f"{packed}_blocks" in sources.names:
+            tensors, shapes = (f"{packed}_blocks", f"{packed}_scales"), ((*blocks, 16), blocks)
+            codes = Codes("mxfp4", take)
+
+        parts = tuple(Part(tensors, shapes, (e,), (e,), convert, codes) for e in range(num))
         short = name.removesuffix("_proj")
         use = Use.GATE_UP if interleaved else Use.DOWN
         return WeightRule(f"{target}experts.{short}", (num, rows, columns), parts, use=use)

@@ -59,7 +59,7 @@ def load_weights(
     for copy, original in tied.items():
         _check_tied(checkpoint, copy, original)
     maker = targets or TensorTargets(dtype, device)
-    made = {rule.target: maker.make(rule) for rule in rules}
+    made = maker.make(rules)
     work = [(part, rule, made[rule.target]) for rule in rules for part in rule.parts]
     work.sort(key=lambda item: checkpoint.position(item[0].names[0]))
     total = sum(_num_bytes(checkpoint, part) for part, _, _ in work)
@@ -67,11 +67,10 @@ def load_weights(
     not_finite: dict[str, Counter[str]] = {}
     report(STAGE, 0.0)
     for part, rule, target in work:
-        for rows, piece, num_bytes in _pieces(checkpoint, part, rule, device):
-            stored = _put(target, part, rows, piece)
-            if check_weights:
+        for num_bytes, stored in _fill(checkpoint, part, rule, target, device):
+            if check_weights and stored is not None:
                 _count_not_finite(stored, " + ".join(part.names), not_finite)
-            del piece, stored  # views of the mapping or converted copies: none outlives its turn
+            del stored  # a view of the mapping or a converted copy: none outlives its turn
             for name in part.names:
                 checkpoint.release(name)
             done += num_bytes
@@ -81,12 +80,24 @@ def load_weights(
     if not_finite:
         raise _not_finite_error(checkpoint, not_finite)
     report(STAGE, 1.0)
-    return {name: target.weight for name, target in made.items()}
+    return maker.finish(made)
 
 
-def _put(target: Target, part: Part, rows: slice, piece: Tensor) -> Tensor:
+def _fill(
+    checkpoint: Checkpoint, part: Part, rule: WeightRule, target: Target, device: torch.device
+) -> Iterator[tuple[int, Tensor | None]]:
+    """Puts a part where it belongs, piece by piece: (bytes read, numbers for a check).
+
+    Codes come without numbers: a target that takes them looks at them itself.
+    """
     try:
-        return target.put(part.index, rows, piece)
+        if part.codes is not None and target.takes_codes:
+            sources = [checkpoint.read(name)[part.select] for name in part.names]
+            target.put_codes(part.index, *part.codes.take(sources))
+            yield sum(source.nbytes for source in sources), None
+            return
+        for rows, piece, num_bytes in _pieces(checkpoint, part, rule, device):
+            yield num_bytes, target.put(part.index, rows, piece)
     except ModelError as error:
         raise ModelError(f"{' + '.join(part.names)}: {error}") from error
 

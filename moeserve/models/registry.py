@@ -12,7 +12,6 @@ import torch
 
 from moeserve.config import ExpertConfig, ModelConfig, read_environment
 from moeserve.core import ConfigError, ModelError
-from moeserve.cpu_backend.packing import PackFormat, dense_format
 from moeserve.experts.layer import ExpertRuntime, build_expert_runtime
 from moeserve.models import (
     deepseek_v2,
@@ -31,9 +30,15 @@ from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_
 from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
 from moeserve.models.loader import load_weights
-from moeserve.models.spec import ModelSpec, Quantization
-from moeserve.models.targets import PackedTargets, Targets, TensorTargets, WeightFormats
+from moeserve.models.spec import ModelSpec
+from moeserve.models.targets import HeapMemory, PackedTargets, Targets, TensorTargets
 from moeserve.models.transformer import Transformer
+from moeserve.models.weight_formats import (
+    ChooseForm,
+    describe_forms,
+    describe_quantization,
+    weight_formats,
+)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -112,12 +117,6 @@ def load_model(
             check_weights=config.check_weights,
             progress=progress,
         )
-    if spec.tie_word_embeddings:
-        embedding = weights["embedding"]
-        assert isinstance(embedding, torch.Tensor)
-        weights["head"] = targets.tied_head(embedding)
-    if spec.quantization is not Quantization.NONE:
-        notes["quantization"] = f"{spec.quantization.value}, converted to {_name(dtype)} at load"
     eos_token_ids = _eos_token_ids(raw, read_generation_config(path), spec, notes)
     model = build_transformer(spec, weights, runtime)
     return LoadedModel(
@@ -134,40 +133,19 @@ def load_model(
     )
 
 
-def _targets(
-    config: ModelConfig,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    runtime: ExpertRuntime,
-) -> tuple[Targets, str]:
-    """The form that weights take as they are read, and a note about it."""
-    plain = TensorTargets(dtype, device)
-    if runtime.native is None:
-        if config.quantize != "none":
-            raise ConfigError(
-                f"quantize: {config.quantize} needs the native CPU backend",
-                field="quantize",
-                hint="leave out --quantize, or use --cpu-backend native on --device cpu",
-            )
-        return plain, f"{_name(dtype)} tensors"
-    formats = weight_formats(config, dtype)
-    return PackedTargets(spec, runtime.native, formats, plain), f"packed, {formats.describe()}"
-
-
-def weight_formats(config: ModelConfig, dtype: torch.dtype) -> WeightFormats:
-    """How `config` wants packed weights of a model that computes in `dtype` stored."""
-    scores = PackFormat("float32")  # small, and a rounded score can choose another expert
-    weight_only = not config.quantize_activations
-    if config.quantize == "none":
-        plain = dense_format(dtype)
-        return WeightFormats(product=plain, experts=plain, head=plain, scores=scores)
-    int8 = PackFormat("int8", weight_only=weight_only)
-    if config.quantize == "int8":
-        return WeightFormats(product=int8, experts=int8, head=int8, scores=scores)
-    int4 = PackFormat("int4", config.quantize_group, config.quantize_zero_points, weight_only)
-    # The head's errors go straight into the logits, and it is a small part of an MoE.
-    return WeightFormats(product=int4, experts=int4, head=int8, scores=scores)
+def _choose_form(
+    config: ModelConfig, dtype: torch.dtype, runtime: ExpertRuntime
+) -> ChooseForm | None:
+    """How weights are packed; None where they are plain tensors."""
+    if runtime.native is not None:
+        return weight_formats(config, dtype)
+    if config.quantize != "none":
+        raise ConfigError(
+            f"quantize: {config.quantize} needs the native CPU backend",
+            field="quantize",
+            hint="leave out --quantize, or use --cpu-backend native on --device cpu",
+        )
+    return None
 
 
 def _context_tokens(config: ModelConfig, spec: ModelSpec) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from moeserve.core import ExpertSpec, ModelError
+from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackedWeight, PackFormat
 from moeserve.models.spec import DenseFfnSpec, ModelSpec, MoeFfnSpec
+from moeserve.models.weight_formats import ChooseForm
 from moeserve.models.weight_map import Index, Use, WeightRule
 
 #: what a rule's target becomes
 Weight: TypeAlias = Tensor | PackedWeight | PackedExperts
-EVERYTHING = slice(None)
+EXPERT_USES = (Use.GATE_UP, Use.DOWN)
+EMBEDDING, HEAD = "embedding", "head"
 
 
 class Target(Protocol):
@@ -27,25 +30,34 @@ class Target(Protocol):
     def weight(self) -> Weight:
         """What `put` fills."""
 
+    @property
+    def takes_codes(self) -> bool:
+        """Whether parts give their codes, by `put_codes`, instead of numbers."""
+
     def put(self, index: Index, rows: slice, piece: Tensor) -> Tensor:
         """Stores piece, which is rows `rows` of the region `index` of the rule's shape.
 
         Returns the numbers as far as they can be looked at, for a check.
         """
 
+    def put_codes(self, index: Index, codes: Tensor, scales: Tensor) -> None:
+        """Stores the region `index`: what `Part.codes` took of a checkpoint."""
+
 
 class Targets(Protocol):
-    """Makes the target of each rule."""
+    """Makes the targets of a model's rules."""
 
-    def make(self, rule: WeightRule) -> Target:
-        """Allocates. Raises ModelError where there is no memory or no form for it."""
+    def make(self, rules: Sequence[WeightRule]) -> dict[str, Target]:
+        """Allocates, by target name. ModelError: there is no memory, or no form for one of them."""
 
-    def tied_head(self, embedding: Tensor) -> Tensor | PackedWeight:
-        """The head of a model that uses its embedding [V, H] as one."""
+    def finish(self, made: Mapping[str, Target]) -> dict[str, Weight]:
+        """The model's weights, after everything has been put."""
 
 
 class TensorTarget:
     """A tensor."""
+
+    takes_codes = False
 
     def __init__(self, tensor: Tensor) -> None:
         self.weight = tensor
@@ -58,26 +70,38 @@ class TensorTarget:
         stored.copy_(piece)
         return stored
 
+    def put_codes(self, index: Index, codes: Tensor, scales: Tensor) -> None:
+        raise AssertionError("a tensor keeps no codes")
+
 
 @dataclass(frozen=True)
 class TensorTargets:
-    """Every weight a tensor, in `dtype` unless its rule names another, on `device`."""
+    """Every weight a tensor, in `dtype` unless its rule names another, on `device`.
+
+    tied_head: the model uses its embedding [V, H] as its head.
+    """
 
     dtype: torch.dtype
     device: torch.device
+    tied_head: bool = False
 
-    def make(self, rule: WeightRule) -> TensorTarget:
-        dtype = rule.dtype or self.dtype
+    def make(self, rules: Sequence[WeightRule]) -> dict[str, Target]:
+        return {rule.target: TensorTarget(self._allocate(rule)) for rule in rules}
+
+    def finish(self, made: Mapping[str, Target]) -> dict[str, Weight]:
+        weights = {name: target.weight for name, target in made.items()}
+        if self.tied_head:
+            weights[HEAD] = weights[EMBEDDING]
+        return weights
+
+    def _allocate(self, rule: WeightRule) -> Tensor:
         try:
-            return TensorTarget(torch.empty(rule.shape, dtype=dtype, device=self.device))
+            return torch.empty(rule.shape, dtype=rule.dtype or self.dtype, device=self.device)
         except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on the CPU
             raise ModelError(
                 f"{rule.target}: no memory on {self.device} for {list(rule.shape)}: {error}",
                 hint="use a smaller dtype, a smaller model or a device with more memory",
             ) from error
-
-    def tied_head(self, embedding: Tensor) -> Tensor:
-        return embedding
 
 
 class PackedWeightTarget:
@@ -85,11 +109,15 @@ class PackedWeightTarget:
 
     def __init__(self, weight: PackedWeight) -> None:
         self.weight = weight
+        self.takes_codes = weight.form.holds_codes
         self._rows = _numbered(weight.shape[:-1])
 
     def put(self, index: Index, rows: slice, piece: Tensor) -> Tensor:
         self.weight.put(self._rows[index][rows], piece)
         return piece
+
+    def put_codes(self, index: Index, codes: Tensor, scales: Tensor) -> None:
+        self.weight.put_codes(self._rows[index], codes, scales)
 
 
 class PackedExpertsTarget:
@@ -97,15 +125,25 @@ class PackedExpertsTarget:
 
     def __init__(self, experts: PackedExperts, use: Use, shape: tuple[int, ...]) -> None:
         self.weight = experts
-        self._put = experts.put_gate_up if use is Use.GATE_UP else experts.put_down
+        first = use is Use.GATE_UP
+        self.takes_codes = (experts.gate_up_form if first else experts.down_form).holds_codes
+        self._put = experts.put_gate_up if first else experts.put_down
+        self._put_codes = experts.put_gate_up_codes if first else experts.put_down_codes
         self._rows = _numbered(shape[:-1])
         self._num_rows = shape[-2]
 
     def put(self, index: Index, rows: slice, piece: Tensor) -> Tensor:
         ids = self._rows[index][rows].flatten()
+        numbers = piece.reshape(len(ids), -1)
         for expert, own in self._by_expert(ids):
-            self._put(expert, ids[own] % self._num_rows, piece.reshape(len(ids), -1)[own])
+            self._put(expert, ids[own] % self._num_rows, numbers[own])
         return piece
+
+    def put_codes(self, index: Index, codes: Tensor, scales: Tensor) -> None:
+        ids = self._rows[index].flatten()
+        codes, scales = codes.reshape(len(ids), -1), scales.reshape(len(ids), -1)
+        for expert, own in self._by_expert(ids):
+            self._put_codes(expert, ids[own] % self._num_rows, codes[own], scales[own])
 
     def _by_expert(self, ids: Tensor) -> Iterator[tuple[int, slice]]:
         """Each expert whose rows are among `ids`, which are in order, and where they stand."""
@@ -121,63 +159,185 @@ def _numbered(shape: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WeightFormats:
-    """How packed weights are stored, by what they are for."""
+class ExpertForms:
+    """The forms of the two products of one layer's experts."""
 
-    product: PackFormat
-    experts: PackFormat
-    head: PackFormat
-    scores: PackFormat
+    spec: ExpertSpec
+    gate_up: PackFormat
+    down: PackFormat
 
-    def describe(self) -> str:
-        """For ModelInfo.notes."""
-        parts = ("experts", "product", "head", "scores")
-        return ", ".join(f"{part}: {getattr(self, part).name}" for part in parts)
+
+@dataclass(frozen=True)
+class Store:
+    """What one stored weight looks like. form: None for a plain tensor in `dtype`, its shape;
+    otherwise packed, and `shape` counts bytes: [bytes] of a matrix, [E, record bytes] of experts.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    form: PackFormat | ExpertForms | None = None
+
+
+class Memory(Protocol):
+    """Where packed weights lie."""
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether `reserve` gives weights that are there already, and nothing is to be put."""
+
+    def reserve(self, stores: Sequence[Store]) -> Mapping[str, Tensor]:
+        """Room for each, by name. Raises ModelError where there is none."""
+
+
+class HeapMemory:
+    """This process's own memory, in huge pages where the system allows."""
+
+    is_filled = False
+
+    def reserve(self, stores: Sequence[Store]) -> dict[str, Tensor]:
+        return {store.name: self._allocate(store) for store in stores}
+
+    def _allocate(self, store: Store) -> Tensor:
+        try:
+            if store.form is None:
+                return torch.empty(store.shape, dtype=store.dtype)
+            num_bytes = torch.Size(store.shape).numel()
+            return torch.from_numpy(_native.allocate(num_bytes)).view(store.shape)
+        except (MemoryError, RuntimeError) as error:
+            raise ModelError(
+                f"{store.name}: no memory for {list(store.shape)} {store.dtype}: {error}",
+                hint="use a smaller dtype, --quantize, or a smaller model",
+            ) from error
 
 
 class PackedTargets:
-    """Weights of products packed for the native kernels, the others as tensors."""
+    """Weights of products packed for the native kernels, the others as tensors.
+
+    Biases of experts stand in the experts' records, and a tied head has a copy of the embedding's
+    numbers, because products and the look-up of tokens want different forms.
+    """
 
     def __init__(
-        self, spec: ModelSpec, runtime: NativeRuntime, formats: WeightFormats, plain: TensorTargets
+        self,
+        spec: ModelSpec,
+        runtime: NativeRuntime,
+        choose: ChooseForm,
+        dtype: torch.dtype,
+        memory: Memory,
     ) -> None:
+        """dtype: of plain tensors whose rules name none."""
         self._spec = spec
-        self._runtime = runtime
-        self._formats = formats
-        self._plain = plain
-        self._experts: dict[str, PackedExperts] = {}
+        self._runtime = runtime.handle
+        self._choose = choose
+        self._dtype = dtype
+        self._memory = memory
+        self._biases: set[str] = set()
 
-    def make(self, rule: WeightRule) -> Target:
-        if rule.use is Use.PLAIN:
-            return self._plain.make(rule)
-        if rule.use in (Use.GATE_UP, Use.DOWN):
-            return PackedExpertsTarget(self._experts_of(rule), rule.use, rule.shape)
-        formats = {
-            Use.PRODUCT: self._formats.product,
-            Use.HEAD: self._formats.head,
-            Use.SCORES: self._formats.scores,
+    def make(self, rules: Sequence[WeightRule]) -> dict[str, Target]:
+        blocks = expert_blocks(rules)
+        in_records = {
+            r.target for r in rules if r.use is Use.PLAIN and block_of(r.target) in blocks
         }
-        weight = PackedWeight(self._runtime.handle, rule.shape, formats[rule.use])
-        return PackedWeightTarget(weight)
+        self._biases = in_records
+        all_rules = (
+            [*rules, tied_head_rule(self._spec)] if self._spec.tie_word_embeddings else rules
+        )
+        stores = [self._experts_store(block, *pair) for block, pair in blocks.items()]
+        stores += [
+            self._store(rule)
+            for rule in all_rules
+            if rule.use not in EXPERT_USES and rule.target not in in_records
+        ]
+        rooms = dict(self._memory.reserve(stores))
+        made: dict[str, Target] = {}
+        for store in stores:
+            if isinstance(store.form, ExpertForms):
+                experts = self._experts(store.form, rooms[store.name])
+                for rule in blocks[store.name]:
+                    made[rule.target] = PackedExpertsTarget(experts, rule.use, rule.shape)
+        for rule in all_rules:
+            if rule.target in in_records:
+                if not self._memory.is_filled:
+                    made[rule.target] = TensorTarget(torch.empty(rule.shape, dtype=torch.float32))
+            elif rule.use not in EXPERT_USES:
+                made[rule.target] = self._target(rule, rooms[rule.target])
+        return made
 
-    def tied_head(self, embedding: Tensor) -> PackedWeight:
-        """A copy: products and the look-up of tokens want different forms."""
-        head = PackedWeight(self._runtime.handle, tuple(embedding.shape), self._formats.head)
-        head.put(torch.arange(len(embedding)), embedding)
-        return head
+    def finish(self, made: Mapping[str, Target]) -> dict[str, Weight]:
+        weights = {name: target.weight for name, target in made.items()}
+        if self._memory.is_filled:
+            return weights
+        if self._spec.tie_word_embeddings:
+            embedding, head = weights[EMBEDDING], weights[HEAD]
+            assert isinstance(embedding, Tensor)
+            assert isinstance(head, PackedWeight)
+            head.put(torch.arange(len(embedding)), embedding)
+        biases = {name: weights.pop(name) for name in self._biases}
+        for block in {block_of(name) for name in biases}:
+            _put_biases(block, weights, biases)
+        return weights
 
-    def _experts_of(self, rule: WeightRule) -> PackedExperts:
-        """The experts that a rule fills one half of; made when the first half asks."""
-        block, _, _ = rule.target.partition("gate_up" if rule.use is Use.GATE_UP else "down")
-        if block not in self._experts:
-            spec = expert_spec(self._spec, block)
-            self._experts[block] = PackedExperts(self._runtime.handle, spec, self._formats.experts)
-        return self._experts[block]
+    def _experts_store(self, block: str, gate_up: WeightRule, down: WeightRule) -> Store:
+        spec = expert_spec(self._spec, block)
+        forms = ExpertForms(spec, self._choose(gate_up), self._choose(down))
+        num_bytes = PackedExperts.bytes_of_record(spec, forms.gate_up, forms.down)
+        return Store(block, (spec.num_experts, num_bytes), torch.uint8, forms)
+
+    def _store(self, rule: WeightRule) -> Store:
+        if rule.use is Use.PLAIN:
+            return Store(rule.target, rule.shape, rule.dtype or self._dtype)
+        form = self._choose(rule)
+        num_bytes = form.layout(torch.Size(rule.shape[:-1]).numel(), rule.shape[-1]).num_bytes
+        return Store(rule.target, (num_bytes,), torch.uint8, form)
+
+    def _experts(self, forms: ExpertForms, room: Tensor) -> PackedExperts:
+        return PackedExperts(self._runtime, forms.spec, forms.gate_up, forms.down, room.numpy())
+
+    def _target(self, rule: WeightRule, room: Tensor) -> Target:
+        if rule.use is Use.PLAIN:
+            return TensorTarget(room)
+        form = self._choose(rule)
+        return PackedWeightTarget(PackedWeight(self._runtime, rule.shape, form, room.numpy()))
+
+
+def _put_biases(block: str, weights: Mapping[str, Weight], biases: Mapping[str, Weight]) -> None:
+    """Moves the biases of a block of experts [E, …], or of one dense FFN […], into its records."""
+    (experts,) = {
+        id(weight): weight
+        for name, weight in weights.items()
+        if isinstance(weight, PackedExperts) and block_of(name) == block
+    }.values()
+    found: dict[str, Tensor] = {}
+    for name, bias in biases.items():
+        if block_of(name) == block:
+            assert isinstance(bias, Tensor)
+            kind = name.removeprefix(f"{block}.").partition("_bias")[0].partition(".bias")[0]
+            found[kind] = bias.reshape(experts.spec.num_experts, -1)
+    experts.put_biases(found["gate_up"], found["down"])
+
+
+def tied_head_rule(spec: ModelSpec) -> WeightRule:
+    """The head of a model that uses its embedding as one. It has no parts."""
+    return WeightRule(HEAD, (spec.vocab_size, spec.hidden_size), (), use=Use.HEAD)
+
+
+def block_of(target: str) -> str:
+    """layers.3.experts.gate_up -> layers.3.experts"""
+    return ".".join(target.split(".")[:3])
+
+
+def expert_blocks(rules: Sequence[WeightRule]) -> dict[str, tuple[WeightRule, WeightRule]]:
+    """The rules of gate and up and of down, by the block that both fill."""
+    gate_up = {block_of(rule.target): rule for rule in rules if rule.use is Use.GATE_UP}
+    down = {block_of(rule.target): rule for rule in rules if rule.use is Use.DOWN}
+    assert gate_up.keys() == down.keys(), "experts have both halves"
+    return {block: (rule, down[block]) for block, rule in gate_up.items()}
 
 
 def expert_spec(spec: ModelSpec, block: str) -> ExpertSpec:
-    """The experts behind a block of target names: layers.N.experts., .ffn. or .shared."""
-    _, layer, kind, _ = block.split(".")
+    """The experts behind a block of target names: layers.N.experts, .ffn or .shared."""
+    _, layer, kind = block.split(".")
     ffn = spec.layers[int(layer)].ffn
     if kind == "experts":
         assert isinstance(ffn, MoeFfnSpec)

@@ -23,6 +23,7 @@ from torch import Tensor
 #: basic indexing of leading dimensions; () is the whole tensor
 Index = tuple[slice | int, ...]
 Convert = Callable[[Sequence[Tensor]], Tensor]
+TakeCodes = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor]]
 
 
 class Use(Enum):
@@ -34,6 +35,19 @@ class Use(Enum):
     HEAD = "head"  # the same, from hidden states to logits
     GATE_UP = "gate_up"  # [(E,) 2I, H] of experts, or of one dense FFN
     DOWN = "down"  # [(E,) H, I]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How to take a part's quantised weights as they are, for a target that keeps their format.
+
+    form: the name of the format, of `packing.FORMATS`.
+    take: what `Part.convert` gets -> codes and scales as `packing.PackedWeight.put_codes` wants
+        them, their rows in the order of target[index].
+    """
+
+    form: str
+    take: TakeCodes
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,8 @@ class Part:
     #: selected tensors, on the target device and in the checkpoint's dtype -> result in the shape
     #: of target[index]; it must not write into its arguments. None: the one tensor as it is
     convert: Convert | None = None
+    #: the same without widening, where the tensors hold codes that a target may keep
+    codes: Codes | None = None
 
     def __post_init__(self) -> None:
         assert len(self.names) == len(self.shapes), f"{self.names}: one shape per name"

@@ -21,9 +21,13 @@ from moeserve.models.spec import (
     MoeFfnSpec,
     QkNorm,
 )
-from moeserve.models.weight_map import Convert, Index, Part, Use, WeightRule, whole
+from moeserve.models.weight_map import Codes, Convert, Index, Part, Use, WeightRule, whole
 
+#: rows [N, …] to the region they fill, rows in another order or shape; the rest of the shape stays
+#: (except for plain targets, of which no codes are taken)
 Reorder = Callable[[Tensor], Tensor]
+#: inputs under one scale in the packed fp8 format (cpu_backend/csrc/packed.cpp)
+FP8_GROUP = 128
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,13 @@ class Sources:
         scale = f"{name}_scale_inv"
         if self.block is not None and scale in self.names:
             blocks = tuple(-(-n // b) for n, b in zip(shape, self.block, strict=True))
-            convert = self._dequantize(self.block, reorder)
-            return Part((name, scale), (shape, blocks), index, convert=convert)
+            return Part(
+                (name, scale),
+                (shape, blocks),
+                index,
+                convert=self._dequantize(self.block, reorder),
+                codes=_fp8_codes(self.block, reorder),
+            )
         return Part((name,), (shape,), index, convert=None if reorder is None else _one(reorder))
 
     def _dequantize(self, block: tuple[int, int], reorder: Reorder | None) -> Convert:
@@ -82,13 +91,35 @@ class Sources:
 ExpertRules = Callable[[MoeFfnSpec, str, str, Sources, FfnNames], list[WeightRule]]
 
 
+def _fp8_codes(block: tuple[int, int], reorder: Reorder | None) -> Codes | None:
+    """The codes of an fp8 tensor with a scale per row and FP8_GROUP columns.
+
+    None: blocks of other numbers of columns do not line up with the groups of the packed format.
+    """
+    block_rows, block_cols = block
+    if block_cols % FP8_GROUP:
+        return None
+
+    def take(sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        weight, scale = sources
+        rows, cols = weight.shape
+        groups = -(-cols // FP8_GROUP)
+        by_row = scale.float().repeat_interleave(block_rows, dim=0)[:rows]
+        scales = by_row.repeat_interleave(block_cols // FP8_GROUP, dim=1)[:, :groups]
+        codes = weight.view(torch.uint8)
+        return (codes, scales) if reorder is None else (reorder(codes), reorder(scales))
+
+    return Codes("fp8", take)
+
+
 def _one(reorder: Reorder) -> Convert:
     """A convert that takes a single tensor."""
     return lambda sources: reorder(sources[0])
 
 
 def _shaped(*shape: int) -> Reorder:
-    return lambda tensor: tensor.reshape(shape)
+    """Splits the rows."""
+    return lambda tensor: tensor.unflatten(0, shape)
 
 
 def model_rules(
@@ -140,13 +171,13 @@ def _grouped_rules(
     def qkv(kind: str, *inputs: int) -> WeightRule:
         """[kv_heads, G + 2, D, …]: per kv head its queries, its key, its value."""
         q, kv = (spec.num_heads * dim, *inputs), (heads * dim, *inputs)
-        one = _shaped(heads, dim, *inputs)
+        one = _shaped(heads, dim)
         parts = (
             sources.part(
                 f"{source}q_proj.{kind}",
                 q,
                 (every, slice(0, group)),
-                _shaped(heads, group, dim, *inputs),
+                _shaped(heads, group, dim),
             ),
             sources.part(f"{source}k_proj.{kind}", kv, (every, group), one),
             sources.part(f"{source}v_proj.{kind}", kv, (every, group + 1), one),

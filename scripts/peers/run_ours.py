@@ -25,7 +25,7 @@ from moeserve.core import EngineRequest, Routing, SamplingParams  # noqa: E402
 from moeserve.cpu_backend.backend import ExpertJob  # noqa: E402
 from moeserve.cpu_backend.packing import PackFormat  # noqa: E402
 from moeserve.engine.engine import Engine  # noqa: E402
-from moeserve.models.registry import weight_formats  # noqa: E402
+from moeserve.models.weight_formats import weight_formats  # noqa: E402
 from peers.layer_work import Experts, LayerShape, time_layer  # noqa: E402
 from peers.measure import DecodeRun, Skip, Workload, measure, read_into_page_cache  # noqa: E402
 
