@@ -88,7 +88,9 @@ def _engine_table(figures: Figures) -> str:
         rates = [_rate(figures, name, metric) for metric in METRICS]
         load_s = figures.median(name, "load_s") or 0.0
         start_s = load_s + (figures.median(name, "first_token_s") or 0.0)
-        rows.append([name, *rates, number(start_s, 2), ""])
+        broken = len(figures.results[name]) - len(figures.rounds(name))
+        note = f"a round is missing: {_cell(figures.reason(name))}" if broken else ""
+        rows.append([name, *rates, number(start_s, 2), note])
     return table(["", *METRICS.values(), "start, s", ""], rows)
 
 
