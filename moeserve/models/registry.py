@@ -105,7 +105,15 @@ def load_model(
         dtype, notes["dtype"] = _dtype(config.dtype, raw, checkpoint)
         names = checkpoint.names()
         rules = family.weight_rules(spec, names, dtype)
-        targets, notes["weights"] = _targets(config, spec, dtype, device, runtime)
+        choose = _choose_form(config, dtype, runtime)
+        targets: Targets = TensorTargets(dtype, device, spec.tie_word_embeddings)
+        notes["weights"] = f"{_name(dtype)} tensors"
+        if choose is not None and runtime.native is not None:
+            targets = PackedTargets(spec, runtime.native, choose, dtype, HeapMemory())
+            notes["weights"] = f"packed; {describe_forms(rules, choose)}"
+        quantization = describe_quantization(spec, rules, choose, dtype)
+        if quantization is not None:
+            notes["quantization"] = quantization
         weights = load_weights(
             checkpoint,
             rules,
