@@ -1,8 +1,7 @@
-"""The interface that every CPU backend has, and the choice between them."""
+"""The interface that every CPU backend has."""
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,14 +9,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moeserve.core import ConfigError, ExpertSpec, ExpertWeights, Routing
-from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.core import ExpertSpec, ExpertWeights, Routing
 from moeserve.cpu_backend.packing import PackedExperts
 
-logger = logging.getLogger(__name__)
 
-#: names of the backends, for settings
-BACKENDS = ("auto", "native", "torch")
+@dataclass(frozen=True)
+class Demands:
+    """What a model asks of the backend that computes its experts.
+
+    dtype: of activations, and of weights that are not quantized. experts: of its MoE layers.
+    quantized: the weights are stored in 8 bits or fewer.
+    """
+
+    dtype: torch.dtype
+    experts: tuple[ExpertSpec, ...] = ()
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ class CpuBackend(ABC):
 
     name: str
 
+    @classmethod
+    @abstractmethod
+    def lacks(cls, demands: Demands) -> str | None:
+        """What of the demands it cannot do here, and the fix; None: it can run the model."""
+
     @abstractmethod
     def add_layer(
         self, layer: int, spec: ExpertSpec, weights: ExpertWeights | PackedExperts
@@ -81,33 +92,3 @@ class CpuBackend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Finishes the jobs that were submitted and ends the threads. May be called twice."""
-
-
-@dataclass(frozen=True)
-class BackendChoice:
-    """What experts on the CPU run on, and why. native: where it is the native backend."""
-
-    backend: CpuBackend
-    reason: str
-    native: NativeRuntime | None
-
-
-def choose_backend(
-    name: str, num_threads: int | None = None, isa: str = "auto", pin: bool = False
-) -> BackendChoice:
-    """The backend called `name`, one of BACKENDS. Logs what was chosen.
-
-    Raises ConfigError for another name, and for an ISA level that cannot run here.
-    """
-    from moeserve.cpu_backend.native_backend import NativeBackend
-    from moeserve.cpu_backend.torch_backend import TorchBackend
-
-    if name not in BACKENDS:
-        raise ConfigError(f"cpu_backend: {name!r} is not one of {', '.join(BACKENDS)}")
-    if name == "torch":
-        logger.info("cpu backend: torch (asked for)")
-        return BackendChoice(TorchBackend(), "torch (asked for)", None)
-    runtime = NativeRuntime(num_threads, isa, pin)
-    why = "asked for" if name == "native" else "auto: the fastest for weights on the CPU"
-    logger.info("cpu backend: native (%s)", why)
-    return BackendChoice(NativeBackend(runtime), f"native ({why}); {runtime.reason}", runtime)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moeserve.core import ExpertSpec, ExpertWeights, ModelError
 from moeserve.cpu_backend import _native
-from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
+from moeserve.cpu_backend.backend import CpuBackend, Demands, ExpertJob
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, dense_format
 
@@ -35,6 +35,13 @@ class NativeBackend(CpuBackend):
     """
 
     name = "native"
+
+    @classmethod
+    def lacks(cls, demands: Demands) -> str | None:
+        if demands.quantized or demands.dtype in (torch.float32, torch.bfloat16):
+            return None
+        dtype = str(demands.dtype).removeprefix("torch.")
+        return f"it keeps float32 and bfloat16 weights, no {dtype} ones"
 
     def __init__(self, runtime: NativeRuntime) -> None:
         self.runtime = runtime

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 
+from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend import _native
-from moeserve.cpu_backend.threads import affinity_cores, cgroup_cores, plan_threads
+from moeserve.cpu_backend.cgroup import cgroup_cores
+from moeserve.cpu_backend.machine import allowed_cores, node_first, numa_nodes
+from moeserve.cpu_backend.threads import affinity_cores, plan_threads
 
 logger = logging.getLogger(__name__)
-
-#: how long a thread without work spins before it sleeps: longer than the gap between two layers,
-#: shorter than anybody would notice on a shared machine
-SPIN_US = 100
 
 
 def choose_isa(name: str) -> tuple[str, str]:
@@ -44,25 +42,30 @@ class NativeRuntime:
     """One set of compute threads for all products of an engine. handle: what `_native` takes."""
 
     def __init__(
-        self, num_threads: int | None = None, isa: str = "auto", pin: bool = False
+        self,
+        num_threads: int | None = None,
+        isa: str = "auto",
+        pin: bool = False,
+        spin_us: int = ExpertConfig.spin_us,
     ) -> None:
         """num_threads: None for as many as this process may use. pin: every thread to a core of
-        its own, also the calling one, which must be the one that will run the engine.
+        its own, one NUMA node after the other; also the calling one, which must be the one that
+        will run the engine. Not done where there are more threads than cores. spin_us: how long a
+        thread without work looks for more before it sleeps.
 
         Raises ConfigError.
         """
         plan = plan_threads(num_threads, affinity_cores(), cgroup_cores())
         name, isa_reason = choose_isa(isa)
-        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        pinned = pin and plan.num_threads <= len(cpus)
-        chosen = cpus[: plan.num_threads] if pinned else []
+        cores = node_first(allowed_cores(), numa_nodes()) if pin else []
+        pinned = cores[: plan.num_threads] if plan.num_threads <= len(cores) else []
+        place = f" on cores {', '.join(map(str, pinned))}" if pinned else ""
+        if pin and not pinned:
+            place = f", not pinned because only {len(cores)} cores are allowed"
         self.num_threads = plan.num_threads
         self.isa = name
-        self.reason = (
-            f"{name} ({isa_reason}), {plan.num_threads} threads"
-            f"{' on cores ' + ', '.join(map(str, chosen)) if pinned else ''} ({plan.reason})"
-        )
-        self.handle = _native.Runtime(name, plan.num_threads, chosen, SPIN_US)
+        self.reason = f"{name} ({isa_reason}), {plan.num_threads} threads{place} ({plan.reason})"
+        self.handle = _native.Runtime(name, plan.num_threads, pinned, spin_us)
         if pinned:
-            _native.pin_this_thread(chosen[0])
+            _native.pin_this_thread(pinned[0])
         logger.info("native kernels: %s", self.reason)

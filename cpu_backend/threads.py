@@ -6,17 +6,14 @@ import logging
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from moeserve.core import ConfigError
+from moeserve.cpu_backend.cgroup import cgroup_cores
 
 logger = logging.getLogger(__name__)
-
-PROC_CGROUP = Path("/proc/self/cgroup")
-CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -32,44 +29,6 @@ def affinity_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1  # platforms without affinity
-
-
-def cgroup_cores(proc_cgroup: Path = PROC_CGROUP, root: Path = CGROUP_ROOT) -> float | None:
-    """CPU time per wall time that the process's cgroup and its ancestors grant; None: no limit.
-
-    Reads version 2 (cpu.max) and version 1 (cpu.cfs_quota_us over cpu.cfs_period_us).
-    """
-    if not proc_cgroup.is_file():
-        return None
-    limits: list[float] = []
-    for line in proc_cgroup.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        for directory in _ancestors(root / controllers if controllers else root, path):
-            limits += _limit(directory)
-    return min(limits, default=None)
-
-
-def _ancestors(mount: Path, path: str) -> list[Path]:
-    """The group's directory and those above it. A path from outside a container may not exist in
-    it; the mount's own directory then is the group's."""
-    inner = PurePosixPath(path.lstrip("/"))
-    return [mount / part for part in (inner, *inner.parents)]
-
-
-def _limit(directory: Path) -> list[float]:
-    """[cores] that this one cgroup directory grants, or []."""
-    version_2 = directory / "cpu.max"
-    if version_2.is_file():
-        quota, period = version_2.read_text().split()
-        return [] if quota == "max" else [int(quota) / int(period)]
-    version_1 = directory / "cpu.cfs_quota_us"
-    if version_1.is_file():
-        quota_us = int(version_1.read_text())
-        period_us = int((directory / "cpu.cfs_period_us").read_text())
-        return [] if quota_us < 0 else [quota_us / period_us]
-    return []
 
 
 def plan_threads(requested: int | None, allowed: int, quota: float | None) -> ThreadPlan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from moeserve.core import ExpertSpec, ExpertWeights, ModelError
 from moeserve.cpu_backend.activations import gated_activation
-from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
+from moeserve.cpu_backend.backend import Demands, ExpertJob
 from moeserve.cpu_backend.grouping import run_grouped, weighted_sum
 from moeserve.cpu_backend.linear import linear
+from moeserve.cpu_backend.one_thread import OneThreadBackend
 from moeserve.cpu_backend.packing import PackedExperts
 
 
@@ -43,33 +43,21 @@ class Layer:
         return linear(hidden, expert.down, expert.down_bias)[:num_rows]
 
 
-class TorchTicket:
-    """A Ticket on a future of the backend's thread."""
-
-    def __init__(self, future: Future[Tensor]) -> None:
-        self._future = future
-
-    def done(self) -> bool:
-        return self._future.done()
-
-    def wait(self) -> Tensor:
-        return self._future.result()
-
-
-class TorchBackend(CpuBackend):
+class TorchBackend(OneThreadBackend):
     """A row's result depends on that row alone where `is_row_invariant` holds and the intermediate
     size is a multiple of 32; otherwise the last bit of an activation may depend on its place in the
     batch, and with several torch threads so it may where a row falls on the border between two.
-
-    One background thread takes submitted jobs; inside a job torch's own threads share each product.
     """
 
     name = "torch"
 
     def __init__(self) -> None:
+        super().__init__()
         self._layers: dict[int, Layer] = {}
-        # Starts its thread with the first job, so a backend that is never submitted to has none.
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moeserve-experts")
+
+    @classmethod
+    def lacks(cls, demands: Demands) -> str | None:
+        return "it has no quantised weights" if demands.quantized else None
 
     def add_layer(
         self, layer: int, spec: ExpertSpec, weights: ExpertWeights | PackedExperts
@@ -79,17 +67,11 @@ class TorchBackend(CpuBackend):
             raise ModelError(f"layer {layer}: its experts were added before")
         self._layers[layer] = Layer(spec, gated_activation(spec), _split(weights))
 
-    def submit(self, job: ExpertJob) -> TorchTicket:
-        return TorchTicket(self._pool.submit(self.run, job))
-
     @torch.inference_mode()
     def run(self, job: ExpertJob) -> Tensor:
         layer = self._layers[job.layer]
         pair_out = run_grouped(job.x, job.routing.ids, job.experts, layer.run_expert)
         return weighted_sum(pair_out, job.routing.weights).to(job.out_dtype)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True)
 
 
 def _split(weights: ExpertWeights) -> tuple[Expert, ...]:

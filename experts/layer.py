@@ -12,9 +12,11 @@ from moeserve.cache.expert_cache import ExpertCache, Tier, resident_cache
 from moeserve.cache.policies.resident import ResidentPolicy
 from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError, ExpertSpec, ExpertWeights
-from moeserve.cpu_backend.backend import CpuBackend, choose_backend
+from moeserve.cpu_backend.backend import CpuBackend, Demands
+from moeserve.cpu_backend.choice import BackendChoice, choose_backend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.cpu_backend.torch_backend import TorchBackend
 from moeserve.experts.device.torch_grouped import GroupedExperts
 from moeserve.experts.executor import Executor
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
@@ -47,20 +49,27 @@ class ExpertRuntime:
 
 
 def build_expert_runtime(
-    config: ExpertConfig, num_experts: Mapping[int, int], device: torch.device
+    config: ExpertConfig,
+    specs: Mapping[int, ExpertSpec],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: bool = False,
 ) -> ExpertRuntime:
-    """num_experts: how many each MoE layer has, by the layer's index in the model.
+    """specs: of the experts of each MoE layer, by the layer's index in the model. dtype: of the
+    model's computation. quantized: its weights are stored in 8 bits or fewer.
 
     On the CPU the experts stand in the host tier and run on the CPU backend; on another device they
-    stand and run there. Raises ConfigError for what is not implemented.
+    stand and run there. Raises ConfigError for what is not implemented or cannot run the model.
     """
     if config.policy != "resident" or config.predictor != "none":
         raise ConfigError(
             f"policy {config.policy!r} with predictor {config.predictor!r} is unknown"
         )
-    # Where everything runs on a device, the backend has nothing to do, and torch's needs nothing.
-    name = config.cpu_backend if device.type == "cpu" else "torch"
-    choice = choose_backend(name, config.num_threads, config.isa, config.pin_threads)
+    num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
+    if device.type == "cpu":
+        choice = choose_backend(config, Demands(dtype, tuple(specs.values()), quantized))
+    else:
+        choice = BackendChoice(TorchBackend(), f"unused, experts run on {device.type}", None)
     tier = Tier.HOST if device.type == "cpu" else Tier.DEVICE
     cache = resident_cache(tier, num_experts, ResidentPolicy())
     return ExpertRuntime(

@@ -16,6 +16,7 @@ from typing import Any
 
 from moeserve.core import ConfigError
 
+CPU_BACKENDS = ("auto", "native", "torch", "ipex")
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "tiny-moe"
 
 
@@ -138,7 +139,9 @@ class SchedulerConfig:
 class ExpertConfig:
     """Where experts live and run. Rooms without content yet are refused by name."""
 
-    cpu_backend: str = setting("auto", "auto, native (our own kernels) or torch")
+    cpu_backend: str = setting(
+        "auto", "auto (the fastest, measured once), native (our own kernels), torch or ipex"
+    )
     isa: str = setting(
         "auto", "instruction set of the native kernels: scalar, avx2, avx512, …; auto: the fastest"
     )
@@ -148,13 +151,17 @@ class ExpertConfig:
         None, "compute threads of the engine; default: the cores this process may use"
     )
     pin_threads: bool = setting(False, "bind every compute thread to a core of its own")
+    spin_us: int = setting(
+        100, "microseconds that a compute thread without work looks for more before it sleeps"
+    )
 
     def __post_init__(self) -> None:
-        _one_of("cpu_backend", self.cpu_backend, ("auto", "native", "torch"))
+        _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
         _one_of("predictor", self.predictor, ("none",), "predictors come with the expert cache")
         _one_of("policy", self.policy, ("resident",), "policies come with the expert cache")
         if self.num_threads is not None:
             _at_least("num_threads", self.num_threads, 1)
+        _at_least("spin_us", self.spin_us, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +265,7 @@ class Environment:
     hf_token: str | None  # HF_TOKEN
     log_level: str  # MOESERVE_LOG_LEVEL
     data_home: Path  # XDG_DATA_HOME: chat history and saved chats
+    cache_home: Path  # XDG_CACHE_HOME: what can be found out again
     runtime_home: Path  # XDG_RUNTIME_DIR, else the temporary directory
 
 
@@ -269,6 +277,7 @@ def read_environment() -> Environment:
         hf_token=env.get("HF_TOKEN") or None,
         log_level=env.get("MOESERVE_LOG_LEVEL", "info"),
         data_home=Path(env.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "moeserve",
+        cache_home=Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeserve",
         runtime_home=Path(env.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()),
     )
 

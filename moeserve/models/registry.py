@@ -99,10 +99,11 @@ def load_model(
     spec = family.spec(raw, str(path / "config.json"))
     context_tokens = _context_tokens(config, spec)
     device = _device(config.device)
-    num_experts = {i: ffn.experts.num_experts for i, ffn in spec.moe_layers.items()}
-    runtime = build_expert_runtime(expert_config, num_experts, device)
+    experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
     with Checkpoint.open(path) as checkpoint:
         dtype, notes["dtype"] = _dtype(config.dtype, raw, checkpoint)
+        quantized = config.quantize != "none"
+        runtime = build_expert_runtime(expert_config, experts, device, dtype, quantized)
         names = checkpoint.names()
         rules = family.weight_rules(spec, names, dtype)
         choose = _choose_form(config, dtype, runtime)

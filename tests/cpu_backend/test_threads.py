@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from moeserve.core import ConfigError
-from moeserve.cpu_backend.threads import affinity_cores, cgroup_cores, plan_threads
+from moeserve.cpu_backend.cgroup import cgroup_cores
+from moeserve.cpu_backend.threads import affinity_cores, plan_threads
 
 
 def write(path: Path, text: str) -> None:

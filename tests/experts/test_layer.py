@@ -74,7 +74,7 @@ def assert_near(y: torch.Tensor, expected: torch.Tensor) -> None:
 def random_layer(
     spec: ExpertSpec, top_k: int, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[MoELayer, ExpertWeights, ExpertRuntime]:
-    runtime = build_expert_runtime(ExpertConfig(), {1: spec.num_experts, 3: spec.num_experts}, CPU)
+    runtime = build_expert_runtime(ExpertConfig(), {1: spec, 3: spec}, CPU, dtype)
     router_spec = RouterSpec(
         num_experts=spec.num_experts, top_k=top_k, hidden_size=spec.hidden_size, normalize=True
     )
@@ -232,8 +232,10 @@ def test_resident_placement_runs_all_where_they_stand(tier: Tier) -> None:
 
 
 def test_runtime_says_what_it_chose() -> None:
-    runtime = build_expert_runtime(ExpertConfig(), {0: 4, 1: 4}, CPU)
-    assert runtime.notes["cpu_backend"].startswith("native (auto")
+    spec = ExpertSpec(num_experts=4, hidden_size=16, intermediate_size=8)
+    config = ExpertConfig(cpu_backend="native")
+    runtime = build_expert_runtime(config, {0: spec, 1: spec}, CPU, torch.float32)
+    assert runtime.notes["cpu_backend"].startswith("native (asked for)")
     assert "all 8 resident in the host tier" in runtime.notes["experts"]
     runtime.close()
 
@@ -243,7 +245,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     spec = ExpertSpec(num_experts=4, hidden_size=16, intermediate_size=8)
     other = ExpertSpec(num_experts=4, hidden_size=16, intermediate_size=16)
     weights = random_weights(other, torch.float32, generator)
-    runtime = build_expert_runtime(ExpertConfig(), {0: 4}, CPU)
+    runtime = build_expert_runtime(ExpertConfig(), {0: spec}, CPU, torch.float32)
     router = RouterSpec(num_experts=4, top_k=2, hidden_size=16)
     gate = RouterWeights(torch.zeros(4, 16))
     with pytest.raises(ModelError, match="layer 0: experts' gate_up has shape"):

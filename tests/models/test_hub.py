@@ -28,6 +28,7 @@ def environment(tmp_path: Path) -> Environment:
         hf_token="hf_made_up",
         log_level="info",
         data_home=tmp_path,
+        cache_home=tmp_path,
         runtime_home=tmp_path,
     )
 
