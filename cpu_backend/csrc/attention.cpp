@@ -89,7 +89,45 @@ std::vector<AttentionTile> split_tiles(const std::vector<AttentionTile> &tiles,
   return pieces;
 }
 
+// Below that many numbers, waking threads costs more than they save.
+constexpr std::int64_t kWorthSharing = 1 << 15;
+
+template <class Row>
+void for_rows(Runtime &runtime, std::int64_t num_rows, std::int64_t row_numbers,
+              std::size_t row_floats, const Row &body) {
+  const std::lock_guard<std::mutex> lock(runtime.mutex);
+  auto &per_thread = runtime.workspace.per_thread;
+  for (auto &scratch : per_thread) scratch.take<float>(row_floats);
+  if (num_rows * row_numbers < kWorthSharing) {
+    float *memory = per_thread[0].take<float>(row_floats);
+    for (std::int64_t row = 0; row < num_rows; ++row) body(row, memory);
+    return;
+  }
+  runtime.pool.run([&](Worker &worker) {
+    float *memory = per_thread[static_cast<std::size_t>(worker.index())].take<float>(row_floats);
+    worker.share(num_rows, [&](std::int64_t row) { body(row, memory); });
+  });
+}
+
 }  // namespace
+
+void prepare(Runtime &runtime, const GroupedHeads &call, std::int64_t num_rows) {
+  const std::int64_t numbers =
+      std::int64_t{call.num_kv_heads} * (call.group_heads + 2) * call.head_dim;
+  for_rows(runtime, num_rows, numbers, static_cast<std::size_t>(4 * call.head_dim + 64),
+           [&](std::int64_t row, float *memory) {
+             runtime.kernels.attention.prepare_grouped(call, row, memory);
+           });
+}
+
+void prepare(Runtime &runtime, const LatentHeads &call, std::int64_t num_rows) {
+  const std::int64_t numbers = call.rank + std::int64_t{call.num_heads + 1} * call.turns.dim;
+  for_rows(runtime, num_rows, numbers,
+           static_cast<std::size_t>(4 * (call.rank + call.turns.dim) + 64),
+           [&](std::int64_t row, float *memory) {
+             runtime.kernels.attention.prepare_latent(call, row, memory);
+           });
+}
 
 void attend(Runtime &runtime, const AttentionCall &call, const std::vector<AttentionSpan> &spans) {
   const std::lock_guard<std::mutex> lock(runtime.mutex);

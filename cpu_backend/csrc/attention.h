@@ -63,28 +63,49 @@ struct AttentionTile {
   float *partials;
 };
 
-// Turns of rows, cos and signed sin: x[i] <- x[i] * cos[i] + x[(i + dim/2) % dim] * sin[i].
-struct HeadTurns {
+// x[i] <- x[i] * cosine[i] + x[(i + dim / 2) % dim] * sine[i], for the first `dim` numbers of a
+// head; the first half of the sines is negated (rotary embedding in halves, arXiv:2104.09864).
+struct RowTurns {
   const float *cosine;  // [T, dim]
   const float *sine;
   int dim;
 };
 
-// Heads of one row that are normed together: out = x * rsqrt(mean(x^2) + eps) * weight.
-struct HeadNorm {
-  const float *weight;         // of the first head
-  std::int64_t weight_stride;  // 0: all heads have the same
-  float eps;
-  bool together;  // one mean over all heads
+// Grouped heads after their projection: per kv head its queries, its key, its value. Queries and
+// keys are normed, all are clipped, queries and keys are turned; key and value go to
+// entries[slots[row]].
+struct GroupedHeads {
+  Dtype dtype;
+  void *rows;  // [T, kv_heads, group_heads + 2, head_dim], rows row_stride numbers apart
+  std::int64_t row_stride;
+  int num_kv_heads;
+  int group_heads;
+  int head_dim;
+  RowTurns turns;
+  const float *norm_weight;  // [kv_heads, group_heads + 1, head_dim], or null: no norm
+  std::int64_t norm_stride;  // of a kv head; 0: all have the same weights
+  bool norm_together;        // one mean over all queries, one over all keys; else one for each head
+  float norm_eps;
+  float clip;  // bound on absolute values, perhaps infinite
+  void *entries;
+  const std::int64_t *slots;  // [T]
 };
 
-// Heads of one row, `dim` numbers each, `stride` apart.
-struct HeadRow {
+// Latent attention: the latent of a row is normed, its rotated part and that of its queries turned;
+// latent and rotated part go to entries[slots[row]].
+struct LatentHeads {
   Dtype dtype;
-  void *data;
+  const void *latents;  // [T, rank + turns.dim], rows latent_stride numbers apart
+  std::int64_t latent_stride;
+  int rank;
+  void *rotated;  // [T, heads, turns.dim], of the queries
+  std::int64_t rotated_strides[2];
   int num_heads;
-  std::int64_t stride;
-  int dim;
+  RowTurns turns;
+  const float *norm_weight;  // [rank]
+  float norm_eps;
+  void *entries;
+  const std::int64_t *slots;
 };
 
 struct AttentionKernels {
@@ -94,10 +115,14 @@ struct AttentionKernels {
   void (*attend)(const AttentionCall &call, const AttentionTile &tile, float *scratch);
   // Folds the partials of all partitions of a tile, in order, and writes the result.
   void (*combine)(const AttentionCall &call, const AttentionTile &tile, float *scratch);
-  // In place. scratch: as many floats as the row has numbers, each head padded to a multiple of 16.
-  void (*rotate)(const HeadRow &row, const float *cosine, const float *sine);
-  void (*norm)(const HeadRow &row, const HeadNorm &norm);
+  // One row. memory: 4 numbers for each of a head or latent and 64 more, 64-byte aligned.
+  void (*prepare_grouped)(const GroupedHeads &call, std::int64_t row, float *memory);
+  void (*prepare_latent)(const LatentHeads &call, std::int64_t row, float *memory);
 };
+
+// Rows 0..num_rows-1 before their attention.
+void prepare(Runtime &runtime, const GroupedHeads &call, std::int64_t num_rows);
+void prepare(Runtime &runtime, const LatentHeads &call, std::int64_t num_rows);
 
 // Computes all rows of the spans. What the arguments say about memory must be true.
 void attend(Runtime &runtime, const AttentionCall &call, const std::vector<AttentionSpan> &spans);

@@ -70,18 +70,17 @@ MOESERVE_INLINE void store_some(Dtype dtype, void *p, Vec::F x, int count) {
   store_tail(dtype, p, 0, count, x);
 }
 
-// Rows of kv to be fetched into the second-level cache while something else is computed.
+// Rows of kv to be fetched into the second-level cache, some lines before every product.
 struct Ahead {
-  const char *const *rows;
-  int num_rows;
+  const char *const *row;
+  const char *const *end_row;
   int row_bytes;
-  int lines_per_step;
-  int row = 0;
+  int step_lines;
   int offset = 0;
 
-  MOESERVE_INLINE void step() {
-    for (int i = 0; i < lines_per_step && row < num_rows; ++i) {
-      __builtin_prefetch(rows[row] + offset, 0, 2);
+  void step() {
+    for (int i = 0; i < step_lines && row != end_row; ++i) {
+      __builtin_prefetch(*row + offset, 0, 2);
       offset += 64;
       if (offset >= row_bytes) {
         offset = 0;
@@ -104,7 +103,7 @@ struct Product {
 };
 
 template <int kRows, int kVecs>
-void multiply_strip(const Product &p, int vec, Ahead &fetching) {
+void multiply_strip(const Product &p, int vec) {
   const float *const a = p.a, *b = p.b + vec * kLanes;
   float *const c = p.c + vec * kLanes;
   const std::ptrdiff_t a_stride = p.a_stride, c_stride = p.c_stride;
@@ -116,10 +115,8 @@ void multiply_strip(const Product &p, int vec, Ahead &fetching) {
                                                    Vec::set1(p.factors[r]));
     }
   }
-  Ahead ahead = fetching;
   const int depth = p.depth;
   for (int k = 0; k < depth; ++k, b += kChunk) {
-    ahead.step();
     Vec::F vectors[kVecs];
     MOESERVE_UNROLL for (int v = 0; v < kVecs; ++v) vectors[v] = Vec::load(b + v * kLanes);
     MOESERVE_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -129,7 +126,6 @@ void multiply_strip(const Product &p, int vec, Ahead &fetching) {
       }
     }
   }
-  fetching = ahead;
   MOESERVE_UNROLL for (int r = 0; r < kRows; ++r) {
     MOESERVE_UNROLL for (int v = 0; v < kVecs; ++v) {
       Vec::store(c + r * c_stride + v * kLanes, sums[r][v]);
@@ -138,31 +134,30 @@ void multiply_strip(const Product &p, int vec, Ahead &fetching) {
 }
 
 template <int kRows>
-void multiply_rows(const Product &p, int num_vecs, Ahead &ahead) {
+void multiply_rows(const Product &p, int num_vecs) {
   int v = 0;
-  for (; v + kStripVecs <= num_vecs; v += kStripVecs)
-    multiply_strip<kRows, kStripVecs>(p, v, ahead);
+  for (; v + kStripVecs <= num_vecs; v += kStripVecs) multiply_strip<kRows, kStripVecs>(p, v);
   if constexpr (kStripVecs == 4) {
-    if (num_vecs - v == 3) multiply_strip<kRows, 3>(p, v, ahead);
-    if (num_vecs - v == 2) multiply_strip<kRows, 2>(p, v, ahead);
-    if (num_vecs - v == 1) multiply_strip<kRows, 1>(p, v, ahead);
+    if (num_vecs - v == 3) multiply_strip<kRows, 3>(p, v);
+    if (num_vecs - v == 2) multiply_strip<kRows, 2>(p, v);
+    if (num_vecs - v == 1) multiply_strip<kRows, 1>(p, v);
   }
 }
 
-inline void multiply(const Product &p, int num_rows, int num_vecs, Ahead &ahead) {
+inline void multiply(const Product &p, int num_rows, int num_vecs) {
   switch (num_rows) {
     case 1:
-      return multiply_rows<1>(p, num_vecs, ahead);
+      return multiply_rows<1>(p, num_vecs);
     case 2:
-      return multiply_rows<2>(p, num_vecs, ahead);
+      return multiply_rows<2>(p, num_vecs);
     case 3:
-      return multiply_rows<3>(p, num_vecs, ahead);
+      return multiply_rows<3>(p, num_vecs);
     case 4:
-      return multiply_rows<4>(p, num_vecs, ahead);
+      return multiply_rows<4>(p, num_vecs);
     case 5:
-      return multiply_rows<5>(p, num_vecs, ahead);
+      return multiply_rows<5>(p, num_vecs);
     case 6:
-      return multiply_rows<6>(p, num_vecs, ahead);
+      return multiply_rows<6>(p, num_vecs);
   }
 }
 
@@ -344,6 +339,7 @@ struct Block {
     const std::ptrdiff_t stride = padded(call.key_dim);
     for (int i = 0; i < view.num_strips; ++i) {
       const Strip &s = view.strips[i];
+      ahead.step();
       // Later pairs see later keys, unless they see none.
       int end = 0;
       for (int p = 0; p < s.num_pairs; ++p) end = larger(end, view.end_key[s.first_pair + p]);
@@ -355,7 +351,7 @@ struct Block {
                                kBlockKeys,
                                d == 0 ? nullptr : kOnes,
                                depth};
-      multiply(product, s.num_pairs, padded(end) / kLanes - vec, ahead);
+      multiply(product, s.num_pairs, padded(end) / kLanes - vec);
     }
   }
 
@@ -421,6 +417,7 @@ struct Block {
   void mix(int d, int num_vecs) const {
     for (int i = 0; i < view.num_strips; ++i) {
       const Strip &s = view.strips[i];
+      ahead.step();
       if (s.alike) {
         add_values(s.first_pair, s.num_pairs, s.first_key, s.end_key, memory.factors + s.first_pair,
                    d, num_vecs);
@@ -461,7 +458,7 @@ struct Block {
                              stride,
                              factors,
                              end_key - first_key};
-    multiply(product, num_pairs, num_vecs, ahead);
+    multiply(product, num_pairs, num_vecs);
   }
 };
 

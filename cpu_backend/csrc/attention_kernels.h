@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention_block.h"
+#include "head_kernels.h"
 
 namespace {
 
@@ -99,6 +100,18 @@ void find_rows(const AttentionCall &call, const AttentionTile &tile, std::int64_
   }
 }
 
+// All heads of the tile in the rows of its next block, spread over the products of this one.
+template <Dtype kDtype>
+Ahead next_block(const AttentionCall &call, const AttentionTile &tile, const BlockView &view,
+                 const typename NumberOf<kDtype>::Type *const *rows, int num_rows) {
+  const auto *begin = reinterpret_cast<const char *const *>(rows);
+  const int head_bytes = call.width * static_cast<int>(size_of(kDtype));
+  const int lines = kBlockKeys * (head_bytes / 64 + 1);
+  const int chunks = (call.key_dim + kChunk - 1) / kChunk + (call.value_dim + kChunk - 1) / kChunk;
+  const int steps = view.num_strips * chunks;
+  return {begin, begin + num_rows, tile.num_heads * head_bytes, lines / steps + 1};
+}
+
 // All blocks of one partition.
 template <Dtype kDtype>
 void attend_partition(const AttentionCall &call, const AttentionTile &tile, const Sight *sights,
@@ -126,11 +139,7 @@ void attend_partition(const AttentionCall &call, const AttentionTile &tile, cons
     const auto num_next = static_cast<int>(
         larger<std::int64_t>(0, smaller<std::int64_t>(kBlockKeys, fetch_end - key - kBlockKeys)));
     find_rows(call, tile, key + kBlockKeys, num_next, next);
-    const int head_bytes = call.width * static_cast<int>(sizeof(Number));
-    const int steps = view.num_strips * (call.key_dim + call.value_dim);
-    const int lines = kBlockKeys * (head_bytes / 64 + 1);
-    Ahead ahead = {reinterpret_cast<const char *const *>(next), num_next,
-                   tile.num_heads * head_bytes, lines / steps + 1};
+    Ahead ahead = next_block<kDtype>(call, tile, view, next, num_next);
     for (int head = 0; head < tile.num_heads; ++head) {
       const int pair = head * tile.num_pairs;
       const BlockMemory block_memory = {memory.queries + pair * padded(call.key_dim), memory.chunk,
@@ -259,6 +268,8 @@ constexpr moeserve::AttentionKernels make_attention_table() {
   table.partial_floats = partial_floats;
   table.attend = attend_any;
   table.combine = combine;
+  table.prepare_grouped = prepare_grouped;
+  table.prepare_latent = prepare_latent;
   return table;
 }
 
