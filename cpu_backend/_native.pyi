@@ -172,3 +172,66 @@ class PackedExperts:
 
 def rms_norm(runtime: Runtime, x: _Array, weight: _Array, eps: float, out: _Array) -> None:
     """out = x / sqrt(mean(x^2) + eps) * weight, row by row."""
+
+class AttentionSpans:
+    """The rows of a step, sequence by sequence; keeps the arrays of slots alive.
+
+    spans: (first row, number of rows, context tokens with these rows, kv slots of the context
+    [context] int64), in order and without gaps.
+    """
+
+    def __init__(self, spans: list[tuple[int, int, int, Tensor]]) -> None: ...
+    @property
+    def num_rows(self) -> int: ...
+
+def attend(
+    runtime: Runtime,
+    spans: AttentionSpans,
+    queries: _Array,
+    entries: _Array,
+    value_start: int,
+    scale: float,
+    window: int,
+    sinks: _Array | None,
+    out: _Array,
+) -> None:
+    """Causal softmax attention of queries [T, kv_heads, G, D] to out [T, kv_heads, G, V].
+
+    entries: [slots, kv_heads, width], a key in the first D numbers, a value in V from value_start
+    on. window: keys that a query sees, itself included; 0 for all. sinks: [kv_heads, G] float32.
+    """
+
+def prepare_grouped(
+    runtime: Runtime,
+    qkv: _Array,
+    cosine: _Array,
+    sine: _Array,
+    norm_weight: _Array | None,
+    norm_together: bool,
+    norm_eps: float,
+    clip: float,
+    entries: _Array,
+    write_slots: _Array,
+) -> None:
+    """qkv [T, kv_heads, G + 2, D]: norms queries and keys, clips all, turns queries and keys.
+
+    norm_weight: [kv_heads or 1, G + 1, D] float32. norm_together: one mean over all queries, one
+    over all keys. cosine, signed sine: [T, dim] float32, dimensions of one between. Queries stay
+    in place; keys and values go to entries [slots, kv_heads, 2 D] at write_slots [T] int64.
+    """
+
+def prepare_latent(
+    runtime: Runtime,
+    latents: _Array,
+    rotated: _Array,
+    cosine: _Array,
+    sine: _Array,
+    norm_weight: _Array,
+    norm_eps: float,
+    entries: _Array,
+    write_slots: _Array,
+) -> None:
+    """latents [T, rank + dim] to entries [slots, 1, rank + dim]: norms rank numbers, turns dim.
+
+    rotated [T, heads, dim] is turned in place. norm_weight: [rank] float32.
+    """

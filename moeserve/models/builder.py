@@ -16,6 +16,7 @@ from moeserve.cpu_backend.packing import PackedExperts, PackedWeight
 from moeserve.experts.layer import ExpertRuntime, build_moe_layer
 from moeserve.experts.router import RouterWeights
 from moeserve.models.attention import Attention, AttentionWeights, LatentAttention, MlaWeights
+from moeserve.models.attention_plan import TorchAttention
 from moeserve.models.layers import GatedFfn, RmsNorm, RowFunction, SharedExpert
 from moeserve.models.spec import (
     AttentionSpec,
@@ -48,6 +49,7 @@ def build_transformer(
         tuple(layers),
         _norm(_tensor(weights, "norm"), spec.norm_eps, runtime),
         make_linear(head, out_dtype=torch.float32),
+        TorchAttention.plan,
     )
 
 
@@ -154,7 +156,8 @@ def _build_grouped(
 ) -> Attention:
     bias, qk_norm = _optional(weights, "qkv.bias"), _optional(weights, "qk_norm")
     if qk_norm is not None and spec.qk_norm is QkNorm.HEAD:
-        qk_norm = torch.cat((qk_norm[:1].expand(spec.heads_per_kv_head, -1), qk_norm[1:]))
+        query, key = qk_norm[:1], qk_norm[1:]
+        qk_norm = torch.cat((query.expand(spec.heads_per_kv_head, -1), key))[None]
     qkv = weights["qkv.weight"]
     assert not isinstance(qkv, PackedExperts)
     # [kv_heads, G + 2, D, H]: packed weights number their rows through as flattening does
@@ -181,7 +184,7 @@ def _build_latent(
         MlaWeights(
             query=_linear(weights, "query"),
             kv_down=_linear(weights, "kv_down"),
-            kv_norm=_norm(_tensor(weights, "kv_norm"), eps, runtime),
+            kv_norm=_tensor(weights, "kv_norm"),
             key_up=_tensor(weights, "key_up"),
             value_up=_tensor(weights, "value_up"),
             output=_linear(weights, "output"),

@@ -12,16 +12,16 @@ class KvLayer:
     """The kv of one layer. entries: [slots, kv_heads, width], as in the attention's `kv_shape`."""
 
     def __init__(self, entries: Tensor) -> None:
-        self._entries = entries
+        self.entries = entries
         self.width = entries.shape[2]
 
     def write(self, slots: Tensor, kv: Tensor) -> None:
         """slots: [T]; kv: [T, kv_heads, ...], `width` numbers per head."""
-        self._entries.index_copy_(0, slots, kv.reshape(len(slots), *self._entries.shape[1:]))
+        self.entries.index_copy_(0, slots, kv.reshape(len(slots), *self.entries.shape[1:]))
 
     def gather(self, slots: Tensor) -> Tensor:
         """slots: [N] -> [N, kv_heads, width]."""
-        return self._entries.index_select(0, slots)
+        return self.entries.index_select(0, slots)
 
 
 class KvPool:

@@ -10,9 +10,10 @@ tests/models/test_same_bits.py tries it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from moeserve.models.inputs import ForwardBatch, Span
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.rope import Rope
 from moeserve.models.spec import RopeSpec
+
+if TYPE_CHECKING:
+    from moeserve.models.attention_plan import AttentionPlan, Planner
 
 #: kv columns that fused attention takes at a time (torch's CPU kernel: kvSplitSize)
 BLOCK_COLUMNS = 512
@@ -72,24 +76,22 @@ class StepContext:
     step: int
     kv_write_slots: Tensor
     turns: Mapping[RopeSpec, tuple[Tensor, Tensor]]
-    tiles: Mapping[AttentionLayout, tuple[AttentionTile, ...]]
+    attention: AttentionPlan
 
     @staticmethod
     def build(
         batch: ForwardBatch,
         kv: KvPool,
         ropes: Mapping[RopeSpec, Rope],
-        layouts: Iterable[AttentionLayout],
+        layouts: Collection[AttentionLayout],
+        planner: Planner,
         dtype: torch.dtype,
     ) -> StepContext:
         return StepContext(
             step=batch.step,
             kv_write_slots=batch.kv_write_slots,
             turns={spec: rope.turns(batch.positions) for spec, rope in ropes.items()},
-            tiles={
-                layout: attention_tiles(batch.spans, layout, kv.null_slot, dtype)
-                for layout in layouts
-            },
+            attention=planner(batch, kv, layouts, dtype),
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeserve.experts.layer import MoELayer
 from moeserve.models.attention import Attention, LatentAttention
+from moeserve.models.attention_plan import Planner
 from moeserve.models.inputs import ForwardBatch
 from moeserve.models.kv_pool import KvLayer, KvPool
 from moeserve.models.layers import RowFunction, SharedExpert
@@ -55,13 +56,15 @@ class Transformer:
         layers: tuple[DecoderLayer, ...],
         norm: RowFunction,
         head: RowFunction,
+        planner: Planner,
     ) -> None:
-        """embedding: [V, H]. head: [R, H] -> [R, V]."""
+        """embedding: [V, H]. head: [R, H] -> [R, V]. planner: how attention is computed."""
         self.spec = spec
         self.layers = layers
         self._embedding = embedding
         self._norm = norm
         self._head = head
+        self._planner = planner
         attentions = [layer.attention for layer in spec.layers]
         self._ropes: dict[RopeSpec, Rope] = {
             attention.rope: Rope(attention.rope, embedding.device) for attention in attentions
@@ -71,7 +74,7 @@ class Transformer:
     def forward(self, batch: ForwardBatch, kv: KvPool) -> Tensor:
         """Computes T tokens, writes their kv, returns hidden states [T, H] after the final norm."""
         dtype = self._embedding.dtype
-        step = StepContext.build(batch, kv, self._ropes, self._layouts, dtype)
+        step = StepContext.build(batch, kv, self._ropes, self._layouts, self._planner, dtype)
         x = F.embedding(batch.token_ids, self._embedding)
         for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
             x = layer(x, step, layer_kv)

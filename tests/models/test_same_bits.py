@@ -13,7 +13,7 @@ from parity_cases import DRAW, VOCAB, Runner, Sequence_, draw_config, make_refer
 
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.cpu_backend.linear import is_row_invariant
-from moeserve.models.attention import attend
+from moeserve.models.attention_plan import attend
 from moeserve.models.inputs import Span
 from moeserve.models.kv_pool import KvLayer
 from moeserve.models.registry import load_model
