@@ -8,6 +8,7 @@ from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.cgroup import cgroup_cores
+from moeserve.cpu_backend.isa_check import wrong_products
 from moeserve.cpu_backend.machine import allowed_cores, node_first, numa_nodes
 from moeserve.cpu_backend.threads import affinity_cores, plan_threads
 
@@ -22,11 +23,16 @@ def choose_isa(name: str) -> tuple[str, str]:
     levels = _native.isa_levels()
     usable = [level.name for level in levels if level.usable]
     if name == "auto":
-        better = [level for level in levels if level.built and not level.usable]
-        lacks = ", ".join(better[0].missing) if better else ""
-        return usable[-1], f"{better[0].name} needs {lacks}" if better else "the fastest built"
+        return _fastest(levels)
     for level in levels:
         if level.name == name and level.usable:
+            wrong = wrong_products(name)
+            if wrong:
+                raise ConfigError(
+                    f"isa: {name!r} computes wrongly on this machine: {wrong[0]}",
+                    field="isa",
+                    hint="choose auto, and report it with the output of `moeserve doctor`",
+                )
             return name, "asked for"
         if level.name == name:
             lacks = ", ".join(level.missing) if level.built else "a build that has it"
@@ -36,6 +42,23 @@ def choose_isa(name: str) -> tuple[str, str]:
                 hint=f"choose auto or one of {', '.join(usable)}",
             )
     raise ConfigError(f"isa: {name!r} is not one of auto, {', '.join(usable)}", field="isa")
+
+
+def _fastest(levels: list[_native.IsaLevel]) -> tuple[str, str]:
+    """The fastest level that runs here and computes what the plain one computes."""
+    reason = "the fastest built"
+    for level in reversed(levels):
+        if not level.built:
+            continue
+        if not level.usable:
+            reason = f"{level.name} needs {', '.join(level.missing)}"
+            continue
+        wrong = [] if level.name == "scalar" else wrong_products(level.name)
+        if not wrong:
+            return level.name, reason
+        reason = f"{level.name} computes wrongly on this machine: {wrong[0]}"
+        logger.error("isa: %s; please report it", reason)
+    raise AssertionError("the scalar level runs everywhere")
 
 
 class NativeRuntime:
