@@ -20,12 +20,13 @@ def cgroup_cores(proc_cgroup: Path = PROC_CGROUP, root: Path = CGROUP_ROOT) -> f
     return _tightest("cpu", _cores, proc_cgroup, root)
 
 
-def cgroup_memory_bytes(proc_cgroup: Path = PROC_CGROUP, root: Path = CGROUP_ROOT) -> float | None:
+def cgroup_memory_bytes(proc_cgroup: Path = PROC_CGROUP, root: Path = CGROUP_ROOT) -> int | None:
     """Memory that the process's cgroup and its ancestors grant; None: no limit.
 
     Reads memory.max, or memory.limit_in_bytes.
     """
-    return _tightest("memory", _memory_bytes, proc_cgroup, root)
+    limit_bytes = _tightest("memory", _memory_bytes, proc_cgroup, root)
+    return None if limit_bytes is None else int(limit_bytes)
 
 
 def _tightest(

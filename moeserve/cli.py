@@ -111,6 +111,18 @@ def _keygen(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.doctor.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from moeserve.doctor.command import run
+
+    return run(args)
+
+
 def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or hub id (default: the bundled model)"
@@ -122,6 +134,7 @@ COMMANDS = {
     "generate": Command("continue one prompt and exit", _generate_arguments, _generate),
     "chat": Command("talk to a model, here or on a server", _chat_arguments, _chat),
     "request": Command("send one prompt to a server over ZeroMQ", _request_arguments, _request),
+    "doctor": Command("what this machine has and what is in the way", _doctor_arguments, _doctor),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
 }
 
