@@ -4,7 +4,7 @@
 // Included by one translation unit per ISA level, after its Vec; unnamed namespace (vec_avx512.h).
 #pragma once
 
-#include "attention_block.h"
+#include "attention_product.h"
 
 namespace {
 
