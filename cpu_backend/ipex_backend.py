@@ -3,8 +3,11 @@
 What the package (2.8.0) offers and does, as found by trying it:
 
 - Gated SiLU without biases, gate rows before up rows, which is our own order of weights.
-- bfloat16 and float32 are repacked ("prepack"), bfloat16 in the memory of the weights it is given;
-  float16 only on processors with AVX-512 FP16, so it stays plain here.
+- It repacks weights ("prepack") for speed. bfloat16, in the memory of the weights it is given:
+  right where hidden and intermediate size are both multiples of 64. Where one of them is not, the
+  module takes the products to be packed alike, and gives zeros or fails with an AttributeError.
+  float32: right at every size tried. float16: only on processors with AVX-512 FP16. What is not
+  packed takes IPEX's plain path, which was right everywhere.
 - It weighs and adds up in the compute dtype, over experts, in a Python loop. We give it every
   (token, choice) pair as a row of its own with weight 1 and sum in float32 ourselves: a cold expert
   can then be left out, and the sum is as exact as that of the other backends.
@@ -97,9 +100,10 @@ class IpexBackend(OneThreadBackend):
         assert isinstance(weights, ExpertWeights), "weights are packed for the native backend only"
         if layer in self._layers:
             raise ModelError(f"layer {layer}: its experts were added before")
-        prepack = weights.down.dtype is not torch.float16
         module = self._ipex.llm.modules.GatedMLPMOE(
-            weights.gate_up.clone(), weights.down.clone(), use_prepack=prepack
+            weights.gate_up.clone(),
+            weights.down.clone(),
+            use_prepack=_packs_rightly(spec, weights.down.dtype),
         )
         self._layers[layer] = Layer(spec, module)
 
@@ -119,6 +123,13 @@ class IpexBackend(OneThreadBackend):
         out.index_copy_(0, pairs, _experts_of_rows(layer.module, rows, pair_ids))
         per_choice = out.view(num_tokens, top_k, layer.spec.hidden_size)
         return weighted_sum(per_choice, job.routing.weights).to(job.out_dtype)
+
+
+def _packs_rightly(spec: ExpertSpec, dtype: torch.dtype) -> bool:
+    """Whether IPEX 2.8's packed form of such experts can be trusted; see the top of this file."""
+    if dtype is torch.bfloat16:
+        return spec.hidden_size % 64 == 0 and spec.intermediate_size % 64 == 0
+    return dtype is torch.float32
 
 
 def _experts_of_rows(module: Any, rows: Tensor, ids: Tensor) -> Tensor:
