@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -22,8 +23,12 @@ from moeserve.cpu_backend.activations import SWIGLU_CLAMPED
 
 #: outputs of one panel (packed.h)
 PANEL_OUTPUTS = 16
-#: names of the formats, in the order of packed.h
-FORMATS = ("float32", "bfloat16", "int8", "int4", "mxfp4", "fp8")
+#: to be raised with every change of what packed.h, or a record of experts, means byte by byte:
+#: packed model directories of another version are refused
+LAYOUT_VERSION = 1
+FormatName: TypeAlias = Literal["float32", "bfloat16", "int8", "int4", "mxfp4", "fp8"]
+#: in the order of packed.h
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 #: the activation that a name of config.json means, in the order of kernels.h
 ACTIVATIONS: Mapping[str, int] = MappingProxyType(
     {
@@ -54,7 +59,7 @@ class PackFormat:
     int4 and mxfp4 weights meet inputs that are rounded to int8 with one scale per token.
     """
 
-    name: str
+    name: FormatName
     group: int = 0
     zero_points: bool = False
     weight_only: bool = False
@@ -242,7 +247,10 @@ def _expert_layouts(
 
 def dense_format(dtype: torch.dtype) -> PackFormat:
     """The format that keeps numbers of a dtype as they are. ModelError: there is none."""
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+    names: dict[torch.dtype, FormatName] = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+    }
     if dtype not in names:
         raise ModelError(
             f"dtype: the native backend keeps no {str(dtype).removeprefix('torch.')} weights",

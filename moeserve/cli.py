@@ -94,6 +94,31 @@ def _request(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _pack_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.cli_options import PACK_SETTINGS, add_flags
+    from moeserve.config import ExpertConfig, ModelConfig
+
+    parser.add_argument("model", metavar="MODEL", help="directory or hub id")
+    parser.add_argument("out", metavar="OUT", help="directory to write; it must not exist")
+    add_flags(parser, ModelConfig, ExpertConfig, only=PACK_SETTINGS)
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from moeserve.cli_options import read_flags
+    from moeserve.config import ModelConfig
+    from moeserve.models.pack import pack_model
+    from moeserve.progress import LoadingBar
+
+    with LoadingBar() as bar:
+        report = pack_model(read_flags(ModelConfig, args), Path(args.out), args.num_threads, bar)
+    print(f"{report.path}: {report.num_bytes / 2**20:.0f} MiB of weights")
+    for name, note in report.notes.items():
+        print(f"{name}: {note}")
+    return 0
+
+
 def _keygen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="where to write the keys; what is there stays")
     parser.add_argument(
@@ -135,6 +160,7 @@ COMMANDS = {
     "chat": Command("talk to a model, here or on a server", _chat_arguments, _chat),
     "request": Command("send one prompt to a server over ZeroMQ", _request_arguments, _request),
     "doctor": Command("what this machine has and what is in the way", _doctor_arguments, _doctor),
+    "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
 }
 

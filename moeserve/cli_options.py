@@ -7,7 +7,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,20 @@ from moeserve.config import (
 T = TypeVar("T")
 
 ENGINE_SETTINGS = (ModelConfig, KvConfig, SchedulerConfig, ExpertConfig)
+#: what matters while a model is packed
+PACK_SETTINGS = frozenset(
+    (
+        "revision",
+        "offline",
+        "dtype",
+        "quantize",
+        "quantize_group",
+        "quantize_zero_points",
+        "quantize_activations",
+        "check_weights",
+        "num_threads",
+    )
+)
 UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -73,13 +87,15 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
-def add_flags(parser: argparse.ArgumentParser, *settings: type) -> None:
-    """One flag per field of each settings class."""
+def add_flags(
+    parser: argparse.ArgumentParser, *settings: type, only: Collection[str] | None = None
+) -> None:
+    """One flag per field of each settings class. only: names of fields; None for all."""
     for cls in settings:
         group = parser.add_argument_group((cls.__doc__ or "").strip().splitlines()[0].rstrip("."))
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            if field.name not in NOT_A_FLAG:
+            if field.name not in NOT_A_FLAG and (only is None or field.name in only):
                 _add_flag(group, field, hints[field.name])
 
 

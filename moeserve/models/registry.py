@@ -29,16 +29,18 @@ from moeserve.models.builder import build_transformer
 from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_model_config
 from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
-from moeserve.models.loader import load_weights
-from moeserve.models.spec import ModelSpec
-from moeserve.models.targets import HeapMemory, PackedTargets, Targets, TensorTargets
-from moeserve.models.transformer import Transformer
-from moeserve.models.weight_formats import (
-    ChooseForm,
-    describe_forms,
-    describe_quantization,
-    weight_formats,
+from moeserve.models.packed_model import PackedModel, is_packed
+from moeserve.models.read_weights import (
+    DTYPES,
+    FoundModel,
+    check_packed_settings,
+    choose_dtype,
+    read_checkpoint,
+    read_packed,
 )
+from moeserve.models.spec import ModelSpec
+from moeserve.models.targets import HeapMemory
+from moeserve.models.transformer import Transformer
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -56,9 +58,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             qwen3_moe,
         )
     }
-)
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 )
 Progress = Callable[[str, float], None]
 
@@ -86,6 +85,14 @@ class LoadedModel:
         self.runtime.close()
 
 
+def find_model(config: ModelConfig) -> FoundModel:
+    """Where a model is, and what its config.json says. Raises ModelError, ConfigError."""
+    path = resolve_model(config, read_environment())
+    raw, notes = read_model_config(path, FAMILIES)
+    family = FAMILIES[raw["model_type"]]
+    return FoundModel(path, raw, family, family.spec(raw, str(path / "config.json")), notes)
+
+
 def load_model(
     config: ModelConfig, expert_config: ExpertConfig, progress: Progress | None = None
 ) -> LoadedModel:
@@ -93,68 +100,40 @@ def load_model(
 
     Raises ModelError for a model that cannot be served, ConfigError for settings that do not fit.
     """
-    path = resolve_model(config, read_environment())
-    raw, notes = read_model_config(path, FAMILIES)
-    family = FAMILIES[raw["model_type"]]
-    spec = family.spec(raw, str(path / "config.json"))
+    found = find_model(config)
+    spec = found.spec
     context_tokens = _context_tokens(config, spec)
     device = _device(config.device)
     experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
-    with Checkpoint.open(path) as checkpoint:
-        dtype, notes["dtype"] = _dtype(config.dtype, raw, checkpoint)
-        quantized = config.quantize != "none"
-        runtime = build_expert_runtime(expert_config, experts, device, dtype, quantized)
-        names = checkpoint.names()
-        rules = family.weight_rules(spec, names, dtype)
-        choose = _choose_form(config, dtype, runtime)
-        targets: Targets = TensorTargets(dtype, device, spec.tie_word_embeddings)
-        notes["weights"] = f"{_name(dtype)} tensors"
-        if choose is not None and runtime.native is not None:
-            targets = PackedTargets(spec, runtime.native, choose, dtype, HeapMemory())
-            notes["weights"] = f"packed; {describe_forms(rules, choose)}"
-        quantization = describe_quantization(spec, rules, choose, dtype)
-        if quantization is not None:
-            notes["quantization"] = quantization
-        weights = load_weights(
-            checkpoint,
-            rules,
-            ignore=family.ignored_names(spec),
-            tied=family.tied_names(spec),
-            dtype=dtype,
-            device=device,
-            targets=targets,
-            check_weights=config.check_weights,
-            progress=progress,
-        )
-    eos_token_ids = _eos_token_ids(raw, read_generation_config(path), spec, notes)
-    model = build_transformer(spec, weights, runtime)
+    if is_packed(found.path):
+        check_packed_settings(config, device)
+        with PackedModel(found.path) as packed:
+            dtype = DTYPES[packed.manifest.dtype]
+            runtime = build_expert_runtime(expert_config, experts, device, dtype, True)
+            read = read_packed(packed, found, config, runtime.native)
+    else:
+        with Checkpoint.open(found.path) as checkpoint:
+            dtype, found.notes["dtype"] = choose_dtype(config.dtype, found.raw, checkpoint)
+            quantized = config.quantize != "none"
+            runtime = build_expert_runtime(expert_config, experts, device, dtype, quantized)
+            native = runtime.native
+            read = read_checkpoint(
+                checkpoint, found, config, dtype, device, native, HeapMemory(), progress
+            )
+    notes = {**found.notes, **read.notes, **runtime.notes}
+    generation = read_generation_config(found.path)
     return LoadedModel(
-        model=model,
+        model=build_transformer(spec, read.weights, runtime),
         spec=spec,
-        path=path,
-        eos_token_ids=eos_token_ids,
+        path=found.path,
+        eos_token_ids=_eos_token_ids(found.raw, generation, spec, notes),
         context_tokens=context_tokens,
-        num_parameters=sum(torch.Size(rule.shape).numel() for rule in rules),
+        num_parameters=read.num_parameters,
         dtype=dtype,
         device=device,
-        notes={**notes, **runtime.notes},
+        notes=notes,
         runtime=runtime,
     )
-
-
-def _choose_form(
-    config: ModelConfig, dtype: torch.dtype, runtime: ExpertRuntime
-) -> ChooseForm | None:
-    """How weights are packed; None where they are plain tensors."""
-    if runtime.native is not None:
-        return weight_formats(config, dtype)
-    if config.quantize != "none":
-        raise ConfigError(
-            f"quantize: {config.quantize} needs the native CPU backend",
-            field="quantize",
-            hint="leave out --quantize, or use --cpu-backend native on --device cpu",
-        )
-    return None
 
 
 def _context_tokens(config: ModelConfig, spec: ModelSpec) -> int:
@@ -177,30 +156,6 @@ def _device(name: str) -> torch.device:
             field="device",
             hint="install a torch with support for it, or choose another device",
         ) from error
-
-
-def _dtype(wanted: str, raw: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[torch.dtype, str]:
-    """The compute dtype and why: asked for, else config.json's, else the checkpoint's."""
-    if wanted != "auto":
-        return DTYPES[wanted], f"{wanted}, asked for"
-    stated = raw.get("dtype") or raw.get("torch_dtype")
-    if stated is not None:
-        if not isinstance(stated, str) or stated not in DTYPES:
-            raise ModelError(
-                f"config.json: dtype: {stated!r} is not one of {', '.join(DTYPES)}",
-                field="dtype",
-                hint="choose one of them with --dtype",
-            )
-        return DTYPES[stated], f"{stated}, from config.json"
-    embedding = "model.embed_tokens.weight"
-    if embedding in checkpoint and checkpoint.dtype(embedding) in DTYPES.values():
-        dtype = checkpoint.dtype(embedding)
-        return dtype, f"{_name(dtype)}, as the checkpoint stores {embedding}"
-    raise ModelError("config.json: dtype: missing", field="dtype", hint="choose one with --dtype")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _eos_token_ids(

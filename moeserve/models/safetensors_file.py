@@ -73,8 +73,10 @@ class SafetensorsFile:
     shortens after it was opened ends this one with SIGBUS, as with every mapping.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, advice: int = mmap.MADV_SEQUENTIAL) -> None:
+        """advice: how the mapping will be used, as madvise(2) has it."""
         self.path = path
+        self._advice = advice
         self.entries = read_header(path)
         self._mapping: mmap.mmap | None = None
         self._bytes: Tensor | None = None
@@ -109,7 +111,7 @@ class SafetensorsFile:
                     flags=mmap.MAP_PRIVATE | _NO_RESERVE,
                     prot=mmap.PROT_READ | mmap.PROT_WRITE,
                 )
-            mapping.madvise(mmap.MADV_SEQUENTIAL)
+            mapping.madvise(self._advice)
             self._mapping, self._bytes = mapping, torch.frombuffer(mapping, dtype=torch.uint8)
         return self._bytes
 

@@ -159,24 +159,22 @@ def _numbered(shape: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ExpertForms:
-    """The forms of the two products of one layer's experts."""
-
-    spec: ExpertSpec
-    gate_up: PackFormat
-    down: PackFormat
-
-
-@dataclass(frozen=True)
 class Store:
-    """What one stored weight looks like. form: None for a plain tensor in `dtype`, its shape;
-    otherwise packed, and `shape` counts bytes: [bytes] of a matrix, [E, record bytes] of experts.
+    """What one stored weight looks like.
+
+    forms: none for a plain tensor in `dtype`; one for a packed matrix, whose shape is [bytes]; for
+    experts those of gate and up and of down, [E, bytes of a record].
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    form: PackFormat | ExpertForms | None = None
+    forms: tuple[PackFormat, ...] = ()
+
+
+def store_of(rule: WeightRule) -> str:
+    """The stored weight that a rule fills: experts have one for both of their matrices."""
+    return block_of(rule.target) if rule.use in EXPERT_USES else rule.target
 
 
 class Memory(Protocol):
@@ -200,7 +198,7 @@ class HeapMemory:
 
     def _allocate(self, store: Store) -> Tensor:
         try:
-            if store.form is None:
+            if not store.forms:
                 return torch.empty(store.shape, dtype=store.dtype)
             num_bytes = torch.Size(store.shape).numel()
             return torch.from_numpy(_native.allocate(num_bytes)).view(store.shape)
@@ -240,9 +238,7 @@ class PackedTargets:
             r.target for r in rules if r.use is Use.PLAIN and block_of(r.target) in blocks
         }
         self._biases = in_records
-        all_rules = (
-            [*rules, tied_head_rule(self._spec)] if self._spec.tie_word_embeddings else rules
-        )
+        all_rules = [*rules, *tied_head_rules(self._spec)]
         stores = [self._experts_store(block, *pair) for block, pair in blocks.items()]
         stores += [
             self._store(rule)
@@ -252,8 +248,8 @@ class PackedTargets:
         rooms = dict(self._memory.reserve(stores))
         made: dict[str, Target] = {}
         for store in stores:
-            if isinstance(store.form, ExpertForms):
-                experts = self._experts(store.form, rooms[store.name])
+            if len(store.forms) == 2:
+                experts = self._experts(store, rooms[store.name])
                 for rule in blocks[store.name]:
                     made[rule.target] = PackedExpertsTarget(experts, rule.use, rule.shape)
         for rule in all_rules:
@@ -280,19 +276,21 @@ class PackedTargets:
 
     def _experts_store(self, block: str, gate_up: WeightRule, down: WeightRule) -> Store:
         spec = expert_spec(self._spec, block)
-        forms = ExpertForms(spec, self._choose(gate_up), self._choose(down))
-        num_bytes = PackedExperts.bytes_of_record(spec, forms.gate_up, forms.down)
-        return Store(block, (spec.num_experts, num_bytes), torch.uint8, forms)
+        forms = self._choose(gate_up), self._choose(down)
+        shape = (spec.num_experts, PackedExperts.bytes_of_record(spec, *forms))
+        return Store(block, shape, torch.uint8, forms)
 
     def _store(self, rule: WeightRule) -> Store:
         if rule.use is Use.PLAIN:
             return Store(rule.target, rule.shape, rule.dtype or self._dtype)
         form = self._choose(rule)
         num_bytes = form.layout(torch.Size(rule.shape[:-1]).numel(), rule.shape[-1]).num_bytes
-        return Store(rule.target, (num_bytes,), torch.uint8, form)
+        return Store(rule.target, (num_bytes,), torch.uint8, (form,))
 
-    def _experts(self, forms: ExpertForms, room: Tensor) -> PackedExperts:
-        return PackedExperts(self._runtime, forms.spec, forms.gate_up, forms.down, room.numpy())
+    def _experts(self, store: Store, room: Tensor) -> PackedExperts:
+        spec = expert_spec(self._spec, store.name)
+        gate_up, down = store.forms
+        return PackedExperts(self._runtime, spec, gate_up, down, room.numpy())
 
     def _target(self, rule: WeightRule, room: Tensor) -> Target:
         if rule.use is Use.PLAIN:
@@ -317,9 +315,11 @@ def _put_biases(block: str, weights: Mapping[str, Weight], biases: Mapping[str, 
     experts.put_biases(found["gate_up"], found["down"])
 
 
-def tied_head_rule(spec: ModelSpec) -> WeightRule:
-    """The head of a model that uses its embedding as one. It has no parts."""
-    return WeightRule(HEAD, (spec.vocab_size, spec.hidden_size), (), use=Use.HEAD)
+def tied_head_rules(spec: ModelSpec) -> list[WeightRule]:
+    """The head of a model that uses its embedding as one, without parts; [] where there is one."""
+    if not spec.tie_word_embeddings:
+        return []
+    return [WeightRule(HEAD, (spec.vocab_size, spec.hidden_size), (), use=Use.HEAD)]
 
 
 def block_of(target: str) -> str:

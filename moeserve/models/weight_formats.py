@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 
 from moeserve.config import ModelConfig
-from moeserve.cpu_backend.packing import PackFormat, dense_format
+from moeserve.cpu_backend.packing import FormatName, PackFormat, dense_format
 from moeserve.models.spec import ModelSpec, Quantization
 from moeserve.models.weight_map import Use, WeightRule
 
@@ -88,9 +88,9 @@ def weight_formats(
     return WeightFormats(int4, int4, int8, scores, True, weight_only, groups or {})
 
 
-def stored_codes(rule: WeightRule) -> str | None:
+def stored_codes(rule: WeightRule) -> FormatName | None:
     """The format in which the checkpoint holds all of a target, None: not all in one."""
-    forms = {None if part.codes is None else part.codes.form for part in rule.parts}
+    forms = {part.codes.form if part.codes is not None else None for part in rule.parts}
     return forms.pop() if len(forms) == 1 else None
 
 

@@ -20,6 +20,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from moeserve.cpu_backend.packing import FormatName
+
 #: basic indexing of leading dimensions; () is the whole tensor
 Index = tuple[slice | int, ...]
 Convert = Callable[[Sequence[Tensor]], Tensor]
@@ -41,12 +43,12 @@ class Use(Enum):
 class Codes:
     """How to take a part's quantised weights as they are, for a target that keeps their format.
 
-    form: the name of the format, of `packing.FORMATS`.
+    form: the name of the format.
     take: what `Part.convert` gets -> codes and scales as `packing.PackedWeight.put_codes` wants
         them, their rows in the order of target[index].
     """
 
-    form: str
+    form: FormatName
     take: TakeCodes
 
 
