@@ -1,8 +1,9 @@
 """Does an ISA level compute what plain C++ computes? Asked before a level is used.
 
 A level's file can be built on a machine that cannot run it, so a mistake in one of the rarer levels
-(AMX, bf16 instructions) may meet its first CPU at a user's. A few small products, with the odd sizes
-that kernels get wrong, take some milliseconds.
+A level is built on machines that cannot run it, so a mistake in one of the rarer ones (AMX, bf16
+instructions) may meet its first CPU at a user's. A few small products, with the odd sizes that
+kernels get wrong, take some milliseconds.
 """
 
 from __future__ import annotations
