@@ -137,7 +137,13 @@ class _Append(argparse.Action):
         setattr(args, self.dest, (*getattr(args, self.dest), value))
 
 
+def _number_or_word(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def _parser_of(name: str, hint: Any) -> Callable[[str], Any]:
+    if hint == int | str:
+        return _number_or_word
     if isinstance(hint, types.UnionType):
         (hint,) = (arm for arm in typing.get_args(hint) if arm is not type(None))
     if name.endswith("_bytes"):

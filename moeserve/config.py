@@ -17,6 +17,7 @@ from typing import Any
 from moeserve.core import ConfigError
 
 CPU_BACKENDS = ("auto", "native", "torch", "ipex")
+QUANTIZE_GROUPS = (32, 64, 128, "auto")
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "tiny-moe"
 
 
@@ -64,7 +65,9 @@ class ModelConfig:
     quantize: str = setting(
         "none", "none, int8 or int4: the weights of products on the CPU, rounded as they are read"
     )
-    quantize_group: int = setting(32, "int4: inputs that share a scale: 32, 64 or 128")
+    quantize_group: int | str = setting(
+        32, "int4: inputs that share a scale: 32, 64, 128, or auto: for each matrix by its error"
+    )
     quantize_zero_points: bool = setting(False, "int4: a zero point for every group, too")
     quantize_activations: bool | None = setting(
         None,
@@ -77,9 +80,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("quantize", self.quantize, ("none", "int8", "int4"))
-        if self.quantize_group not in (32, 64, 128):
+        if self.quantize_group not in QUANTIZE_GROUPS:
             raise ConfigError(
-                f"quantize_group: {self.quantize_group} is not one of 32, 64, 128",
+                f"quantize_group: {self.quantize_group!r} is not one of 32, 64, 128, auto",
                 field="quantize_group",
             )
         index = self.device.removeprefix("cuda:")

@@ -96,7 +96,7 @@ def _fill(
             target.put_codes(part.index, *part.codes.take(sources))
             yield sum(source.nbytes for source in sources), None
             return
-        for rows, piece, num_bytes in _pieces(checkpoint, part, rule, device):
+        for rows, piece, num_bytes in pieces(checkpoint, part, rule, device):
             yield num_bytes, target.put(part.index, rows, piece)
     except ModelError as error:
         raise ModelError(f"{' + '.join(part.names)}: {error}") from error
@@ -167,10 +167,13 @@ def _num_bytes(checkpoint: Checkpoint, part: Part) -> int:
     )
 
 
-def _pieces(
+def pieces(
     checkpoint: Checkpoint, part: Part, rule: WeightRule, device: torch.device
 ) -> Iterator[tuple[slice, Tensor, int]]:
-    """(rows of the part's region, what to fill them with, bytes read), for a part."""
+    """(rows of the part's region, what to fill them with, bytes read), for a part.
+
+    Whoever takes a piece must let go of it before the next one, and release the part's tensors.
+    """
     region = torch.empty(rule.shape, device="meta")[part.index]
     sources = [checkpoint.read(name)[part.select] for name in part.names]
     if part.convert is not None:

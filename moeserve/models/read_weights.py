@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ from moeserve.core import ConfigError, ModelError
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.family import Family
+from moeserve.models.group_choice import choose_groups
 from moeserve.models.loader import load_weights
 from moeserve.models.packed_model import PackedForms, PackedModel
 from moeserve.models.spec import ModelSpec
@@ -80,7 +81,10 @@ def read_checkpoint(
     targets: Targets = TensorTargets(dtype, device, spec.tie_word_embeddings)
     notes = {"weights": f"{name_of(dtype)} tensors"}
     if native is not None:
-        choose = weight_formats(config, dtype)
+        choose = formats = weight_formats(config, dtype)
+        if config.quantize == "int4" and config.quantize_group == "auto":
+            groups = choose_groups(checkpoint, rules, formats, progress)
+            choose = replace(formats, groups=groups)
         targets = PackedTargets(spec, native, choose, dtype, memory)
         notes["weights"] = f"packed; {describe_forms([*rules, *tied_head_rules(spec)], choose)}"
     elif config.quantize != "none":

@@ -15,6 +15,7 @@ from moeserve.cpu_backend.packing import FormatName, PackFormat, dense_format
 from moeserve.models.spec import ModelSpec, Quantization
 from moeserve.models.weight_map import Use, WeightRule
 
+INT4_GROUPS = (32, 64, 128)
 #: the form of a rule's target, for every use but PLAIN
 ChooseForm: TypeAlias = Callable[[WeightRule], PackFormat]
 
@@ -66,12 +67,11 @@ class WeightFormats:
         return form
 
 
-def weight_formats(
-    config: ModelConfig, dtype: torch.dtype, groups: Mapping[str, int] | None = None
-) -> WeightFormats:
+def weight_formats(config: ModelConfig, dtype: torch.dtype) -> WeightFormats:
     """How `config` wants packed weights of a model that computes in `dtype` stored.
 
-    groups: of targets, see WeightFormats. Raises ModelError for a dtype that is not kept.
+    Where `quantize_group` is auto, `groups` are left to whoever can look at the weights. Raises
+    ModelError for a dtype that is not kept.
     """
     scores = PackFormat("float32")  # small, and a rounded score can choose another expert
     rounds = config.quantize != "none"
@@ -83,9 +83,11 @@ def weight_formats(
     int8 = PackFormat("int8", weight_only=weight_only)
     if config.quantize == "int8":
         return WeightFormats(int8, int8, int8, scores, True, weight_only)
-    int4 = PackFormat("int4", config.quantize_group, config.quantize_zero_points, weight_only)
+    group = config.quantize_group
+    coarsest = group if isinstance(group, int) else max(INT4_GROUPS)
+    int4 = PackFormat("int4", coarsest, config.quantize_zero_points, weight_only)
     # The head's errors go straight into the logits, and it is a small part of an MoE.
-    return WeightFormats(int4, int4, int8, scores, True, weight_only, groups or {})
+    return WeightFormats(int4, int4, int8, scores, True, weight_only)
 
 
 def stored_codes(rule: WeightRule) -> FormatName | None:
