@@ -91,4 +91,4 @@ class NativeRuntime:
         self.handle = _native.Runtime(name, plan.num_threads, pinned, spin_us)
         if pinned:
             _native.pin_this_thread(pinned[0])
-        logger.info("native kernels: %s", self.reason)
+        logger.debug("native kernels: %s", self.reason)
