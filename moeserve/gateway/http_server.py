@@ -30,13 +30,17 @@ def bind(config: HttpConfig) -> socket.socket:
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, _, _, _, address = found[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        listener = socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(
             f"http: cannot listen on {config.host}:{config.port}: {error.strerror or error}",
             field="port",
             hint="choose another --port, or --port 0 for a free one, or another --host",
         ) from error
+    # Connections inherit it. asyncio sets it only where the socket's protocol number says TCP, and
+    # here that is 0: head and body are two writes, so every answer would wait for a delayed ACK.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 def url_of(listener: socket.socket) -> str:

@@ -190,6 +190,18 @@ def test_an_unknown_host_is_an_error_that_names_it() -> None:
         http_server.bind(HttpConfig(host="no.such.host.invalid", port=0))
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"] if socket.has_ipv6 else ["127.0.0.1"])
+def test_answers_do_not_wait_for_acknowledgements(host: str) -> None:
+    """40 ms per answer on Linux (Nagle's algorithm against delayed ACKs)."""
+    with (
+        http_server.bind(HttpConfig(host=host, port=0)) as listener,
+        socket.create_connection(listener.getsockname()[:2]),
+    ):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_addresses_are_urls() -> None:
     with http_server.bind(HttpConfig(port=0)) as listener:
         assert http_server.url_of(listener).startswith("http://127.0.0.1:")
