@@ -44,6 +44,7 @@ from moeserve.core import ConfigError
         (ExpertConfig, "predictor", "markov"),
         (ExpertConfig, "policy", "lru"),
         (ExpertConfig, "num_threads", 0),
+        (ExpertConfig, "spin_us", -1),
         (HttpConfig, "port", 70_000),
         (HttpConfig, "max_body_bytes", 0),
         (HttpConfig, "allowed_hosts", ("fine.example", "http://name")),
