@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from moeserve.config import ExpertConfig, read_environment
 from moeserve.core import ExpertSpec
-from moeserve.cpu_backend import choice as choice_module
 from moeserve.cpu_backend.backend import Demands
 from moeserve.cpu_backend.choice import choose_backend
-from moeserve.cpu_backend.ipex_backend import why_not_usable
+from moeserve.cpu_backend.ipex_backend import IpexBackend, why_not_usable
 from moeserve.cpu_backend.measurement import MeasurementFailed, measure_in_own_process, score_ms
 from moeserve.cpu_backend.remembered import Machine, Measured, recall, remember
 
@@ -182,7 +181,7 @@ def test_one_that_fails_is_left_out_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process of its own really runs and fails: there is no ipex here, or no such dtype."""
-    monkeypatch.setattr(choice_module.IpexBackend, "lacks", lambda demands: None)
+    monkeypatch.setattr(IpexBackend, "lacks", lambda demands: None)
     chosen = choose_backend(CONFIG, Demands(torch.float16, (GELU,)), tmp_path / "times.json")
     if why_not_usable() is not None:
         assert chosen.backend.name == "torch"
