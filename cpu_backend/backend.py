@@ -18,7 +18,7 @@ class Demands:
     """What a model asks of the backend that computes its experts.
 
     dtype: of activations, and of weights that are not quantized. experts: of its MoE layers.
-    quantized: the weights are stored in 8 bits or fewer.
+    quantized: the weights are packed already, or will be in 8 bits or fewer.
     """
 
     dtype: torch.dtype

@@ -86,7 +86,7 @@ class IpexBackend(OneThreadBackend):
     @classmethod
     def lacks(cls, demands: Demands) -> str | None:
         if demands.quantized:
-            return "it has no quantised weights"
+            return "it reads plain tensors, not packed or quantised weights"
         for spec in demands.experts:
             if spec.bias or spec.activation not in ("silu", "swish"):
                 kind = f"{spec.activation}{' with biases' if spec.bias else ''}"

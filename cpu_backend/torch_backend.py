@@ -57,7 +57,9 @@ class TorchBackend(OneThreadBackend):
 
     @classmethod
     def lacks(cls, demands: Demands) -> str | None:
-        return "it has no quantised weights" if demands.quantized else None
+        return (
+            "it reads plain tensors, not packed or quantised weights" if demands.quantized else None
+        )
 
     def add_layer(
         self, layer: int, spec: ExpertSpec, weights: ExpertWeights | PackedExperts

@@ -141,8 +141,8 @@ def test_more_threads_than_cores_are_not_pinned_and_it_says_so() -> None:
     ("name", "demands", "lack"),
     [
         ("native", Demands(torch.float16), "no float16 ones"),
-        ("torch", Demands(torch.bfloat16, quantized=True), "no quantised weights"),
-        ("ipex", Demands(torch.bfloat16, quantized=True), "no quantised weights"),
+        ("torch", Demands(torch.bfloat16, quantized=True), "packed or quantised weights"),
+        ("ipex", Demands(torch.bfloat16, quantized=True), "packed or quantised weights"),
     ],
 )
 def test_a_model_that_a_backend_cannot_run_is_refused(

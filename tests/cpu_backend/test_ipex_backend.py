@@ -162,7 +162,7 @@ def test_a_model_runs_on_it() -> None:
 
 
 def test_packed_weights_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no quantised weights"):
+    with pytest.raises(ConfigError, match="packed or quantised weights"):
         choose_backend(ExpertConfig(cpu_backend="ipex"), Demands(torch.bfloat16, quantized=True))
 
 
