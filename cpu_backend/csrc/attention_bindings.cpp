@@ -19,8 +19,6 @@ namespace nb = nanobind;
 
 namespace moeserve {
 
-void bind_attention(nb::module_ &m);
-
 namespace {
 
 constexpr std::int64_t kMostNumbers = std::int64_t{1} << 24;  // of a row: int in the kernels

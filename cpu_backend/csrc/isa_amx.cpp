@@ -8,6 +8,7 @@
 #include "kernels.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define MOESERVE_ATTENTION_ELSEWHERE  // see isa_avx512_vnni.cpp
 #include "vec_avx512.h"
 // The table's templates need the Vec above.
 #include "kernel_table.h"
@@ -142,9 +143,10 @@ void amx_gemm(const GemmJob &job) {
   gemm(job);
 }
 
-constexpr moeserve::Kernels make_amx_table() {
+moeserve::Kernels make_amx_table() {
   moeserve::Kernels table = make_table("amx");
   table.gemm = amx_gemm;
+  table.attention = moeserve::avx512_kernels()->attention;
   return table;
 }
 
@@ -153,7 +155,7 @@ constexpr moeserve::Kernels make_amx_table() {
 namespace moeserve {
 
 const Kernels *amx_kernels() {
-  static constexpr Kernels kTable = make_amx_table();
+  static const Kernels kTable = make_amx_table();
   return &kTable;
 }
 

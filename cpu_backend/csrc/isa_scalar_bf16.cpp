@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #if 1
+#define MOESERVE_ATTENTION_ELSEWHERE
 #include "vec_scalar.h"
 // The table's templates need the Vec above.
 #include "kernel_table.h"
@@ -11,7 +12,11 @@
 namespace moeserve {
 
 const Kernels *scalar_bf16_kernels() {
-  static constexpr Kernels kTable = make_table("scalar_bf16");
+  static const Kernels kTable = [] {
+    Kernels table = make_table("scalar_bf16");
+    table.attention = scalar_kernels()->attention;
+    return table;
+  }();
   return &kTable;
 }
 

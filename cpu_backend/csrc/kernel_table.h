@@ -1,6 +1,9 @@
 // The table of one ISA level, from the templates that were included before this file.
 #pragma once
 
+#if !defined(MOESERVE_ATTENTION_ELSEWHERE)
+#include "attention_kernels.h"
+#endif
 #include "gemm_kernels.h"
 #include "row_kernels.h"
 
@@ -22,6 +25,9 @@ constexpr moeserve::Kernels make_table(const char *name) {
   table.multiply_add_bf16 = multiply_add_bf16;
   table.multiply_add_int8 = multiply_add_int8;
   table.has_bf16_dot = Vec::kHasBf16Dot;
+#if !defined(MOESERVE_ATTENTION_ELSEWHERE)
+  table.attention = make_attention_table();
+#endif
   return table;
 }
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
 #include "packed.h"
 
 namespace moeserve {
@@ -61,6 +62,7 @@ struct ActivationSpec {
 
 struct Kernels {
   const char *name;
+  AttentionKernels attention;
 
   // out = rows x panels, overwriting. A row's result depends on that row and the weights alone, not
   // on num_rows, num_panels or where the row stands.

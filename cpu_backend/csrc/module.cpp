@@ -12,4 +12,5 @@ NB_MODULE(_native, m) {
   moeserve::bind_runtime(m);
   moeserve::bind_packing(m);
   moeserve::bind_products(m);
+  moeserve::bind_attention(m);
 }

@@ -16,7 +16,7 @@ from moeserve.cpu_backend.packing import PackedExperts, PackedWeight
 from moeserve.experts.layer import ExpertRuntime, build_moe_layer
 from moeserve.experts.router import RouterWeights
 from moeserve.models.attention import Attention, AttentionWeights, LatentAttention, MlaWeights
-from moeserve.models.attention_plan import TorchAttention
+from moeserve.models.attention_plan import NativeAttention, TorchAttention
 from moeserve.models.layers import GatedFfn, RmsNorm, RowFunction, SharedExpert
 from moeserve.models.spec import (
     AttentionSpec,
@@ -49,7 +49,7 @@ def build_transformer(
         tuple(layers),
         _norm(_tensor(weights, "norm"), spec.norm_eps, runtime),
         make_linear(head, out_dtype=torch.float32),
-        TorchAttention.plan,
+        TorchAttention.plan if runtime.native is None else NativeAttention.planner(runtime.native),
     )
 
 

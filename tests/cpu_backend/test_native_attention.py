@@ -17,9 +17,6 @@ from torch import Tensor
 
 from moeserve.cpu_backend import _native as native
 
-if not hasattr(native, "attend"):
-    pytest.skip("this build of the native module has no attention", allow_module_level=True)
-
 EACH_LEVEL = pytest.mark.parametrize("isa", LEVELS)
 GROUPED = Shape(2, 3, 40, 40, 40, 80, 0, False, torch.float32)
 

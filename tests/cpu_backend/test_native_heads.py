@@ -14,9 +14,6 @@ from torch import Tensor
 
 from moeserve.cpu_backend import _native as native
 
-if not hasattr(native, "attend"):
-    pytest.skip("this build of the native module has no attention", allow_module_level=True)
-
 EACH_LEVEL = pytest.mark.parametrize("isa", LEVELS)
 SEEDS = st.integers(0, 2**31)
 
