@@ -15,11 +15,10 @@ from parity_cases import (
     Runner,
     draw_config,
     make_reference,
-    reference_logits,
-    relative_error,
     save,
 )
 from safetensors.torch import load_file, save_file
+from support.settled import reference_logits, relative_error
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
