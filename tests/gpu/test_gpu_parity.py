@@ -18,13 +18,11 @@ from parity_cases import (
     Runner,
     Sequence_,
     draw_config,
-    is_settled,
     make_reference,
     reference_greedy,
-    reference_logits,
-    relative_error,
     save,
 )
+from support.settled import is_settled, reference_logits, relative_error
 from transformers import PreTrainedModel
 
 from moeserve.config import EngineConfig, ExpertConfig, ModelConfig
