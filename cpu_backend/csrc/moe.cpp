@@ -10,6 +10,7 @@ constexpr std::int64_t kGateUpPanels = 4;
 constexpr std::int64_t kDownPanels = 2;
 constexpr std::int64_t kAloneBytes = 64 * 1024;
 constexpr std::int64_t kManyRows = 8;
+constexpr std::int64_t kDecodeRows = 4;  // of an expert: reading its weights is what takes time
 constexpr std::int64_t kGateUpPanelsMany = 16;
 constexpr std::int64_t kDownPanelsMany = 8;
 
@@ -108,6 +109,17 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
                                        plan.pairs[static_cast<std::size_t>(group.first)].token);
   };
 
+  const bool decode = most_rows <= kDecodeRows;
+  // The item that a thread will take after this one, if threads take turns.
+  const auto prefetch_gate_up = [&](std::int64_t item) {
+    if (!decode || item >= num_groups * gate_up_items) return;
+    const Group &group = plan.groups[static_cast<std::size_t>(item / gate_up_items)];
+    const std::int64_t panel = item % gate_up_items * gate_up_panels;
+    prefetch_panels(experts.records[static_cast<std::size_t>(group.expert)] +
+                        static_cast<std::size_t>(panel) * experts.gate_up.panel_bytes,
+                    experts.gate_up, std::min(gate_up_panels, experts.gate_up.num_panels - panel));
+  };
+
   const auto gate_up = [&](float *out, std::int64_t item) {
     const Group &group = plan.groups[static_cast<std::size_t>(item / gate_up_items)];
     const std::int64_t panel = item % gate_up_items * gate_up_panels;
@@ -123,6 +135,7 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
         .out = out,
         .out_stride = static_cast<std::size_t>(panels * kPanelOutputs),
     };
+    prefetch_gate_up(item + runtime.pool.num_threads());
     kernels.gemm(gemm);
     const float *bias = nullptr;
     if (experts.gate_up_bias_offset != 0) {
@@ -147,11 +160,18 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
     const std::int64_t width = panels * kPanelOutputs;
     float *sums = out + out_numbers;
     std::fill_n(sums, job.num_tokens * width, 0.0f);
+    const auto panels_of = [&](const Group &group) {
+      return experts.records[static_cast<std::size_t>(group.expert)] + experts.down_offset +
+             static_cast<std::size_t>(panel) * experts.down.panel_bytes;
+    };
     for (const Group &group : plan.groups) {
       const std::uint8_t *record = experts.records[static_cast<std::size_t>(group.expert)];
+      const auto next = static_cast<std::size_t>(&group - plan.groups.data()) + 1;
+      if (decode && next < plan.groups.size()) {
+        prefetch_panels(panels_of(plan.groups[next]), experts.down, panels);
+      }
       const GemmJob gemm = {
-          .panels = record + experts.down_offset +
-                    static_cast<std::size_t>(panel) * experts.down.panel_bytes,
+          .panels = panels_of(group),
           .layout = &experts.down,
           .rows = rows_from(hidden, hidden_format, group.first),
           .row_format = &hidden_format,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -145,16 +146,33 @@ def stored_bits(engine: Engine) -> dict[str, float]:
     if loaded.runtime.native is None:
         plain = float(8 * loaded.dtype.itemsize)
         return {"experts": plain, "product": plain, "head": plain, "router": plain}
-    formats = weight_formats(engine.config.model, loaded.dtype)
     hidden = loaded.spec.hidden_size
-    experts = next(iter(loaded.spec.moe_layers.values())).experts
+    moe_layer, ffn = next(iter(loaded.spec.moe_layers.items()))
+    experts = ffn.experts
     gate_up = (2 * experts.intermediate_size, experts.hidden_size)
     down = (experts.hidden_size, experts.intermediate_size)
+    layer = f"layers.{moe_layer}"
+    forms = _forms(engine, layer)
     return {
-        "experts": _bits(formats.experts, gate_up, down),
-        "product": _bits(formats.product, (hidden, hidden)),
-        "head": _bits(formats.head, (loaded.spec.vocab_size, hidden)),
-        "router": _bits(formats.scores, (experts.num_experts, hidden)),
+        "experts": _bits(forms[f"{layer}.experts"], gate_up, down),
+        "product": _bits(forms[f"{layer}.output.weight"], (hidden, hidden)),
+        "head": _bits(forms["head"], (loaded.spec.vocab_size, hidden)),
+        "router": _bits(forms[f"{layer}.router.weight"], (experts.num_experts, hidden)),
+    }
+
+
+def _forms(engine: Engine, layer: str) -> dict[str, PackFormat]:
+    """How the model's weights are stored, by the names of a packed model's manifest."""
+    manifest = engine.loaded.path / "moeserve_pack.json"
+    if manifest.is_file():
+        weights = json.loads(manifest.read_text())["weights"]
+        return {n: PackFormat(**w["forms"][0]) for n, w in weights.items() if w["forms"]}
+    formats = weight_formats(engine.config.model, engine.loaded.dtype)
+    return {
+        f"{layer}.experts": formats.experts,
+        f"{layer}.output.weight": formats.product,
+        f"{layer}.router.weight": formats.scores,
+        "head": formats.head,
     }
 
 
