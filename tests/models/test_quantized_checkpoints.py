@@ -3,6 +3,7 @@ numbers in float32; and layers for multi-token prediction that are left alone.""
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -204,9 +205,12 @@ def test_mxfp4(seed: int, tmp_path: Path) -> None:
     loaded = load_native(path)
     assert relative_error(Runner(loaded).logits(token_ids), expected) < 1e-4
     assert loaded.notes["quantization"] == "mxfp4: kept in 6 weights"
-    near = logits_of(path, token_ids, "bfloat16")
-    error = (near - expected).abs().amax(-1) / expected.abs().amax()
-    assert float(error.median()) < 0.05
+    # In bfloat16, as far from float32 as transformers' own is: see test_parity.
+    peer = copy.deepcopy(reference).to(torch.bfloat16)
+    theirs = (reference_logits(peer, token_ids) - expected).abs().amax(-1)
+    ours = (logits_of(path, token_ids, "bfloat16") - expected).abs().amax(-1)
+    assert float(ours.quantile(0.1)) < 2.5 * float(theirs.quantile(0.1))
+    assert float(ours.median()) < 6 * float(theirs.median())
 
 
 def test_bad_codes_are_named(seed: int, tmp_path: Path) -> None:
