@@ -129,14 +129,20 @@ def test_int4_leaves_the_smallest_error_of_the_scales_it_tries(
         zero = torch.tensor(8.0, dtype=torch.float64)
     power = groups.square().sum(-1)
     least = power  # what codes of zero would leave
+    tie = torch.zeros(power.shape, dtype=torch.bool)  # a number half-way between two codes
     for factor in (1.0, 0.92, 0.84):
-        codes = (groups / (reach * factor)).nan_to_num().round().clamp(-zero, 15 - zero)
+        wanted = (groups / (reach * factor)).nan_to_num()
+        tie |= ((wanted % 1 - 0.5).abs() < 1e-5).any(-1)
+        codes = wanted.round().clamp(-zero, 15 - zero)
         gain = (codes * groups).sum(-1).square() / codes.square().sum(-1)
         least = torch.minimum(least, power - gain.nan_to_num())
     error = (groups_of(pack(kind, weight), kind.group_cols).double() - groups).square().sum(-1)
-    # The scale is rounded to bf16, which is off by 2^-8; float32 decides near ties in its own way,
-    # between codes that leave nearly the same error but want scales that round apart.
-    close = error <= 1.02 * least + power * (2**-16 + 1e-6)
+    # The scale is rounded to bf16, which is off by 2^-8.
+    rounding = power * (2**-16 + 1e-6)
+    close = error <= least + rounding
+    # float32 decides ties in its own way, between codes that leave nearly the same error but want
+    # scales that round apart.
+    close = close | (tie & (error <= 1.02 * least + rounding))
     if kind.asymmetric:  # a zero point at a tie may be the neighbour's
         close = close | (((-low / reach) % 1 - 0.5).abs() < 1e-4).squeeze(-1)
     assert close.all()
