@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 64
@@ -80,6 +82,19 @@ class Routing:
 
     ids: torch.Tensor
     weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """What one step asks of the experts of one layer, over all rows of the batch.
+
+    rows: [E] int32, rows that chose each expert. weights: [E] float32, the sum of their router
+    weights for it.
+    """
+
+    layer: int
+    rows: NDArray[np.int32]
+    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
