@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from moeserve.models.packed_model import (
 from moeserve.models.read_weights import choose_dtype, name_of, read_checkpoint
 from moeserve.models.registry import find_model
 from moeserve.models.safetensors_file import DTYPES, LENGTH_BYTES
-from moeserve.models.targets import Store
+from moeserve.models.stores import Store
 
 MAX_SHARD_BYTES = 4 << 30
 #: pages that were written are given back after so many bytes of the checkpoint
@@ -79,7 +79,7 @@ def pack_model(
         for file in _files_to_copy(found.path):
             shutil.copyfile(file, path / file.name)
         memory = PackWriter(path)
-        with Checkpoint.open(found.path) as checkpoint:
+        with closing(Checkpoint.open(found.path)) as checkpoint:
             dtype, found.notes["dtype"] = choose_dtype(config.dtype, found.raw, checkpoint)
             read = read_checkpoint(
                 checkpoint, found, config, dtype, CPU, runtime, memory, memory.watch(progress)

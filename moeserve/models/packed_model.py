@@ -16,7 +16,6 @@ import hashlib
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import msgspec
@@ -25,7 +24,7 @@ from torch import Tensor
 from moeserve.core import ModelError
 from moeserve.cpu_backend.packing import LAYOUT_VERSION, FormatName, PackFormat
 from moeserve.models.safetensors_file import SafetensorsFile
-from moeserve.models.targets import Store, store_of
+from moeserve.models.stores import Store, store_of
 from moeserve.models.weight_map import Use, WeightRule
 
 MANIFEST = "moeserve_pack.json"
@@ -156,17 +155,6 @@ class PackedModel:
         """The mapping lives as long as a weight in it."""
         for file in self._files.values():
             file.close()
-
-    def __enter__(self) -> PackedModel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open_file(self, name: str, num_bytes: int) -> SafetensorsFile:
         if Path(name).name != name:

@@ -18,15 +18,10 @@ from moeserve.models.family import Family
 from moeserve.models.group_choice import choose_groups
 from moeserve.models.loader import load_weights
 from moeserve.models.packed_model import PackedForms, PackedModel
+from moeserve.models.packed_targets import PackedTargets, tied_head_rules
 from moeserve.models.spec import ModelSpec
-from moeserve.models.targets import (
-    Memory,
-    PackedTargets,
-    Targets,
-    TensorTargets,
-    Weight,
-    tied_head_rules,
-)
+from moeserve.models.stores import Memory
+from moeserve.models.targets import Targets, TensorTargets, Weight
 from moeserve.models.weight_formats import (
     ChooseForm,
     describe_forms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -39,7 +40,7 @@ from moeserve.models.read_weights import (
     read_packed,
 )
 from moeserve.models.spec import ModelSpec
-from moeserve.models.targets import HeapMemory
+from moeserve.models.stores import HeapMemory
 from moeserve.models.transformer import Transformer
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -107,12 +108,12 @@ def load_model(
     experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
     if is_packed(found.path):
         check_packed_settings(config, device)
-        with PackedModel(found.path) as packed:
+        with closing(PackedModel(found.path)) as packed:
             dtype = DTYPES[packed.manifest.dtype]
             runtime = build_expert_runtime(expert_config, experts, device, dtype, True)
             read = read_packed(packed, found, config, runtime.native)
     else:
-        with Checkpoint.open(found.path) as checkpoint:
+        with closing(Checkpoint.open(found.path)) as checkpoint:
             dtype, found.notes["dtype"] = choose_dtype(config.dtype, found.raw, checkpoint)
             quantized = config.quantize != "none"
             runtime = build_expert_runtime(expert_config, experts, device, dtype, quantized)

@@ -22,7 +22,7 @@ from moeserve.models import pack
 from moeserve.models.pack import layout_file, pack_model
 from moeserve.models.packed_model import MANIFEST
 from moeserve.models.registry import LoadedModel, load_model
-from moeserve.models.targets import Store
+from moeserve.models.stores import Store
 
 NATIVE = ExpertConfig(cpu_backend="native")
 TINY = str(BUNDLED_MODEL)
