@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Collection
 from statistics import median
 
 from admission.runs import BLOCK_TOKENS
@@ -19,7 +19,9 @@ from moeserve.engine.sequence import Sequence
 class FullHouse(PastFuture):
     """Computes the whole rule and then lets 64 run, so that every step pays for a refusal."""
 
-    def admits(self, candidate: Sequence, running: Seq[Sequence], blocks: BlockManager) -> bool:
+    def admits(
+        self, candidate: Sequence, running: Collection[Sequence], blocks: BlockManager
+    ) -> bool:
         super().admits(candidate, running, blocks)
         return len(running) < 64
 
