@@ -8,6 +8,7 @@ the same form, and say so (`source`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -23,8 +24,8 @@ SHIPPED = files("moeserve") / "planner" / "profiles"
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measured value. spread: (largest - smallest) / median of the repeats; 0 for a data sheet's
-    number and for what was measured once."""
+    """A measured value: the median of the repeats. spread: the distance of their quartiles as a
+    share of it; 0 for a data sheet's number."""
 
     value: float
     spread: float = 0.0
@@ -171,6 +172,21 @@ def read_profile(path: Path) -> Profile:
             field="profile",
             hint="`moeserve calibrate` writes one",
         ) from error
+
+
+def all_figures(part: object) -> Iterator[Figure]:
+    """Every figure of a profile, or of a part of one."""
+    if isinstance(part, Figure):
+        yield part
+    elif isinstance(part, msgspec.Struct):
+        for name in part.__struct_fields__:
+            yield from all_figures(getattr(part, name))
+    elif isinstance(part, dict):
+        for value in part.values():
+            yield from all_figures(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from all_figures(value)
 
 
 class _Versioned(msgspec.Struct):
