@@ -225,7 +225,7 @@ class ExpertCache:
         number = self._loading(key)
         for lease in self._leases:
             if lease.pins(key.layer, key.expert):
-                lease.abandoned.add(key.expert)
+                lease.forget(key.expert)
         self._drop(number)
 
     def evict(self, key: ExpertKey) -> None:
@@ -364,7 +364,7 @@ class ExpertCache:
             assert slots.slots == tuple(self._slot[span].tolist()), f"layer {layer}: stale slots"
             assert slots.version == self._versions[layer], f"layer {layer}: stale version"
         for lease in self._leases:
-            for e in set(lease.experts) - lease.abandoned:
+            for e in lease.experts:
                 key = ExpertKey(lease.placement.layer, e)
                 assert held[self.numbers.number(key)], f"{key} is read by a step and has no slot"
 

@@ -20,7 +20,7 @@ class Lease:
     when the last reader is done (DESIGN, invariant 3); the cache asks when it next needs slots.
     """
 
-    __slots__ = ("_cache", "_done", "abandoned", "experts", "outlived", "placement")
+    __slots__ = ("_cache", "_done", "experts", "outlived", "placement")
 
     def __init__(self, cache: ExpertCache, placement: Placement, experts: tuple[int, ...]) -> None:
         """experts: what of the placement stands in the cache's tier."""
@@ -29,7 +29,6 @@ class Lease:
         self.outlived = False  # the `with` block has ended, its readers have not
         self.placement = placement
         self.experts = experts
-        self.abandoned: set[int] = set()  # those whose load failed under the lease
 
     def until(self, done: Callable[[], bool]) -> None:
         """The lease lasts until done() is true, at the earliest to the end of the `with` block."""
@@ -40,9 +39,11 @@ class Lease:
         return self._done is None or self._done()
 
     def pins(self, layer: int, expert: int) -> bool:
-        if layer != self.placement.layer or expert in self.abandoned:
-            return False
-        return expert in self.experts
+        return layer == self.placement.layer and expert in self.experts
+
+    def forget(self, expert: int) -> None:
+        """Its load failed under the lease: there is nothing left to read."""
+        self.experts = tuple(e for e in self.experts if e != expert)
 
     def __enter__(self) -> LayerSlots:
         return self._cache.begin(self)

@@ -244,9 +244,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def settled(self) -> None:
         """A release may let slots go that are owed."""
+        given_up = self.cache.take_given_up()
         self.follow_losses()
-        self.follow_slots(SlotChange((), self.cache.take_given_up()))
-        self.follow_losses()
+        self.follow_slots(SlotChange((), given_up))
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
