@@ -119,6 +119,10 @@ class ExpertCache:
             self._layer_slots[layer] = found
         return found
 
+    def num_obtainable(self, protect: Placement) -> int:
+        """Slots that a fetch can have without taking what a lease or `protect` names."""
+        return self.num_free + len(self._evictable(protect))
+
     # Use
 
     def observe(self, use: LayerUse) -> None:
