@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from moeserve.cpu_backend.linear import make_linear
-from moeserve.experts.router import Router, RouterWeights
+from moeserve.experts.router import Router
 from moeserve.predictors.gates import LayerGate
 
 
-def layer_gate(
-    layer: int, router: Router, weights: RouterWeights, norm_weight: Tensor
-) -> LayerGate:
+def layer_gate(layer: int, router: Router, norm_weight: Tensor) -> LayerGate:
     """The gate of MoE layer `layer`, on the CPU in float32.
 
-    weights: what `router` was made of. norm_weight: [H], of the RMS norm before it.
+    norm_weight: [H], of the RMS norm before it.
     """
+    weights = router.weights
     weight = weights.weight
     if not isinstance(weight, Tensor):  # packed: its rows are what it makes of the unit vectors
         weight = make_linear(weight)(torch.eye(router.spec.hidden_size)).T.contiguous()

@@ -102,6 +102,7 @@ class Router:
         """Raises ModelError where tensors and spec do not fit."""
         _check_shapes(spec, weights)
         self.spec = spec
+        self.weights = weights
         weight, bias = weights.weight, weights.bias
         if isinstance(weight, Tensor) and spec.float32_logits:
             weight, bias = weight.float(), None if bias is None else bias.float()

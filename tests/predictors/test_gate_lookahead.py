@@ -25,9 +25,7 @@ HIDDEN = 24
 LAYERS = (1, 2, 4)
 
 
-def random_router(
-    spec: RouterSpec, generator: torch.Generator
-) -> tuple[Router, RouterWeights, Tensor]:
+def random_router(spec: RouterSpec, generator: torch.Generator) -> tuple[Router, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
@@ -36,7 +34,7 @@ def random_router(
         normal(spec.num_experts) if spec.bias else None,
         0.2 * normal(spec.num_experts) if spec.correction_bias else None,
     )
-    return Router(spec, weights), weights, 0.5 + torch.rand(spec.hidden_size, generator=generator)
+    return Router(spec, weights), 0.5 + torch.rand(spec.hidden_size, generator=generator)
 
 
 def rms_norm(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -69,12 +67,12 @@ def test_an_unchanged_stream_is_foreseen(spec: RouterSpec, rows: int) -> None:
     hidden = torch.randn(rows, HIDDEN, generator=generator)
     foreseen = {}
     for layer in LAYERS:
-        router, _, norm = routers[layer]
+        router, norm = routers[layer]
         x = rms_norm(hidden, norm)
         found = predictor.row_chances(layer, x)
         foreseen[layer] = set(found)
         for ahead, chances in found.items():
-            later, _, later_norm = routers[ahead]
+            later, later_norm = routers[ahead]
             chosen = later(rms_norm(hidden, later_norm)).ids
             for row in range(rows):
                 border = np.sort(chances[row])[-spec.top_k]
