@@ -51,6 +51,8 @@ class Engine:
         self.scheduler = RequestScheduler(
             config.scheduler, self.blocks, loaded.eos_token_ids, loaded.context_tokens
         )
+        kv_bytes = num_blocks * KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
+        loaded.runtime.fit_host_memory(loaded.resident_bytes + kv_bytes)
         kv = KvPool(loaded.spec, num_blocks, block_tokens, loaded.dtype, loaded.device)
         self.runner = ModelRunner(loaded.model, kv, block_tokens, loaded.device)
         self.sampler = Sampler(loaded.spec.vocab_size, loaded.eos_token_ids, loaded.device)
@@ -134,6 +136,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""
         self.scheduler.check_integrity()
+        self.loaded.runtime.check_integrity()
 
     def close(self) -> None:
         """Ends the threads that compute experts. Nothing may be called after it."""

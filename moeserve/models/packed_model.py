@@ -164,7 +164,10 @@ class PackedModel:
                 f"{name}: {len(entry.checksums)} checksums for {num_experts} experts, which are"
                 " read from disk again and again"
             )
-        start = self._files[entry.file].entries[name].start
+        file = self._files.get(entry.file)
+        if file is None or name not in file.entries:
+            raise self._broken(f"{name} is not in {entry.file!r:.80}")
+        start = file.entries[name].start
         path = self.path / entry.file
         return [
             DiskRecord(path, start + record_bytes * expert, record_bytes, entry.checksums[expert])

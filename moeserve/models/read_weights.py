@@ -127,9 +127,15 @@ def check_packed_settings(config: ModelConfig, device: torch.device) -> None:
 
 
 def read_packed(
-    packed: PackedModel, found: FoundModel, config: ModelConfig, native: NativeRuntime | None
+    packed: PackedModel,
+    memory: Memory,
+    found: FoundModel,
+    config: ModelConfig,
+    native: NativeRuntime | None,
 ) -> ReadWeights:
-    """Raises ModelError for a directory that is broken, ConfigError for settings it cannot have."""
+    """memory: `packed` itself, or what takes only a part of it.
+
+    Raises ModelError for a directory that is broken, ConfigError for settings it cannot have."""
     stated = packed.manifest.dtype
     if config.dtype not in ("auto", stated):
         raise ConfigError(
@@ -148,7 +154,7 @@ def read_packed(
     choose = PackedForms(packed, None if integers is None else not integers)
     # No names of a checkpoint: the targets of a family do not depend on them, only their parts do.
     rules = found.family.weight_rules(spec, (), dtype)
-    targets = PackedTargets(spec, native, choose, dtype, packed)
+    targets = PackedTargets(spec, native, choose, dtype, memory)
     weights = targets.finish(targets.make(rules))
     notes = {
         "dtype": f"{stated}, as it was packed",

@@ -3,6 +3,7 @@ disk, to be fetched as they are wanted."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -23,19 +24,19 @@ class ResidentPart:
     is_filled = True
 
     def __init__(self, packed: PackedModel) -> None:
+        """Raises ModelError for a directory whose experts cannot be read one by one."""
         self._packed = packed
-        self.records: dict[ExpertKey, DiskRecord] = {}
         self.num_bytes = 0  # of the copies
+        self.records: dict[ExpertKey, DiskRecord] = {}
+        for name in filter(is_routed, packed.manifest.weights):
+            layer = int(name.split(".")[1])
+            for expert, record in enumerate(packed.on_disk(name)):
+                self.records[ExpertKey(layer, expert)] = record
 
     def reserve(self, stores: Sequence[Store]) -> dict[str, Tensor]:
         """Raises ModelError as `PackedModel` does, and where there is no memory."""
         mapped = self._packed.reserve(stores)
-        routed = [store.name for store in stores if is_routed(store)]
-        for name in routed:
-            layer = int(name.split(".")[1])
-            for expert, record in enumerate(self._packed.on_disk(name)):
-                self.records[ExpertKey(layer, expert)] = record
-        copied = [store for store in stores if store.name not in routed]
+        copied = [store for store in stores if not is_routed(store.name)]
         rooms = HeapMemory().reserve(copied)
         for store in copied:
             rooms[store.name].copy_(mapped.pop(store.name))
@@ -44,6 +45,6 @@ class ResidentPart:
         return mapped | rooms
 
 
-def is_routed(store: Store) -> bool:
-    """Whether it holds experts that a router chooses among: `layers.N.experts`."""
-    return store.name.endswith(".experts")
+def is_routed(name: str) -> bool:
+    """Whether a store of that name holds experts that a router chooses among."""
+    return re.fullmatch(r"layers\.\d+\.experts", name) is not None
