@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from moeserve.cache.expert_cache import ExpertCache
 from moeserve.cache.tiers.disk_store import DiskStore
 from moeserve.cache.tiers.host_slots import HostSlots
+from moeserve.cache.tiers.source import StoreError
 from moeserve.cache.transfer import Arrival, Transfers, Urgency
 from moeserve.cache.types import CacheError, ExpertState, Load
 from moeserve.core import ExpertKey, Placement
@@ -38,6 +39,7 @@ class DiskSupply(ExpertSupply):
         # expert that was evicted stays known until its slot is written again.
         self._owners: dict[int, ExpertKey] = {}
         self._places: dict[ExpertKey, int] = {}
+        self._failed: dict[ExpertKey, StoreError] = {}
 
     def add_layer(self, layer: int, experts: PackedExperts) -> None:
         """Takes over where the layer's records are."""
@@ -59,7 +61,7 @@ class DiskSupply(ExpertSupply):
         return len(loads)
 
     def collect(self) -> None:
-        """Takes what has arrived meanwhile; a prefetch that failed is only logged."""
+        """Takes what has arrived meanwhile."""
         for arrival in self.transfers.finished():
             self._take(arrival)
 
@@ -133,6 +135,9 @@ class DiskSupply(ExpertSupply):
         missing = list(wanted)
         while missing:
             ready = [e for e in missing if self._state(layer, e) is ExpertState.READY]
+            for expert in missing:
+                if self._state(layer, expert) is ExpertState.ABSENT:
+                    raise self._failed.pop(ExpertKey(layer, expert))
             if ready:
                 missing = [e for e in missing if e not in ready]
                 yield tuple(ready)
@@ -156,13 +161,12 @@ class DiskSupply(ExpertSupply):
             self._take(arrival)
 
     def _take(self, arrival: Arrival) -> None:
-        """Raises the StoreError of a demand."""
+        """An error is raised when a step needs the expert: of a guess it may be that none does."""
         key, slot = arrival.load.key, arrival.load.slot
         if arrival.error is not None:
+            logger.warning("layer %d, expert %d: %s", *key, arrival.error)
+            self._failed[key] = arrival.error
             self.cache.abandon(key)
-            if arrival.urgency is Urgency.DEMAND:
-                raise arrival.error
-            logger.warning("prefetch of layer %d, expert %d failed: %s", *key, arrival.error)
             return
         experts = self._layers[key.layer]
         experts.native.set_record(key.expert, self.slots[slot][: experts.record_bytes])
