@@ -53,7 +53,11 @@ class Engine:
         num_blocks = _num_kv_blocks(config, loaded)
         self.blocks = BlockManager(num_blocks, block_tokens, config.kv.prefix_reuse)
         self.scheduler = RequestScheduler(
-            config.scheduler, self.blocks, loaded.eos_token_ids, loaded.context_tokens
+            config.scheduler,
+            self.blocks,
+            loaded.eos_token_ids,
+            loaded.context_tokens,
+            kv_switch_tokens=loaded.spec.kv_switch_tokens,
         )
         kv_bytes = num_blocks * KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
         loaded.runtime.fit_host_memory(loaded.resident_bytes + kv_bytes)
