@@ -125,11 +125,16 @@ class Engine:
         return self._ended(self.scheduler.abort(request_id, reason, time.time()))
 
     def step(self) -> list[EngineDelta]:
-        """Runs the tokens that the scheduler picks; returns what they added to each request."""
+        """Runs the tokens that the scheduler picks; returns what they added to each request.
+
+        Raises ModelError where a file that weights are mapped from was changed: nothing more that
+        this engine computes could be trusted.
+        """
         started_s = time.perf_counter()
         batch = self.scheduler.schedule(time.time())
         if batch is None:
             return self._ended(self.scheduler.drain_events())
+        self.loaded.check_files()
         try:
             output = self.runner.forward(batch)
         except StoreError as error:
