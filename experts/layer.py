@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
 from moeserve.cache.expert_cache import Tier
-from moeserve.core import ExpertSpec, ExpertWeights
+from moeserve.core import ExpertSpec, ExpertWeights, Routing
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.torch_grouped import GroupedExperts
 from moeserve.experts.executor import Executor
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
+
+
+class Routes(Protocol):
+    """What a layer needs of its router."""
+
+    @property
+    def spec(self) -> RouterSpec: ...
+
+    def __call__(self, x: Tensor) -> Routing:
+        """x [T, H] to each row's experts."""
 
 
 class MoELayer:
@@ -21,7 +33,7 @@ class MoELayer:
         self, layer: int, router: Router, executor: Executor, runtime: ExpertRuntime
     ) -> None:
         self.layer = layer
-        self.router = router
+        self.router: Routes = router
         self.executor = executor
         self.cache = runtime.cache
         self.supply = runtime.supply
@@ -66,8 +78,8 @@ def build_moe_layer(
         assert isinstance(expert_weights, ExpertWeights), "packed weights are for the CPU"
         first_slot = min(runtime.cache.slots(layer).slots)
         device = GroupedExperts(expert_spec, expert_weights, first_slot)
-        return MoELayer(layer, router, Executor(runtime.backend, device), runtime)
+        return MoELayer(layer, router, Executor(runtime.backend, device, runtime.watch), runtime)
     runtime.backend.add_layer(layer, expert_spec, expert_weights)
     if isinstance(expert_weights, PackedExperts):
         runtime.add_layer(layer, expert_weights)
-    return MoELayer(layer, router, Executor(runtime.backend, None), runtime)
+    return MoELayer(layer, router, Executor(runtime.backend, None, runtime.watch), runtime)

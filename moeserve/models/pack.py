@@ -86,18 +86,7 @@ def pack_model(
                 checkpoint, found, config, dtype, CPU, runtime, memory, memory.watch(progress)
             )
         memory.close()
-        manifest = Manifest(
-            format=FORMAT,
-            version=VERSION,
-            layout=LAYOUT_VERSION,
-            model=config.name,
-            config_sha256=config_sha256(path),
-            dtype=name_of(dtype),
-            files=memory.files,
-            weights=memory.weights,
-        )
-        (path / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-        _sync(path / MANIFEST)
+        memory.write_manifest(config.name, name_of(dtype))
     return PackReport(out, sum(memory.files.values()), found.notes | read.notes)
 
 
@@ -158,6 +147,22 @@ class PackWriter:
         for mapping in self._mappings:
             mapping.flush()
         self._mappings.clear()
+
+    def write_manifest(self, model: str, dtype: str) -> None:
+        """Last of all, beside config.json: the directory is whole from then on."""
+        manifest = Manifest(
+            format=FORMAT,
+            version=VERSION,
+            layout=LAYOUT_VERSION,
+            model=model,
+            config_sha256=config_sha256(self.path),
+            dtype=dtype,
+            files=self.files,
+            weights=self.weights,
+        )
+        file = self.path / MANIFEST
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+        _sync(file)
 
     def _make_file(self, name: str, header: bytes, num_bytes: int) -> mmap.mmap:
         try:
