@@ -43,6 +43,9 @@ struct GemmJob {
   int num_panels;
   float *out;              // [num_rows, out_stride], 16 floats per panel
   std::size_t out_stride;  // in floats
+  // Panels of the same layout that this thread will want next, to be asked for meanwhile; or none.
+  const std::uint8_t *next = nullptr;
+  int num_next = 0;
 };
 
 enum class Activation : int {

@@ -38,6 +38,9 @@ void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x
       static_cast<std::size_t>(std::min(num_rows, kRowsPerItem) * item_panels * kPanelOutputs);
   for (auto &scratch : runtime.workspace.per_thread) scratch.take<float>(out_numbers);
 
+  const auto panels_at = [&](std::int64_t panel) {
+    return matrix.panels + static_cast<std::size_t>(panel) * layout.panel_bytes;
+  };
   const bool alone = static_cast<std::int64_t>(layout.bytes()) * num_rows < kAloneBytes;
   const auto region = [&](Worker &worker) {
     worker.share(num_rows, [&](std::int64_t row) {
@@ -46,13 +49,14 @@ void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x
     });
     auto *out = runtime.workspace.per_thread[static_cast<std::size_t>(worker.index())].take<float>(
         out_numbers);
-    worker.share(panel_items * row_items, [&](std::int64_t item) {
-      const std::int64_t panel = item % panel_items * item_panels;
+    const auto panel_of = [&](std::int64_t item) { return item % panel_items * item_panels; };
+    worker.share_ahead(panel_items * row_items, [&](std::int64_t item, std::int64_t next) {
+      const std::int64_t panel = panel_of(item);
       const std::int64_t row = item / panel_items * kRowsPerItem;
       const std::int64_t panels = std::min(item_panels, layout.num_panels - panel);
       const std::int64_t count = std::min(kRowsPerItem, num_rows - row);
       const GemmJob job = {
-          .panels = matrix.panels + static_cast<std::size_t>(panel) * layout.panel_bytes,
+          .panels = panels_at(panel),
           .layout = &layout,
           .rows = rows_from(rows, format, row),
           .row_format = &format,
@@ -60,6 +64,8 @@ void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x
           .num_panels = static_cast<int>(panels),
           .out = out,
           .out_stride = static_cast<std::size_t>(panels * kPanelOutputs),
+          .next = next < 0 ? nullptr : panels_at(panel_of(next)),
+          .num_next = static_cast<int>(std::min(item_panels, layout.num_panels - panel_of(next))),
       };
       kernels.gemm(job);
       const std::int64_t first = panel * kPanelOutputs;

@@ -10,7 +10,6 @@ constexpr std::int64_t kGateUpPanels = 4;
 constexpr std::int64_t kDownPanels = 2;
 constexpr std::int64_t kAloneBytes = 64 * 1024;
 constexpr std::int64_t kManyRows = 8;
-constexpr std::int64_t kDecodeRows = 4;  // of an expert: reading its weights is what takes time
 constexpr std::int64_t kGateUpPanelsMany = 16;
 constexpr std::int64_t kDownPanelsMany = 8;
 
@@ -109,24 +108,24 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
                                        plan.pairs[static_cast<std::size_t>(group.first)].token);
   };
 
-  const bool decode = most_rows <= kDecodeRows;
-  // The item that a thread will take after this one, if threads take turns.
-  const auto prefetch_gate_up = [&](std::int64_t item) {
-    if (!decode || item >= num_groups * gate_up_items) return;
+  const auto gate_up_at = [&](std::int64_t item) {
     const Group &group = plan.groups[static_cast<std::size_t>(item / gate_up_items)];
     const std::int64_t panel = item % gate_up_items * gate_up_panels;
-    prefetch_panels(experts.records[static_cast<std::size_t>(group.expert)] +
-                        static_cast<std::size_t>(panel) * experts.gate_up.panel_bytes,
-                    experts.gate_up, std::min(gate_up_panels, experts.gate_up.num_panels - panel));
+    return experts.records[static_cast<std::size_t>(group.expert)] +
+           static_cast<std::size_t>(panel) * experts.gate_up.panel_bytes;
+  };
+  const auto down_at = [&](const Group &group, std::int64_t item) {
+    return experts.records[static_cast<std::size_t>(group.expert)] + experts.down_offset +
+           static_cast<std::size_t>(item * down_panels) * experts.down.panel_bytes;
   };
 
-  const auto gate_up = [&](float *out, std::int64_t item) {
+  const auto gate_up = [&](float *out, std::int64_t item, std::int64_t next) {
     const Group &group = plan.groups[static_cast<std::size_t>(item / gate_up_items)];
     const std::int64_t panel = item % gate_up_items * gate_up_panels;
     const std::int64_t panels = std::min(gate_up_panels, experts.gate_up.num_panels - panel);
     const std::uint8_t *record = experts.records[static_cast<std::size_t>(group.expert)];
     const GemmJob gemm = {
-        .panels = record + static_cast<std::size_t>(panel) * experts.gate_up.panel_bytes,
+        .panels = gate_up_at(item),
         .layout = &experts.gate_up,
         .rows = rows_of(group),
         .row_format = &in_format,
@@ -134,8 +133,9 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
         .num_panels = static_cast<int>(panels),
         .out = out,
         .out_stride = static_cast<std::size_t>(panels * kPanelOutputs),
+        .next = next < 0 ? nullptr : gate_up_at(next),
+        .num_next = static_cast<int>(gate_up_panels),
     };
-    prefetch_gate_up(item + runtime.pool.num_threads());
     kernels.gemm(gemm);
     const float *bias = nullptr;
     if (experts.gate_up_bias_offset != 0) {
@@ -154,24 +154,20 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
     }
   };
 
-  const auto down = [&](float *out, std::int64_t item) {
+  const auto down = [&](float *out, std::int64_t item, std::int64_t next) {
     const std::int64_t panel = item * down_panels;
     const std::int64_t panels = std::min(down_panels, experts.down.num_panels - panel);
     const std::int64_t width = panels * kPanelOutputs;
     float *sums = out + out_numbers;
     std::fill_n(sums, job.num_tokens * width, 0.0f);
-    const auto panels_of = [&](const Group &group) {
-      return experts.records[static_cast<std::size_t>(group.expert)] + experts.down_offset +
-             static_cast<std::size_t>(panel) * experts.down.panel_bytes;
-    };
     for (const Group &group : plan.groups) {
       const std::uint8_t *record = experts.records[static_cast<std::size_t>(group.expert)];
-      const auto next = static_cast<std::size_t>(&group - plan.groups.data()) + 1;
-      if (decode && next < plan.groups.size()) {
-        prefetch_panels(panels_of(plan.groups[next]), experts.down, panels);
-      }
+      const bool last = &group == &plan.groups.back();
+      const std::uint8_t *after = !last      ? down_at(*(&group + 1), item)
+                                  : next < 0 ? nullptr
+                                             : down_at(plan.groups.front(), next);
       const GemmJob gemm = {
-          .panels = panels_of(group),
+          .panels = down_at(group, item),
           .layout = &experts.down,
           .rows = rows_from(hidden, hidden_format, group.first),
           .row_format = &hidden_format,
@@ -179,6 +175,8 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
           .num_panels = static_cast<int>(panels),
           .out = out,
           .out_stride = static_cast<std::size_t>(width),
+          .next = after,
+          .num_next = static_cast<int>(panels),
       };
       kernels.gemm(gemm);
       const float *bias = nullptr;
@@ -215,14 +213,16 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
         copy_row(in_format, input, plan.pairs[static_cast<std::size_t>(pair)].token, sorted, pair);
       });
     }
-    worker.share(num_groups * gate_up_items, [&](std::int64_t item) { gate_up(out, item); });
+    worker.share_ahead(num_groups * gate_up_items,
+                       [&](std::int64_t item, std::int64_t next) { gate_up(out, item, next); });
     if (!direct) {
       worker.share(num_pairs, [&](std::int64_t pair) {
         const float *row = activated + static_cast<std::size_t>(pair) * activated_stride;
         kernels.prepare_row(hidden_format, Dtype::kF32, row, hidden, pair);
       });
     }
-    worker.share(down_items, [&](std::int64_t item) { down(out, item); });
+    worker.share_ahead(down_items,
+                       [&](std::int64_t item, std::int64_t next) { down(out, item, next); });
   };
   runtime.pool.run(region, alone);
 }

@@ -83,19 +83,6 @@ inline Rows rows_from(const Rows &rows, const RowFormat &format, std::int64_t fi
           rows.sums + at * static_cast<std::size_t>(format.num_groups), rows.scales + at};
 }
 
-// Asks for the beginnings of panels that this thread will probably read next. A panel of a small
-// expert is a few KiB, over before the hardware has seen that it is a stream.
-inline void prefetch_panels(const std::uint8_t *panels, const PackedLayout &layout,
-                            std::int64_t count) {
-  constexpr std::size_t kAhead = 1024;
-  for (std::int64_t p = 0; p < count; ++p) {
-    const std::uint8_t *panel = panels + static_cast<std::size_t>(p) * layout.panel_bytes;
-    for (std::size_t at = 0; at < kAhead && at < layout.panel_bytes; at += 64) {
-      __builtin_prefetch(panel + at, 0, 2);
-    }
-  }
-}
-
 inline void copy_row(const RowFormat &format, const Rows &from, std::int64_t source, const Rows &to,
                      std::int64_t target) {
   const Rows a = rows_from(from, format, source), b = rows_from(to, format, target);

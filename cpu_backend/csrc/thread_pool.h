@@ -38,7 +38,15 @@ class Worker {
   template <class Body>
   void share(std::int64_t count, const Body &body);
 
+  // The same with body(item, next): the item that this thread will run after it, or -1. It is taken
+  // one item ahead, so that its data can be asked for meanwhile.
+  template <class Body>
+  void share_ahead(std::int64_t count, const Body &body);
+
  private:
+  template <class Items>
+  void run_step(std::int64_t count, const Items &items);
+
   ThreadPool &pool_;
   int index_;
   int step_ = 0;  // number of `share` calls so far
@@ -123,16 +131,13 @@ class ThreadPool {
 // Pins the calling thread to one core. Throws std::invalid_argument where the kernel refuses.
 void pin_this_thread(int cpu);
 
-template <class Body>
-void Worker::share(std::int64_t count, const Body &body) {
+template <class Items>
+void Worker::run_step(std::int64_t count, const Items &items) {
   ThreadPool::Step &step = pool_.steps_[step_++];
-  std::uint32_t finished = 0;
-  for (;;) {
+  const std::uint32_t finished = items([&] {
     const std::int64_t item = step.next.fetch_add(1, std::memory_order_relaxed);
-    if (item >= count) break;
-    body(item);
-    ++finished;
-  }
+    return item < count ? item : -1;
+  });
   const auto all = static_cast<std::uint32_t>(count);
   if (finished > 0 && step.done.fetch_add(finished, std::memory_order_acq_rel) + finished == all) {
     step.done.notify_all();
@@ -140,6 +145,27 @@ void Worker::share(std::int64_t count, const Body &body) {
   for (std::uint32_t done; (done = step.done.load(std::memory_order_acquire)) != all;) {
     pool_.wait_while(step.done, done);
   }
+}
+
+template <class Body>
+void Worker::share(std::int64_t count, const Body &body) {
+  run_step(count, [&](const auto &take) {
+    std::uint32_t finished = 0;
+    for (std::int64_t item; (item = take()) >= 0; ++finished) body(item);
+    return finished;
+  });
+}
+
+template <class Body>
+void Worker::share_ahead(std::int64_t count, const Body &body) {
+  run_step(count, [&](const auto &take) {
+    std::uint32_t finished = 0;
+    for (std::int64_t item = take(), next; item >= 0; item = next, ++finished) {
+      next = take();
+      body(item, next);
+    }
+    return finished;
+  });
 }
 
 }  // namespace moeserve

@@ -1,0 +1,129 @@
+// Four-bit codes for many rows.
+//
+// Included by one translation unit per ISA level, after its Vec; unnamed namespace (vec_avx512.h).
+#pragma once
+
+#include "gemm_cover.h"
+
+namespace {
+
+// Taking nibbles apart costs as much as three rows' products, so it is done once for a block of
+// inputs, into bytes that stay in the first-level cache while all rows pass by. The arithmetic, and
+// with it every bit of the result, is IntTile's.
+template <Format kFormat, bool kAsymmetric>
+struct UnpackedProduct {
+  using Tile = IntTile<kFormat, kAsymmetric>;
+  static constexpr int kPanels = Tiles<true>::kManyPanels;
+  static constexpr int kRows = Tiles<true>::kManyRows;
+  static constexpr int kBlockInputs = 768;
+
+  struct Block {
+    const GemmJob *job;
+    const std::uint8_t *panel[kPanels];
+    const std::uint8_t *codes[kPanels];  // [inputs / 4][16 outputs][4]
+    int first_panel, num_panels;
+    int first_group, num_groups;
+    bool last;
+  };
+
+  static void run(const GemmJob &job) {
+    alignas(64) std::uint8_t codes[kPanels][kBlockInputs * kPanelOutputs];
+    const PackedLayout &layout = *job.layout;
+    const int block_groups = kBlockInputs / layout.group_cols;
+    const int group_chunks = layout.group_cols / chunk_inputs(kFormat);
+    const std::int64_t num_tiles = (job.num_rows + kRows - 1) / kRows;
+    for (int first = 0; first < job.num_panels; first += kPanels) {
+      const int panels = job.num_panels - first < kPanels ? job.num_panels - first : kPanels;
+      PanelsAhead ahead = ahead_of(job, first, panels, num_tiles * layout.num_groups);
+      for (int g = 0; g < layout.num_groups; g += block_groups) {
+        Block block = {};
+        block.job = &job;
+        block.first_panel = first;
+        block.num_panels = panels;
+        block.first_group = g;
+        block.num_groups =
+            layout.num_groups - g < block_groups ? layout.num_groups - g : block_groups;
+        block.last = g + block.num_groups == layout.num_groups;
+        for (int p = 0; p < panels; ++p) {
+          block.panel[p] = job.panels + (first + p) * layout.panel_bytes;
+          block.codes[p] = codes[p];
+          unpack(block.panel[p] + g * group_chunks * kChunkBytes, block.num_groups * group_chunks,
+                 codes[p]);
+        }
+        if (panels == kPanels) {
+          cover<kPanels>(block, ahead);
+        } else {
+          cover<1>(block, ahead);
+        }
+      }
+      ahead.finish();
+    }
+  }
+
+ private:
+  static void unpack(const std::uint8_t *chunk, int num_chunks, std::uint8_t *codes) {
+    for (int c = 0; c < num_chunks; ++c) {
+      Vec::I low, high;
+      Tile::take_apart(Vec::load64(chunk + c * kChunkBytes), low, high);
+      Vec::store64(codes + 2 * c * kChunkBytes, low);
+      Vec::store64(codes + (2 * c + 1) * kChunkBytes, high);
+    }
+  }
+
+  template <int P>
+  static void cover(const Block &block, PanelsAhead &ahead) {
+    for_row_tiles<kRows, P>(block.job->num_rows,
+                            [&](auto rows, int row) __attribute__((always_inline)) {
+                              tile<decltype(rows)::value, P>(block, row, ahead);
+                            });
+  }
+
+  template <int R, int P>
+  static void tile(const Block &block, int first_row, PanelsAhead &all_ahead) {
+    const GemmJob &job = *block.job;
+    const PackedLayout &layout = *job.layout;
+    const int steps = layout.group_cols / 4;
+    const Place place = {job, first_row, block.first_panel, all_ahead};
+    const std::int8_t *x[R];
+    const std::int32_t *sums[R];
+    Vec::F total[R][P];
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+      x[r] = place.x<std::int8_t>(r) + block.first_group * layout.group_cols;
+      sums[r] = place.sums(r) + block.first_group;
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+        total[r][p] = block.first_group == 0 ? Vec::zero() : Vec::load(place.out(r, p));
+      }
+    }
+    PanelsAhead ahead = all_ahead;
+    for (int g = 0; g < block.num_groups; ++g) {
+      Vec::I acc[R][P];
+      ahead.step();
+      Tile::template start_group<R, P>(layout, block.panel, block.first_group + g, sums, g, acc);
+      // In runs of 32 inputs, the smallest group.
+      for (int s = g * steps; s < (g + 1) * steps; s += 8) {
+        MOESERVE_UNROLL for (int j = 0; j < 8; ++j) {
+          Vec::I codes[P];
+          MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+            codes[p] = Vec::load64(block.codes[p] + (s + j) * kChunkBytes);
+          }
+          Tile::template add_products<R, P>(codes, x, 4 * (s + j), acc);
+        }
+      }
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+        const Vec::F scale = load_scale<kFormat>(layout, block.panel[p], block.first_group + g);
+        MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+          total[r][p] = Vec::fma(Vec::to_float(acc[r][p]), scale, total[r][p]);
+        }
+      }
+    }
+    all_ahead = ahead;
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec::F scale = Vec::set1(block.last ? Tile::row_scale(job, place.row(r)) : 1.0f);
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+        Vec::store(place.out(r, p), Vec::mul(total[r][p], scale));
+      }
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,319 @@
+// Tiles of a product: R rows times P panels with all sums in registers, for every format.
+//
+// Every output is one chain of multiply-adds over the inputs in their order, group by group: which
+// tile computes it changes nothing, and so the same row gives the same bits in every batch. A tile
+// may reach beyond the last row: it then computes that row again and stores it again.
+//
+// Included by one translation unit per ISA level, after its Vec; unnamed namespace (vec_avx512.h).
+#pragma once
+
+#include "gemm_decoders.h"
+
+namespace {
+
+using moeserve::GemmJob;
+using moeserve::RowForm;
+
+// How far ahead of its use a weight is asked for; beyond a page the hardware's own stops.
+constexpr int kPrefetchBytes = 768;
+// Tiles of at most that many rows read weights as fast as they come.
+constexpr int kStreamRows = 4;
+
+// Panels that come after those being multiplied. Asking for them bit by bit, over all tiles that
+// read the present ones, keeps the memory busy while the arithmetic takes longer than reading.
+// Several panels at a time: the hardware follows each as a stream of its own.
+class PanelsAhead {
+ public:
+  PanelsAhead() = default;
+  // `num_panels` of panel_bytes each, in `num_steps` steps; or nothing.
+  PanelsAhead(const std::uint8_t *panels, int num_panels, std::size_t panel_bytes,
+              std::int64_t num_steps)
+      : num_panels_(panels == nullptr ? 0 : num_panels), panel_bytes_(panel_bytes) {
+    if (num_panels_ < 1) return;
+    line_ = limit_ = panels;
+    end_ = panels + panel_bytes;
+    step_bytes_ = static_cast<std::size_t>(
+        (static_cast<std::int64_t>(panel_bytes) + num_steps - 1) / num_steps);
+  }
+
+  MOESERVE_INLINE void step() {
+    limit_ += step_bytes_;
+    while (line_ < limit_) next_line();
+  }
+  void finish() {
+    while (line_ < end_) next_line();
+  }
+
+ private:
+  MOESERVE_INLINE void next_line() {
+    const std::uint8_t *line = line_;
+    for (int p = 0; p < num_panels_; ++p, line += panel_bytes_) Vec::prefetch(line);
+    line_ += kChunkBytes;
+  }
+
+  const std::uint8_t *line_ = nullptr;   // of the first panel, to be asked for next
+  const std::uint8_t *limit_ = nullptr;  // lines before it are due
+  const std::uint8_t *end_ = nullptr;
+  std::size_t step_bytes_ = 0;
+  int num_panels_ = 0;
+  std::size_t panel_bytes_ = 0;
+};
+
+// Where a tile stands.
+struct Place {
+  const GemmJob &job;
+  int first_row;
+  int first_panel;
+  PanelsAhead &ahead;
+
+  std::size_t row(int r) const {
+    return static_cast<std::size_t>(first_row + r < job.num_rows ? first_row + r
+                                                                 : job.num_rows - 1);
+  }
+  const std::uint8_t *panel(int p) const {
+    return job.panels + (first_panel + p) * job.layout->panel_bytes;
+  }
+  template <class Number>
+  const Number *x(int r) const {
+    return reinterpret_cast<const Number *>(job.rows.data + row(r) * job.row_format->data_bytes);
+  }
+  const std::int32_t *sums(int r) const {
+    return job.rows.sums + row(r) * static_cast<std::size_t>(job.row_format->num_groups);
+  }
+  float *out(int r, int p) const {
+    return job.out + row(r) * job.out_stride + (first_panel + p) * kPanelOutputs;
+  }
+};
+
+template <int R, int P>
+MOESERVE_INLINE void clear(Vec::F (&sum)[R][P]) {
+  MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
+      sum[r][p] = Vec::zero();
+}
+
+// Few rows: each stream asks for its own next lines. Many rows take longer to compute than to read,
+// and ask for the next panels meanwhile.
+template <int R, int P>
+MOESERVE_INLINE void ask(const std::uint8_t *const (&panel)[P], int chunk, PanelsAhead &ahead) {
+  if constexpr (R <= kStreamRows) {
+    MOESERVE_UNROLL for (int p = 0; p < P; ++p)
+        Vec::prefetch(panel[p] + chunk * kChunkBytes + kPrefetchBytes);
+  } else {
+    ahead.step();
+  }
+}
+
+// Weights as floats times rows of floats. kAsymmetric: int4 with stored zero points.
+template <Format kFormat, bool kAsymmetric>
+struct FloatTile {
+  static constexpr bool kGrouped = !moeserve::is_float(kFormat);
+  static constexpr int kInputs = chunk_inputs(kFormat);
+
+  template <int R, int P>
+  static void run(const Place &place) {
+    const PackedLayout &layout = *place.job.layout;
+    const Decoder<kFormat> decoder(layout);
+    const std::uint8_t *panel[P];
+    const float *x[R];
+    MOESERVE_UNROLL for (int p = 0; p < P; ++p) panel[p] = place.panel(p);
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) x[r] = place.x<float>(r);
+    PanelsAhead ahead = place.ahead;
+    Vec::F total[R][P];
+    if constexpr (!kGrouped) {
+      sum_chunks<R, P>(decoder, panel, x, 0, layout.num_chunks, nullptr, total, ahead);
+    } else {
+      const int group_chunks = layout.group_cols / kInputs;
+      clear(total);
+      for (int g = 0; g < layout.num_groups; ++g) {
+        Vec::F zero[P], part[R][P];
+        if constexpr (kAsymmetric) {
+          MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+            zero[p] =
+                Vec::to_float(Vec::load_u8(panel[p] + layout.zero_offset + kPanelOutputs * g));
+          }
+        }
+        const int begin = g * group_chunks;
+        const int end =
+            begin + group_chunks < layout.num_chunks ? begin + group_chunks : layout.num_chunks;
+        sum_chunks<R, P>(decoder, panel, x, begin, end, zero, part, ahead);
+        MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+          const Vec::F scale = load_scale<kFormat>(layout, panel[p], g);
+          MOESERVE_UNROLL for (int r = 0; r < R; ++r) total[r][p] =
+              Vec::fma(part[r][p], scale, total[r][p]);
+        }
+      }
+    }
+    place.ahead = ahead;
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
+        Vec::store(place.out(r, p), total[r][p]);
+  }
+
+ private:
+  template <int R, int P>
+  MOESERVE_INLINE static void sum_chunks(const Decoder<kFormat> &decoder,
+                                         const std::uint8_t *const (&panel)[P],
+                                         const float *const (&x)[R], int begin, int end,
+                                         const Vec::F *zero, Vec::F (&sum)[R][P],
+                                         PanelsAhead &ahead) {
+    clear(sum);
+    for (int c = begin; c < end; ++c) {
+      ask<R, P>(panel, c, ahead);
+      unroll<kInputs>([&](auto j) __attribute__((always_inline)) {
+        Vec::F weight[P];
+        MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+          weight[p] = decoder.template at<decltype(j)::value>(panel[p] + c * kChunkBytes);
+          if constexpr (kAsymmetric) weight[p] = Vec::sub(weight[p], zero[p]);
+        }
+        MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+          const Vec::F factor = Vec::set1(x[r][c * kInputs + decltype(j)::value]);
+          MOESERVE_UNROLL for (int p = 0; p < P; ++p) sum[r][p] =
+              Vec::fma(weight[p], factor, sum[r][p]);
+        }
+      });
+    }
+  }
+};
+
+// Pairs of bf16 weights times pairs of bf16 inputs, by the instruction for that.
+struct Bf16Tile {
+  static constexpr bool kGrouped = false;
+
+  template <int R, int P>
+  static void run(const Place &place) {
+    if constexpr (Vec::kHasBf16Dot) {
+      const std::uint8_t *panel[P];
+      const std::uint16_t *x[R];
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) panel[p] = place.panel(p);
+      MOESERVE_UNROLL for (int r = 0; r < R; ++r) x[r] = place.x<std::uint16_t>(r);
+      PanelsAhead ahead = place.ahead;
+      Vec::F sum[R][P];
+      clear(sum);
+      for (int c = 0; c < place.job.layout->num_chunks; ++c) {
+        ask<R, P>(panel, c, ahead);
+        Vec::I weight[P];
+        MOESERVE_UNROLL for (int p = 0; p < P; ++p) weight[p] =
+            Vec::load64(panel[p] + c * kChunkBytes);
+        MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
+            sum[r][p] = Vec::bf16_dot(sum[r][p], weight[p], x[r] + 2 * c);
+      }
+      place.ahead = ahead;
+      MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
+          Vec::store(place.out(r, p), sum[r][p]);
+    }
+  }
+};
+
+// Integer codes times rows of int8: exact sums over a group, scaled as floats.
+template <Format kFormat, bool kAsymmetric>
+struct IntTile {
+  static constexpr bool kGrouped = kFormat != Format::kInt8;
+
+  template <int R, int P>
+  static void run(const Place &place) {
+    const PackedLayout &layout = *place.job.layout;
+    const std::uint8_t *panel[P];
+    const std::int8_t *x[R];
+    const std::int32_t *sums[R];
+    MOESERVE_UNROLL for (int p = 0; p < P; ++p) panel[p] = place.panel(p);
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+      x[r] = place.x<std::int8_t>(r);
+      sums[r] = place.sums(r);
+    }
+    PanelsAhead ahead = place.ahead;
+    Vec::F total[R][P];
+    clear(total);
+    const int group_chunks =
+        kGrouped ? layout.group_cols / chunk_inputs(kFormat) : layout.num_chunks;
+    for (int g = 0; g < layout.num_groups; ++g) {
+      Vec::I acc[R][P];
+      start_group<R, P>(layout, panel, g, sums, g, acc);
+      const int begin = g * group_chunks;
+      for (int c = begin; c < begin + group_chunks; ++c) {
+        ask<R, P>(panel, c, ahead);
+        add_chunk<R, P>(panel, x, c, acc);
+      }
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+        const Vec::F scale = load_scale<kFormat>(layout, panel[p], g);
+        MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+          total[r][p] = Vec::fma(Vec::to_float(acc[r][p]), scale, total[r][p]);
+        }
+      }
+    }
+    place.ahead = ahead;
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+      const Vec::F scale = Vec::set1(row_scale(place.job, place.row(r)));
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p)
+          Vec::store(place.out(r, p), Vec::mul(total[r][p], scale));
+    }
+  }
+
+  // The integer codes of e2m1 are twice its values.
+  static float row_scale(const GemmJob &job, std::size_t row) {
+    const float scale = job.rows.scales[row];
+    return kFormat == Format::kMxfp4 ? 0.5f * scale : scale;
+  }
+
+  // Sums of a group start with what the codes' zero points add up to. `own`: the group's place in
+  // the rows' `sums`.
+  template <int R, int P>
+  MOESERVE_INLINE static void start_group(const PackedLayout &layout,
+                                          const std::uint8_t *const *panel, int group,
+                                          const std::int32_t *const (&sums)[R], int own,
+                                          Vec::I (&acc)[R][P]) {
+    MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+      if constexpr (kAsymmetric) {
+        const Vec::I zero = Vec::load_u8(panel[p] + layout.zero_offset + kPanelOutputs * group);
+        MOESERVE_UNROLL for (int r = 0; r < R; ++r) acc[r][p] = Vec::mul_small(zero, sums[r][own]);
+      } else {
+        MOESERVE_UNROLL for (int r = 0; r < R; ++r) acc[r][p] = Vec::iset1(sums[r][own]);
+      }
+    }
+  }
+
+  // A chunk of nibbles to the bytes of its inputs 0-3 and 4-7.
+  MOESERVE_INLINE static void take_apart(Vec::I raw, Vec::I &low, Vec::I &high) {
+    low = Vec::low_nibbles(raw);
+    high = Vec::high_nibbles(raw);
+    if constexpr (kFormat == Format::kMxfp4) {
+      const Vec::I table = Vec::byte_table(kShiftedFp4);
+      low = Vec::look_up(table, low);
+      high = Vec::look_up(table, high);
+    }
+  }
+
+  template <int R, int P>
+  MOESERVE_INLINE static void add_products(const Vec::I (&codes)[P],
+                                           const std::int8_t *const (&x)[R], int input,
+                                           Vec::I (&acc)[R][P]) {
+    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+      const auto four = Vec::broadcast4(x[r] + input);
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) acc[r][p] = Vec::dot(acc[r][p], codes[p], four);
+    }
+  }
+
+ private:
+  template <int R, int P>
+  MOESERVE_INLINE static void add_chunk(const std::uint8_t *const (&panel)[P],
+                                        const std::int8_t *const (&x)[R], int c,
+                                        Vec::I (&acc)[R][P]) {
+    if constexpr (kFormat == Format::kInt8) {
+      Vec::I codes[P];
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) codes[p] =
+          Vec::load64(panel[p] + c * kChunkBytes);
+      add_products<R, P>(codes, x, 4 * c, acc);
+    } else {
+      Vec::I low[P], high[P];
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+        take_apart(Vec::load64(panel[p] + c * kChunkBytes), low[p], high[p]);
+      }
+      add_products<R, P>(low, x, 8 * c, acc);
+      add_products<R, P>(high, x, 8 * c + 4, acc);
+    }
+  }
+
+  // Twice the values of e2m1, plus 12: unsigned.
+  static constexpr std::uint8_t kShiftedFp4[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                                   12, 11, 10, 9,  8,  6,  4,  0};
+};
+
+}  // namespace
