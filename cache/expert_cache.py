@@ -1,134 +1,112 @@
 """Which experts stand in which slot of one tier: bookkeeping only, no torch, no bytes.
 
 A slot's life: free, then LOADING (a mover writes it), then READY (it may be read), then free again.
-Who reads holds a lease; while a lease names an expert, its slot is not given away. A lease names
-its experts as a whole, so that taking and ending one costs the same for one expert or a hundred.
+Who reads holds a lease; while a lease names an expert, its slot is not given away.
+
+Slots are shared by all layers. Inside, experts are numbers in flat arrays, so that a step costs a
+few array operations over all experts and no loop; see `ExpertNumbers`.
 
 All methods are called on one thread; a mover's thread hands its completions over to that thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterable, Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.cache.counters import CacheCounters
+from moeserve.cache.floors import victims_above_floor
+from moeserve.cache.lease import Lease
+from moeserve.cache.numbering import ExpertNumbers, Numbers
 from moeserve.cache.policies.base import Policy
-from moeserve.core import ErrorCode, ExpertKey, MoeserveError, Placement
+from moeserve.cache.slot_pool import SlotPool
+from moeserve.cache.types import (
+    CacheError,
+    ExpertState,
+    LayerSlots,
+    Load,
+    Residency,
+    SlotChange,
+    Tier,
+)
+from moeserve.core import ExpertKey, LayerUse, Placement
 
+__all__ = [
+    "CacheError",
+    "ExpertCache",
+    "ExpertState",
+    "LayerSlots",
+    "Load",
+    "Residency",
+    "SlotChange",
+    "Tier",
+    "resident_cache",
+]
 
-class Tier(str, Enum):
-    """Where expert weights live, fastest first."""
-
-    DEVICE = "device"
-    HOST = "host"
-    DISK = "disk"
-
-
-class ExpertState(Enum):
-    ABSENT = "absent"
-    LOADING = "loading"
-    READY = "ready"
-
-
-class CacheError(MoeserveError):
-    """The slots cannot hold what was asked for, or an expert was used against its state."""
-
-    def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message, code=ErrorCode.INTERNAL, hint=hint)
-
-
-@dataclass(frozen=True)
-class Load:
-    """An order to a mover: write this expert into this slot, then `complete` or `abandon` it."""
-
-    key: ExpertKey
-    slot: int
-
-
-@dataclass(frozen=True)
-class Residency:
-    """What of one layer is READY in the cache's tier."""
-
-    layer: int
-    tier: Tier
-    num_experts: int
-    ready: frozenset[int]
-
-    @property
-    def complete(self) -> bool:
-        return len(self.ready) == self.num_experts
-
-
-@dataclass(frozen=True)
-class LayerSlots:
-    """Where the experts of one layer stand: slots[e], -1 for those without a slot.
-
-    version: grows with every change of `slots`, so that a copy on the device can be kept.
-    loads: what must be written before the placement's `fetch_first` can be read.
-    """
-
-    layer: int
-    slots: tuple[int, ...]
-    version: int
-    loads: tuple[Load, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Slot:
-    index: int
-    state: ExpertState
-
-
-@dataclass(eq=False)
-class _Lease:
-    """Experts that a running step reads. abandoned: those whose load failed under it."""
-
-    placement: Placement
-    experts: tuple[int, ...]
-    abandoned: set[int] = field(default_factory=set)
-
-    def pins(self, key: ExpertKey) -> bool:
-        if key.layer != self.placement.layer or key.expert in self.abandoned:
-            return False
-        return key.expert in self.experts
+_ABSENT, _LOADING, _READY = 0, 1, 2
+_STATES = (ExpertState.ABSENT, ExpertState.LOADING, ExpertState.READY)
 
 
 class ExpertCache:
     """The slots of one tier, shared by all MoE layers."""
 
     def __init__(
-        self, tier: Tier, num_experts: Mapping[int, int], num_slots: int, policy: Policy
+        self,
+        tier: Tier,
+        num_experts: Mapping[int, int],
+        num_slots: int,
+        policy: Policy,
+        floor: int = 0,
     ) -> None:
-        """num_experts: experts per MoE layer, by the layer's index in the model."""
+        """num_experts: experts per MoE layer, by the layer's index in the model.
+
+        floor: slots that a layer keeps, once it has them, against prefetches and other layers. Its
+        own fetches may replace its own experts, and a fetch that finds no other slot goes below it.
+        """
         self.tier = tier
-        self.num_slots = num_slots
         self.policy = policy
-        self._num_experts = dict(num_experts)
-        self._slots: dict[ExpertKey, _Slot] = {}
-        self._free = list(range(num_slots - 1, -1, -1))  # popped from the end: lowest first
-        self._leases: list[_Lease] = []
-        self._versions = dict.fromkeys(self._num_experts, 0)
-        # Derived from _slots when first asked for, dropped by _changed: in the steady state of a
-        # resident layer both are found, not computed.
+        self.numbers = ExpertNumbers(num_experts)
+        self.counters = CacheCounters.of(self.numbers)
+        self.floor = floor
+        self._pool = SlotPool(num_slots)
+        self._state = np.zeros(self.numbers.total, np.int8)
+        self._slot = np.full(self.numbers.total, -1, np.int32)
+        self._held = np.zeros(len(self.numbers.layers), np.int64)  # slots per layer
+        self._unproven = np.zeros(self.numbers.total, np.bool_)  # prefetched, not wanted so far
+        self._leases: list[Lease] = []
+        self._versions = dict.fromkeys(self.numbers.layers, 0)
+        # Derived when first asked for, dropped by _changed: in the steady state of a resident
+        # layer both are found, not computed.
         self._residency: dict[int, Residency] = {}
         self._layer_slots: dict[int, LayerSlots] = {}
 
     # Questions
 
+    @property
+    def num_slots(self) -> int:
+        """Capacity. While a smaller one is being reached, `num_owed` more slots are in use."""
+        return self._pool.capacity
+
+    @property
+    def num_free(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def num_owed(self) -> int:
+        return self._pool.num_owed
+
     def state(self, key: ExpertKey) -> ExpertState:
-        slot = self._slots.get(key)
-        return ExpertState.ABSENT if slot is None else slot.state
+        return _STATES[self._state[self.numbers.number(key)]]
 
     def residency(self, layer: int) -> Residency:
         """Which experts of the layer are READY."""
         found = self._residency.get(layer)
         if found is None:
-            size = self._num_experts[layer]
-            keys = (ExpertKey(layer, e) for e in range(size))
-            ready = frozenset(k.expert for k in keys if self.state(k) is ExpertState.READY)
-            found = Residency(layer, self.tier, size, ready)
+            state = self._state[self.numbers.span_of[layer]]
+            ready = frozenset(np.flatnonzero(state == _READY).tolist())
+            found = Residency(layer, self.tier, len(state), ready)
             self._residency[layer] = found
         return found
 
@@ -136,46 +114,78 @@ class ExpertCache:
         """Where the layer's experts stand, READY or LOADING."""
         found = self._layer_slots.get(layer)
         if found is None:
-            held = (self._slots.get(ExpertKey(layer, e)) for e in range(self._num_experts[layer]))
-            slots = tuple(-1 if slot is None else slot.index for slot in held)
+            slots = tuple(self._slot[self.numbers.span_of[layer]].tolist())
             found = LayerSlots(layer, slots, self._versions[layer])
             self._layer_slots[layer] = found
         return found
 
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+    def num_obtainable(self, protect: Placement) -> int:
+        """Slots that a fetch can have without taking what a lease or `protect` names."""
+        return self.num_free + len(self._evictable(protect))
 
     # Use
 
-    @contextmanager
-    def acquire(self, placement: Placement) -> Iterator[LayerSlots]:
-        """Pins the placement's experts of this tier while the context lasts.
+    def observe(self, use: LayerUse) -> None:
+        """What a step asks of a layer: counts hits and misses and tells the policy. Before
+        `acquire`; where everything is resident, it may be left out."""
+        wanted = np.flatnonzero(use.rows)
+        state = self._state[self.numbers.span_of[use.layer]][wanted]
+        rank = self.numbers.rank_of[use.layer]
+        absent, late, ready = np.bincount(state, minlength=3).tolist()
+        self.counters.misses[rank] += absent
+        self.counters.late[rank] += late
+        self.counters.hits[rank] += ready
+        unproven = self._unproven[self.numbers.span_of[use.layer]]
+        useful = np.count_nonzero(unproven[wanted])
+        if useful:
+            self.counters.prefetches_useful[rank] += useful
+            unproven[wanted] = False
+        self.policy.observed(use)
+
+    def expect(self, layer: int, probabilities: NDArray[np.float32]) -> None:
+        """Tells the policy what a predictor says of the layer's next use: [E], P(any row wants
+        the expert)."""
+        self.policy.expected(layer, probabilities)
+
+    def acquire(self, placement: Placement) -> Lease:
+        """`with cache.acquire(placement) as slots:` pins the placement's experts of this tier.
 
         Those that are absent and in `fetch_first` get slots, by eviction if need be; their loads
-        are in the LayerSlots. Raises CacheError, and changes nothing, where an expert that is to be
-        read now is not READY or the unpinned slots do not suffice.
+        are in the LayerSlots. Entering raises CacheError, and changes nothing, where an expert that
+        is to be read now is not READY or the unpinned slots do not suffice.
         """
-        lease, loads = self._take(placement)
-        try:
-            slots = self.slots(placement.layer)
-            yield LayerSlots(slots.layer, slots.slots, slots.version, loads) if loads else slots
-        finally:
-            self._leases.remove(lease)
+        now = placement.on_device if self.tier is Tier.DEVICE else placement.on_cpu
+        return Lease(self, placement, now + placement.fetch_first if placement.fetch_first else now)
 
-    def _take(self, placement: Placement) -> tuple[_Lease, tuple[Load, ...]]:
-        layer = placement.layer
+    def begin(self, lease: Lease) -> LayerSlots:
+        """Enters a lease; see `acquire`."""
+        placement, layer = lease.placement, lease.placement.layer
         now = placement.on_device if self.tier is Tier.DEVICE else placement.on_cpu
         residency = self.residency(layer)
         if not residency.complete and not residency.ready.issuperset(now):
             missing = sorted(set(now) - residency.ready)
             raise CacheError(f"layer {layer}: experts {missing} are not ready in {self.tier.value}")
-        lease = _Lease(placement, now + placement.fetch_first)
         self._leases.append(lease)
-        wanted = [ExpertKey(layer, e) for e in placement.fetch_first]
-        absent = [key for key in wanted if key not in self._slots]
-        victims = self._victims(len(absent), protect=None)
-        available = len(self._free) + len(victims)
+        loads = self._fetch(lease) if placement.fetch_first else ()
+        others = placement.on_cpu if self.tier is Tier.DEVICE else placement.on_device
+        self.policy.used(layer, lease.experts + others if others else lease.experts)
+        slots = self.slots(layer)
+        return LayerSlots(layer, slots.slots, slots.version, loads) if loads else slots
+
+    def end(self, lease: Lease) -> None:
+        """Leaves a lease; it goes on while its readers do."""
+        if lease.finished:
+            self._leases.remove(lease)
+            self._settle()
+        else:
+            lease.outlived = True
+
+    def _fetch(self, lease: Lease) -> tuple[Load, ...]:
+        layer = lease.placement.layer
+        wanted = self.numbers.of(layer, dict.fromkeys(lease.placement.fetch_first))
+        absent: Numbers = wanted[self._state[wanted] == _ABSENT]
+        victims = self._victims(len(absent), layer=layer)
+        available = self.num_free + len(victims)
         if len(absent) > available:
             self._leases.remove(lease)
             raise CacheError(
@@ -183,74 +193,160 @@ class ExpertCache:
                 f" {self.num_slots} slots can be had",
                 hint="give the tier more memory or the step fewer tokens",
             )
-        for key in victims:
-            self.evict(key)
-        self.policy.used(layer, lease.experts)
-        return lease, tuple(self._begin(key) for key in absent)
+        for number in victims:
+            self._evict(number)
+        return tuple(self._begin_load(int(n)) for n in absent)
 
     def prefetch(
         self, keys: Iterable[ExpertKey], protect: Placement | None = None
     ) -> tuple[Load, ...]:
         """Begins to load the keys, most wanted first, as far as slots can be had for them.
 
-        Takes nothing that a lease or `protect` names (DESIGN, invariant 2) and nothing that is
-        still on its way. Present experts are skipped. The caller moves the bytes.
+        Takes nothing that a lease or `protect` names (DESIGN, invariant 2), nothing that is still
+        on its way and nothing that the policy holds for worth more. Present experts are skipped.
+        The caller moves the bytes.
         """
-        absent = [key for key in dict.fromkeys(keys) if key not in self._slots]
-        for key in self._victims(len(absent), protect):
-            self.evict(key)
-        return tuple(self._begin(key) for key in absent[: len(self._free)])
+        number = self.numbers.number
+        wanted = np.fromiter((number(key) for key in dict.fromkeys(keys)), np.int64)
+        absent: Numbers = wanted[self._state[wanted] == _ABSENT]
+        for victim in self._victims(len(absent), protect=protect, incoming=absent):
+            self._evict(victim)
+        absent = absent[: self.num_free]
+        self._unproven[absent] = True
+        np.add.at(self.counters.prefetches_begun, self.numbers.rank[absent], 1)
+        return tuple(self._begin_load(int(n)) for n in absent)
 
     def complete(self, key: ExpertKey) -> None:
         """The expert's bytes have arrived: LOADING becomes READY."""
-        slot = self._loading(key)
-        self._slots[key] = _Slot(slot.index, ExpertState.READY)
+        number = self._loading(key)
+        self._state[number] = _READY
         self._changed(key.layer, moved=False)
-        self.policy.loaded(key)
+        self.policy.loaded(number)
+        self._settle()
 
     def abandon(self, key: ExpertKey) -> None:
         """The load failed or was called off: LOADING becomes ABSENT, the slot is free again."""
-        slot = self._loading(key)
+        number = self._loading(key)
         for lease in self._leases:
-            if lease.pins(key):
-                lease.abandoned.add(key.expert)
-        self._drop(key, slot)
+            if lease.pins(key.layer, key.expert):
+                lease.forget(key.expert)
+        self._drop(number)
 
     def evict(self, key: ExpertKey) -> None:
         """Takes the slot of a READY expert that no lease names; CacheError otherwise."""
-        if self.state(key) is not ExpertState.READY or self._pinned(key):
+        self._reap()
+        pinned = any(lease.pins(key.layer, key.expert) for lease in self._leases)
+        if pinned or self.state(key) is not ExpertState.READY:
             raise CacheError(f"{key} cannot be evicted: {self.state(key).value}, or in use")
-        self._drop(key, self._slots[key])
-        self.policy.evicted(key)
+        self._evict(self.numbers.number(key))
+
+    def resize(self, num_slots: int) -> SlotChange:
+        """Changes the capacity: more slots at once, fewer by evicting what is not in use.
+
+        Slots in use or loading go when they are released: `take_given_up` hands them out. Raises
+        CacheError below one slot.
+        """
+        if num_slots < 1:
+            raise CacheError(f"num_slots: {num_slots} is too few; at least 1")
+        added = self._pool.resize(num_slots)
+        return SlotChange(added, self.take_given_up())
+
+    def take_given_up(self) -> tuple[int, ...]:
+        """Slots given up since it was last asked, after `resize` made the cache smaller."""
+        self._settle()
+        return self._pool.take_given_up()
 
     # Inside
 
-    def _victims(self, count: int, protect: Placement | None) -> list[ExpertKey]:
-        """What the policy gives up to make `count` slots free; fewer where it has no more."""
-        short = count - len(self._free)
-        if short <= 0:
-            return []
-        kept = set() if protect is None else _named(protect)
-        ready = (k for k, slot in self._slots.items() if slot.state is ExpertState.READY)
-        candidates = [k for k in ready if k not in kept and not self._pinned(k)]
-        return self.policy.victims(candidates, short)[:short]
+    def _settle(self) -> None:
+        """Gives up slots that are owed since the cache was made smaller, as far as they are free
+        to go."""
+        if not self._pool.num_owed:
+            return
+        candidates = self._evictable(None)
+        count = self._pool.num_owed
+        victims = self.policy.victims(candidates, count)
+        # a policy that gives nothing up, as `resident`, has no say when memory is taken away
+        others = np.setdiff1d(candidates, victims).tolist()
+        for number in (victims + others)[:count]:
+            self._evict(number)
 
-    def _begin(self, key: ExpertKey) -> Load:
-        slot = self._free.pop()
-        self._slots[key] = _Slot(slot, ExpertState.LOADING)
+    def _evictable(self, protect: Placement | None) -> Numbers:
+        """READY and named by no lease and not by `protect`."""
+        self._reap()
+        open_ = self._state == _READY
+        for lease in self._leases:
+            open_[self.numbers.of(lease.placement.layer, lease.experts)] = False
+        if protect is not None:
+            named = protect.on_device + protect.fetch_first + protect.on_cpu
+            open_[self.numbers.of(protect.layer, named)] = False
+        candidates: Numbers = np.flatnonzero(open_)
+        return candidates
+
+    def _victims(
+        self,
+        count: int,
+        layer: int | None = None,
+        protect: Placement | None = None,
+        incoming: Numbers | None = None,
+    ) -> list[int]:
+        """What the policy gives up to make `count` slots free; fewer where it has no more.
+
+        layer: whose demand it is; it may take its own below the floor, and others' if need be.
+        """
+        count -= self.num_free
+        if count <= 0:
+            return []
+        if incoming is not None:
+            incoming = incoming[self.num_free :]
+        candidates = self._evictable(protect)
+        if not self.floor:
+            return self.policy.victims(candidates, count, incoming)
+        spare = self._held - self.floor
+        if layer is not None:
+            spare[self.numbers.rank_of[layer]] = count
+        rank = self.numbers.rank
+        chosen = victims_above_floor(self.policy, candidates, count, rank, spare, incoming)
+        if layer is not None and len(chosen) < count:
+            rest: Numbers = np.setdiff1d(candidates, chosen)
+            chosen += self.policy.victims(rest, count - len(chosen))
+        return chosen
+
+    def _reap(self) -> None:
+        """Ends the leases whose readers are done."""
+        if any(lease.outlived and lease.finished for lease in self._leases):
+            self._leases = [x for x in self._leases if not (x.outlived and x.finished)]
+
+    def _begin_load(self, number: int) -> Load:
+        key = self.numbers.key(number)
+        slot = self._pool.take()
+        self._state[number] = _LOADING
+        self._slot[number] = slot
+        self._held[self.numbers.rank[number]] += 1
         self._changed(key.layer, moved=True)
         return Load(key, slot)
 
-    def _loading(self, key: ExpertKey) -> _Slot:
-        slot = self._slots.get(key)
-        if slot is None or slot.state is not ExpertState.LOADING:
+    def _loading(self, key: ExpertKey) -> int:
+        number = self.numbers.number(key)
+        if self._state[number] != _LOADING:
             raise CacheError(f"{key} is {self.state(key).value}, not loading")
-        return slot
+        return number
 
-    def _drop(self, key: ExpertKey, slot: _Slot) -> None:
-        del self._slots[key]
-        self._free.append(slot.index)
-        self._changed(key.layer, moved=True)
+    def _evict(self, number: int) -> None:
+        self.counters.evictions[self.numbers.rank[number]] += 1
+        self._drop(number)
+        self.policy.evicted(number)
+
+    def _drop(self, number: int) -> None:
+        rank = int(self.numbers.rank[number])
+        self._pool.give(int(self._slot[number]))
+        self._state[number] = _ABSENT
+        self._slot[number] = -1
+        self._held[rank] -= 1
+        if self._unproven[number]:
+            self._unproven[number] = False
+            self.counters.prefetches_wasted[rank] += 1
+        self._changed(self.numbers.layers[rank], moved=True)
 
     def _changed(self, layer: int, moved: bool) -> None:
         self._residency.pop(layer, None)
@@ -258,33 +354,23 @@ class ExpertCache:
             self._layer_slots.pop(layer, None)
             self._versions[layer] += 1
 
-    def _pinned(self, key: ExpertKey) -> bool:
-        return any(lease.pins(key) for lease in self._leases)
-
     def check_integrity(self) -> None:
         """Recomputes everything derived; AssertionError where the books do not agree."""
-        held = [slot.index for slot in self._slots.values()]
-        assert sorted(held + self._free) == list(range(self.num_slots)), "a slot lost or doubled"
-        for key, slot in self._slots.items():
-            assert 0 <= key.expert < self._num_experts[key.layer], f"unknown expert {key}"
-            assert slot.state is not ExpertState.ABSENT, f"{key} is absent and has a slot"
-        for layer, size in self._num_experts.items():
+        held = self._slot >= 0
+        assert np.array_equal(held, self._state != _ABSENT), "a slot without a state"
+        self._pool.check_integrity(self._slot[held].tolist())
+        per_layer = np.bincount(self.numbers.rank[held], minlength=len(self.numbers.layers))
+        assert np.array_equal(per_layer, self._held), "slots per layer miscounted"
+        assert not (self._unproven & ~held).any(), "a prefetch that holds no slot"
+        for layer, span in self.numbers.span_of.items():
             residency, slots = self.residency(layer), self.slots(layer)
-            for e in range(size):
-                key = ExpertKey(layer, e)
-                assert (e in residency.ready) == (self.state(key) is ExpertState.READY), key
-                expected = self._slots[key].index if key in self._slots else -1
-                assert slots.slots[e] == expected, f"{key}: slot {slots.slots[e]} is stale"
+            assert residency.ready == set(np.flatnonzero(self._state[span] == _READY).tolist())
+            assert slots.slots == tuple(self._slot[span].tolist()), f"layer {layer}: stale slots"
             assert slots.version == self._versions[layer], f"layer {layer}: stale version"
         for lease in self._leases:
-            for e in set(lease.experts) - lease.abandoned:
+            for e in lease.experts:
                 key = ExpertKey(lease.placement.layer, e)
-                assert key in self._slots, f"{key} is read by a step and has no slot"
-
-
-def _named(placement: Placement) -> set[ExpertKey]:
-    experts = placement.on_device + placement.fetch_first + placement.on_cpu
-    return {ExpertKey(placement.layer, e) for e in experts}
+                assert held[self.numbers.number(key)], f"{key} is read by a step and has no slot"
 
 
 def resident_cache(tier: Tier, num_experts: Mapping[int, int], policy: Policy) -> ExpertCache:

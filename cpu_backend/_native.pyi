@@ -146,6 +146,8 @@ class PackedExperts:
     @property
     def down_bias_offset(self) -> int: ...
     def set_record(self, expert: int, record: _Array) -> None: ...
+    def clear_record(self, expert: int) -> None:
+        """Lets go of the expert's memory; jobs that want it are refused until `set_record`."""
     def run(
         self,
         runtime: Runtime,
@@ -169,6 +171,14 @@ class PackedExperts:
         out: _Array,
     ) -> Ticket:
         """As run, but returns at once. All arrays and self must live until it is done."""
+
+def sum_pairs(
+    runtime: Runtime, pairs: _Array, ids: _Array, weights: _Array, out: _Array
+) -> None:
+    """out [T, H]: the bits that `PackedExperts.run` gives, from the outputs of its pairs.
+
+    pairs: [T * K, H] float32, what each of ids [T, K] int64 gives for its token; weights [T, K].
+    """
 
 def rms_norm(runtime: Runtime, x: _Array, weight: _Array, eps: float, out: _Array) -> None:
     """out = x / sqrt(mean(x^2) + eps) * weight, row by row."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -56,6 +57,34 @@ class Ticket(Protocol):
         """
 
 
+class ExpertParts(ABC):
+    """One job whose experts are computed part by part, as they become readable."""
+
+    @abstractmethod
+    def add(self, experts: Sequence[int]) -> None:
+        """Computes these experts, which no part had before; those that no row chose cost nothing."""
+
+    @abstractmethod
+    def total(self) -> Tensor:
+        """The weighted sums over all parts, [T, H] in the job's out_dtype."""
+
+
+class RunningSum(ExpertParts):
+    """Adds the sums of each part to those before it: their last bits depend on the order."""
+
+    def __init__(self, backend: CpuBackend, job: ExpertJob) -> None:
+        self._backend = backend
+        self._job = job
+        self._sum = torch.zeros(job.x.shape)
+
+    def add(self, experts: Sequence[int]) -> None:
+        part = replace(self._job, experts=tuple(experts), out_dtype=torch.float32)
+        self._sum += self._backend.run(part)
+
+    def total(self) -> Tensor:
+        return self._sum.to(self._job.out_dtype)
+
+
 class CpuBackend(ABC):
     """Runs experts on CPU threads.
 
@@ -88,6 +117,10 @@ class CpuBackend(ABC):
     def run(self, job: ExpertJob) -> Tensor:
         """What `submit(job).wait()` gives, on the calling thread: nothing runs beside it, so the
         hand-over to another thread would be time lost."""
+
+    def in_parts(self, job: ExpertJob) -> ExpertParts:
+        """The same job, its experts to be named part by part; job.experts must be None."""
+        return RunningSum(self, job)
 
     @abstractmethod
     def close(self) -> None:

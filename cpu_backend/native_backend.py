@@ -9,6 +9,7 @@ from torch import Tensor
 from moeserve.core import ExpertSpec, ExpertWeights, ModelError
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.backend import CpuBackend, Demands, ExpertJob
+from moeserve.cpu_backend.native_parts import NativeParts
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, dense_format
 
@@ -66,6 +67,9 @@ class NativeBackend(CpuBackend):
         experts, ids, weights, wanted, out = self._arguments(job)
         ticket = experts.submit(self.runtime.handle, job.x, ids, weights, wanted, out)
         return NativeTicket(ticket, job, (ids, weights, wanted), out)
+
+    def in_parts(self, job: ExpertJob) -> NativeParts:
+        return NativeParts(self.runtime.handle, self._layers[job.layer].native, job)
 
     def close(self) -> None:
         """Nothing to do: tickets are waited for by their owners, threads end with the runtime."""

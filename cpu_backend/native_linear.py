@@ -52,10 +52,10 @@ class NativeRmsNorm:
 
     def __init__(self, runtime: NativeRuntime, weight: Tensor, eps: float) -> None:
         self._runtime = runtime.handle
-        self._weight = weight.float().contiguous()
+        self.weight = weight.float().contiguous()
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)
-        _native.rms_norm(self._runtime, x, self._weight, self._eps, out)
+        _native.rms_norm(self._runtime, x, self.weight, self._eps, out)
         return out

@@ -156,6 +156,7 @@ class PackedExperts:
         self.down_form = down_form = down_form or gate_up_form
         gate_up, down, self.native = _expert_layouts(spec, gate_up_form, down_form)
         self.record_bytes: int = self.native.record_bytes
+        self._gate_up_rows = _interleaved_rows(spec.intermediate_size)
         shape = (spec.num_experts, self.record_bytes)
         if records is None:
             records = _native.allocate(shape[0] * shape[1]).reshape(shape)
@@ -182,43 +183,54 @@ class PackedExperts:
     def nbytes(self) -> int:
         return int(self.records.nbytes)
 
-    def gate_up_rows(self) -> Tensor:
-        """[2I]: where row i of (gate, then up) stands: panels of both take turns."""
-        row = torch.arange(self.spec.intermediate_size)
-        gate = row // PANEL_OUTPUTS * (2 * PANEL_OUTPUTS) + row % PANEL_OUTPUTS
-        return torch.cat((gate, gate + PANEL_OUTPUTS))
-
     def put_gate_up(self, expert: int, rows: Tensor, piece: Tensor) -> None:
         """piece: [R, H], rows [R] of (gate, then up) of one expert."""
-        self._gate_up[expert].put(self.gate_up_rows()[rows], piece)
+        self._gate_up[expert].put(self._gate_up_rows[rows], piece)
 
     def put_down(self, expert: int, rows: Tensor, piece: Tensor) -> None:
         """piece: [R, I], rows [R] of one expert."""
         self._down[expert].put(rows, piece)
 
     def put_gate_up_codes(self, expert: int, rows: Tensor, codes: Tensor, scales: Tensor) -> None:
-        self._gate_up[expert].put_codes(self.gate_up_rows()[rows], codes, scales)
+        self._gate_up[expert].put_codes(self._gate_up_rows[rows], codes, scales)
 
     def put_down_codes(self, expert: int, rows: Tensor, codes: Tensor, scales: Tensor) -> None:
         self._down[expert].put_codes(rows, codes, scales)
 
+    def put_gate_up_bias(self, expert: int, rows: Tensor, values: Tensor) -> None:
+        """values: [R] or [R, 1], rows [R] of (gate, then up) of one expert."""
+        self._put_bias(self.native.gate_up_bias_offset, expert, self._gate_up_rows[rows], values)
+
+    def put_down_bias(self, expert: int, rows: Tensor, values: Tensor) -> None:
+        """values: [R] or [R, 1], rows [R] of one expert."""
+        self._put_bias(self.native.down_bias_offset, expert, rows, values)
+
     def put_biases(self, gate_up: Tensor, down: Tensor) -> None:
         """gate_up: [E, 2I], down: [E, H]."""
-        for offset, values, rows in (
-            (self.native.gate_up_bias_offset, gate_up, self.gate_up_rows()),
-            (self.native.down_bias_offset, down, torch.arange(self.spec.hidden_size)),
-        ):
-            count = -(-(int(rows.max()) + 1) // PANEL_OUTPUTS) * PANEL_OUTPUTS
-            target = self.records[:, offset : offset + 4 * count].view(np.float32)
-            target[:, rows.numpy()] = values.float().numpy()
+        gate_up_rows, down_rows = torch.arange(gate_up.shape[1]), torch.arange(down.shape[1])
+        for expert in range(self.spec.num_experts):
+            self.put_gate_up_bias(expert, gate_up_rows, gate_up[expert])
+            self.put_down_bias(expert, down_rows, down[expert])
+
+    def _put_bias(self, offset: int, expert: int, rows: Tensor, values: Tensor) -> None:
+        assert self.spec.bias, "a record without biases has no room for them"
+        numbers = self.records[expert, offset:].view(np.float32)
+        numbers[rows.numpy()] = values.float().reshape(-1).numpy()
 
     def gate_up_numbers(self, expert: int) -> Tensor:
         """[2I, H] float32: gate rows, then up rows."""
-        return self._gate_up[expert].numbers()[self.gate_up_rows()]
+        return self._gate_up[expert].numbers()[self._gate_up_rows]
 
     def down_numbers(self, expert: int) -> Tensor:
         """[H, I] float32."""
         return self._down[expert].numbers()
+
+
+def _interleaved_rows(intermediate_size: int) -> Tensor:
+    """[2I]: where row i of (gate, then up) stands: panels of both take turns."""
+    row = torch.arange(intermediate_size)
+    gate = row // PANEL_OUTPUTS * (2 * PANEL_OUTPUTS) + row % PANEL_OUTPUTS
+    return torch.cat((gate, gate + PANEL_OUTPUTS))
 
 
 def _expert_layouts(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
-from moeserve.cache.expert_cache import LayerSlots
 from moeserve.core import Placement, Routing
 from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
 from moeserve.experts.device.torch_grouped import GroupedExperts
+from moeserve.experts.supply import Group, Supplied
 
 
 class Executor:
@@ -17,22 +19,29 @@ class Executor:
         self._backend = backend
         self._device = device
 
-    def run(self, x: Tensor, routing: Routing, placement: Placement, slots: LayerSlots) -> Tensor:
+    def run(self, x: Tensor, routing: Routing, placement: Placement, supplied: Supplied) -> Tensor:
         """x [T, H] to the weighted sum of each row's experts, [T, H] in the dtype of x.
 
         Sums are kept in float32 and rounded once. A row adds its experts in the order of its
         routing on each side, and then the two sides.
         """
-        num_experts = len(slots.slots)
-        if len(placement.on_cpu) == num_experts:
+        if self._device is None:
             job = ExpertJob(placement.layer, x, routing, out_dtype=x.dtype)
-            return self._backend.run(job)
-        assert self._device is not None, "the placement uses a device that the layer has not"
+            return self._on_cpu(job, placement, supplied.groups)
         if not placement.on_cpu:
-            return self._device.run(x, routing, slots).to(x.dtype)
+            return self._device.run(x, routing, supplied.slots).to(x.dtype)
         host_routing = Routing(routing.ids.cpu(), routing.weights.cpu())
         job = ExpertJob(placement.layer, x.cpu(), host_routing, placement.on_cpu)
         ticket = self._backend.submit(job)
         on_device = placement.on_device + placement.fetch_first
-        total = self._device.run(x, routing, slots, on_device)
+        total = self._device.run(x, routing, supplied.slots, on_device)
         return (total + ticket.wait().to(total.device)).to(x.dtype)
+
+    def _on_cpu(self, job: ExpertJob, placement: Placement, groups: Iterator[Group]) -> Tensor:
+        """Everything in one call where it is there, which gives the same as part by part."""
+        if not placement.fetch_first:
+            return self._backend.run(job)
+        parts = self._backend.in_parts(job)
+        for experts in groups:
+            parts.add(experts)
+        return parts.total()

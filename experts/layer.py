@@ -1,90 +1,17 @@
-"""One step of one MoE layer, and how the layers of a model are put together."""
+"""One step of one MoE layer, and how a layer is put together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
-from moeserve.cache.expert_cache import ExpertCache, Tier, resident_cache
-from moeserve.cache.policies.resident import ResidentPolicy
-from moeserve.config import ExpertConfig
-from moeserve.core import ConfigError, ExpertSpec, ExpertWeights
-from moeserve.cpu_backend.backend import CpuBackend, Demands
-from moeserve.cpu_backend.choice import BackendChoice, choose_backend
-from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cache.expert_cache import Tier
+from moeserve.core import ExpertSpec, ExpertWeights
 from moeserve.cpu_backend.packing import PackedExperts
-from moeserve.cpu_backend.torch_backend import TorchBackend
 from moeserve.experts.device.torch_grouped import GroupedExperts
 from moeserve.experts.executor import Executor
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
-from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
-from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, ResidentPlacement
+from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
-from moeserve.predictors.base import Predictor
-from moeserve.predictors.none import NonePredictor
-
-
-@dataclass(frozen=True)
-class ExpertRuntime:
-    """What the MoE layers of one model share. `close` ends its threads.
-
-    native: kernels and threads of the native backend, where weights on the CPU are packed for it.
-    notes: what was chosen and why, for ModelInfo.notes.
-    """
-
-    device: torch.device
-    backend: CpuBackend
-    native: NativeRuntime | None
-    cache: ExpertCache
-    intra: IntraLayerScheduler
-    inter: InterLayerScheduler
-    predictor: Predictor
-    notes: Mapping[str, str]
-
-    def close(self) -> None:
-        self.backend.close()
-
-
-def build_expert_runtime(
-    config: ExpertConfig,
-    specs: Mapping[int, ExpertSpec],
-    device: torch.device,
-    dtype: torch.dtype,
-    quantized: bool = False,
-) -> ExpertRuntime:
-    """specs: of the experts of each MoE layer, by the layer's index in the model. dtype: of the
-    model's computation. quantized: its weights are stored in 8 bits or fewer.
-
-    On the CPU the experts stand in the host tier and run on the CPU backend; on another device they
-    stand and run there. Raises ConfigError for what is not implemented or cannot run the model.
-    """
-    if config.policy != "resident" or config.predictor != "none":
-        raise ConfigError(
-            f"policy {config.policy!r} with predictor {config.predictor!r} is unknown"
-        )
-    num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
-    if device.type == "cpu":
-        choice = choose_backend(config, Demands(dtype, tuple(specs.values()), quantized))
-    else:
-        choice = BackendChoice(TorchBackend(), f"unused, experts run on {device.type}", None)
-    tier = Tier.HOST if device.type == "cpu" else Tier.DEVICE
-    cache = resident_cache(tier, num_experts, ResidentPolicy())
-    return ExpertRuntime(
-        device=device,
-        backend=choice.backend,
-        native=choice.native,
-        cache=cache,
-        intra=ResidentPlacement(),
-        inter=ResidentPrefetch(),
-        predictor=NonePredictor(),
-        notes={
-            "cpu_backend": choice.reason,
-            "experts": f"all {cache.num_slots} resident in the {tier.value} tier",
-        },
-    )
 
 
 class MoELayer:
@@ -97,9 +24,12 @@ class MoELayer:
         self.router = router
         self.executor = executor
         self.cache = runtime.cache
+        self.supply = runtime.supply
+        self.count_use = runtime.count_use
         self.intra = runtime.intra
         self.inter = runtime.inter
         self.predictor = runtime.predictor
+        self.observers = runtime.observers
 
     def forward(self, x: Tensor, step: int) -> Tensor:
         """x [T, H] to the weighted sum of each row's experts, [T, H], same dtype.
@@ -107,11 +37,15 @@ class MoELayer:
         step: number of the engine's step, for traces.
         """
         routing = self.router(x)
-        placement = self.intra.place(routing, self.cache.residency(self.layer))
-        with self.cache.acquire(placement) as slots:
-            y = self.executor.run(x, routing, placement, slots)
-        self.inter.prefetch(self.predictor.predict(self.layer, x, routing), protect=placement)
-        return y
+        for observe in self.observers:
+            observe(self.layer, x, routing)
+        use = self.count_use(self.layer, routing, self.router.spec.num_experts)
+        self.cache.observe(use)
+        placement = self.intra.place(use, self.cache.residency(self.layer))
+        with self.supply.acquire(placement) as supplied:
+            # Reads for later layers begin behind this layer's own, and beside its work.
+            self.inter.prefetch(self.predictor.predict(self.layer, x, routing), protect=placement)
+            return self.executor.run(x, routing, placement, supplied)
 
 
 def build_moe_layer(
@@ -134,4 +68,6 @@ def build_moe_layer(
         device = GroupedExperts(expert_spec, expert_weights, first_slot)
         return MoELayer(layer, router, Executor(runtime.backend, device), runtime)
     runtime.backend.add_layer(layer, expert_spec, expert_weights)
+    if isinstance(expert_weights, PackedExperts):
+        runtime.add_layer(layer, expert_weights)
     return MoELayer(layer, router, Executor(runtime.backend, None), runtime)

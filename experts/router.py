@@ -102,6 +102,7 @@ class Router:
         """Raises ModelError where tensors and spec do not fit."""
         _check_shapes(spec, weights)
         self.spec = spec
+        self.weights = weights
         weight, bias = weights.weight, weights.bias
         if isinstance(weight, Tensor) and spec.float32_logits:
             weight, bias = weight.float(), None if bias is None else bias.float()
@@ -134,13 +135,29 @@ class Router:
         # vector register it stands, so a row's scores would depend on how many rows there are.
         return logits.double().sigmoid().float()
 
+    def ranking(self, logits: Tensor) -> Tensor:
+        """[T, E] logits to the numbers whose top_k largest are chosen, in the same order as by
+        `__call__`; -inf for experts out of the row's reach. For predictors."""
+        if self.spec.score == "softmax_topk":
+            return logits
+        scores = self._scores(logits.float())
+        return self._choice(scores)
+
+    @property
+    def ranks_logits(self) -> bool:
+        """Whether `ranking` would change nothing in the order of a row's logits."""
+        return self._correction is None and not self.spec.limits_groups
+
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """scores [T, E] float32 to ids and the scores there, both [T, K]."""
-        choice = scores if self._correction is None else scores + self._correction
-        if self.spec.limits_groups:
-            choice = self._mask_groups(choice)
+        choice = self._choice(scores)
         top, ids = choice.topk(self.spec.top_k, dim=-1)
         return ids, top if self._correction is None else scores.gather(-1, ids)
+
+    def _choice(self, scores: Tensor) -> Tensor:
+        """scores [T, E] to what experts are chosen by."""
+        choice = scores if self._correction is None else scores + self._correction
+        return self._mask_groups(choice) if self.spec.limits_groups else choice
 
     def _mask_groups(self, choice: Tensor) -> Tensor:
         """Puts experts outside the token's best groups at -inf.

@@ -148,6 +148,18 @@ def _doctor(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.planner.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from moeserve.planner.command import run
+
+    return run(args)
+
+
 def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or hub id (default: the bundled model)"
@@ -160,6 +172,9 @@ COMMANDS = {
     "chat": Command("talk to a model, here or on a server", _chat_arguments, _chat),
     "request": Command("send one prompt to a server over ZeroMQ", _request_arguments, _request),
     "doctor": Command("what this machine has and what is in the way", _doctor_arguments, _doctor),
+    "calibrate": Command(
+        "measure this machine for the layer scheduler", _calibrate_arguments, _calibrate
+    ),
     "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
 }

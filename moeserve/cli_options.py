@@ -46,7 +46,11 @@ UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 #: settings given as an argument of its own, or made from another one
 NOT_A_FLAG = {"model", "engine", "http", "zmq"}
 #: shorter or clearer names than the field's own
-FLAG_NAMES = {"endpoint": "zmq", "allowed_hosts": "allowed-host"}
+FLAG_NAMES = {
+    "endpoint": "zmq",
+    "allowed_hosts": "allowed-host",
+    "host_memory_bytes": "host-memory",
+}
 
 
 #: flag, type and help of what every command that generates may be told

@@ -17,6 +17,8 @@ from typing import Any
 from moeserve.core import ConfigError
 
 CPU_BACKENDS = ("auto", "native", "torch", "ipex")
+POLICIES = ("auto", "resident", "lru", "lfu", "mrs", "least_stale", "score")
+PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")
 QUANTIZE_GROUPS = (32, 64, 128, "auto")
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "tiny-moe"
 
@@ -140,7 +142,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    """Where experts live and run. Rooms without content yet are refused by name."""
+    """Where experts live and run."""
 
     cpu_backend: str = setting(
         "auto", "auto (the fastest, measured once), native (our own kernels), torch or ipex"
@@ -148,8 +150,27 @@ class ExpertConfig:
     isa: str = setting(
         "auto", "instruction set of the native kernels: scalar, avx2, avx512, …; auto: the fastest"
     )
-    predictor: str = setting("none", "none (all experts are resident)")
-    policy: str = setting("resident", "resident (every expert in the fast tier)")
+    host_memory_bytes: int | None = setting(
+        None,
+        "memory for all weights and kv together; experts that do not fit stay on disk and are read "
+        "as they are wanted, which takes a model written by `moeserve pack`; default: no limit",
+    )
+    host_slots: int | None = setting(
+        None, "exact number of experts in memory, instead of host_memory_bytes"
+    )
+    policy: str = setting(
+        "auto",
+        "which expert leaves memory for another: lru, lfu, mrs, least_stale or score; resident "
+        "where all have room; auto: resident, else score",
+    )
+    predictor: str = setting(
+        "none",
+        "which experts to read ahead: none, frequency, markov, gate_lookahead or gate_residual",
+    )
+    prefetch_depth: int = setting(2, "layers that a predictor looks ahead, at most")
+    disk_threads: int | None = setting(
+        None, "threads that read experts from disk; default: as many as read fastest, measured"
+    )
     num_threads: int | None = setting(
         None, "compute threads of the engine; default: the cores this process may use"
     )
@@ -160,11 +181,32 @@ class ExpertConfig:
 
     def __post_init__(self) -> None:
         _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
-        _one_of("predictor", self.predictor, ("none",), "predictors come with the expert cache")
-        _one_of("policy", self.policy, ("resident",), "policies come with the expert cache")
+        _one_of("policy", self.policy, POLICIES)
+        _one_of("predictor", self.predictor, PREDICTORS)
+        if self.host_memory_bytes is not None and self.host_slots is not None:
+            raise ConfigError("host_memory_bytes and host_slots contradict each other; give one")
+        if not self.is_tiered:
+            for name, default in (("policy", "auto"), ("predictor", "none")):
+                value = getattr(self, name)
+                if value not in (default, "resident"):
+                    raise ConfigError(
+                        f"{name}: {value!r} is for experts that do not all fit",
+                        field=name,
+                        hint="give --host-memory, or leave it out",
+                    )
+        for name, least in (("host_memory_bytes", 1), ("host_slots", 2), ("disk_threads", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                _at_least(name, value, least)
+        _at_least("prefetch_depth", self.prefetch_depth, 0)
         if self.num_threads is not None:
             _at_least("num_threads", self.num_threads, 1)
         _at_least("spin_us", self.spin_us, 0)
+
+    @property
+    def is_tiered(self) -> bool:
+        """Whether memory for experts is limited."""
+        return self.host_memory_bytes is not None or self.host_slots is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moeserve.core import Routing
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: the chance of every expert of a layer to be wanted: [E], or by rows [T, E]
+Chances = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,36 @@ class Prediction:
 
 
 class Predictor(ABC):
-    """Called once per MoE layer and step, with what the router there really chose."""
+    """Called once per MoE layer and step, with what the router there really chose, before the
+    layer's experts run: they are what prefetching has time beside.
+
+    Layers come in rising order; a layer that does not rise begins another step.
+    """
 
     name: str
+
+    def begin_step(self, previous_rows: NDArray[np.int64]) -> None:  # noqa: B027 - optional
+        """previous_rows: [T], for every row of the step to come the row of the step before it that
+        held the token before its own; -1 where none did.
+
+        Nobody has to say: a predictor that cares takes it, unsaid, that two steps with the same
+        number of rows are of the same sequences in the same order, and others have nothing in
+        common. Wrong rows make a prediction worse, not wrong.
+        """
 
     @abstractmethod
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         """What follows after `layer`, whose input was x [T, H]. May learn from `routing`."""
+
+
+def any_row(chances: Chances) -> Chances:
+    """[T, E] chances of the rows to [E]: that any row wants the expert, 1 - prod(1 - p).
+
+    Takes the rows as independent given what is known of each. Rows of one text are not, so of large
+    batches it says a little too much.
+    """
+    if len(chances) == 1:
+        first: Chances = chances[0]
+        return first
+    missed: Chances = np.prod(1 - chances, axis=0)
+    return 1 - missed

@@ -1,36 +1,94 @@
-"""What a policy is: it knows how much each expert is worth and picks victims. It moves no bytes."""
+"""What a policy is: it knows how much each expert is worth and picks victims. It moves no bytes.
+
+Experts are told by their numbers (`ExpertNumbers`): a policy is arrays over all experts of a model.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from moeserve.core import ExpertKey
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.cache.numbering import ExpertNumbers, Numbers
+from moeserve.core import LayerUse
 
 
 class Policy(ABC):
     """Told of every use, arrival and eviction in one tier; asked for victims.
 
-    Methods are called on the engine's thread, in the order in which things happen.
+    Methods are called on the engine's thread, in the order in which things happen: for a layer of a
+    step first `observed`, then victims for what it lacks, then `used`.
     """
 
     name: str
 
+    def observed(self, use: LayerUse) -> None:  # noqa: B027 - an answer to it is optional
+        """A step asks this of a layer, over all rows of the batch. Most policies need no more."""
+
+    def expected(  # noqa: B027 - as above
+        self, layer: int, probabilities: NDArray[np.float32]
+    ) -> None:
+        """What a predictor says of the layer's next use: [E], P(any row wants the expert)."""
+
     @abstractmethod
-    def used(self, layer: int, experts: Iterable[int]) -> None:
+    def used(self, layer: int, experts: Sequence[int]) -> None:
         """A step runs these experts of the layer, wherever they are read from."""
 
     @abstractmethod
-    def loaded(self, key: ExpertKey) -> None:
+    def loaded(self, number: int) -> None:
         """The expert has arrived and may be read."""
 
     @abstractmethod
-    def evicted(self, key: ExpertKey) -> None:
+    def evicted(self, number: int) -> None:
         """The expert has lost its slot."""
 
     @abstractmethod
-    def victims(self, candidates: Sequence[ExpertKey], count: int) -> list[ExpertKey]:
+    def victims(
+        self, candidates: Numbers, count: int, incoming: Numbers | None = None
+    ) -> list[int]:
         """Up to `count` of the candidates, the least worth first. No candidate is in use.
 
-        Fewer than `count` means: what is wanted instead is worth less than what is there.
+        incoming: who wants the slots, most wanted first, where that is open to choice (a
+        prefetch). Fewer than `count` then means: what is wanted is worth less than what is there.
+        Without it the slots are needed now, and fewer means that there are no more to be had.
         """
+
+
+class RankedPolicy(Policy):
+    """A policy that gives every expert a number: its worth. The least goes first."""
+
+    def __init__(self, numbers: ExpertNumbers) -> None:
+        self.numbers = numbers
+
+    @abstractmethod
+    def worth(self, numbers: Numbers) -> NDArray[np.float64]:
+        """What it is worth to hold each of these experts, in any unit that rises with it."""
+
+    def loaded(self, number: int) -> None:
+        """Most policies count uses, not arrivals."""
+
+    def evicted(self, number: int) -> None:
+        """Most policies remember experts that have lost their slot."""
+
+    def victims(
+        self, candidates: Numbers, count: int, incoming: Numbers | None = None
+    ) -> list[int]:
+        """The least worth. A prefetch that was asked for counts as worth its slot."""
+        return least(candidates, self.worth(candidates), count)
+
+
+def least(candidates: Numbers, worth: NDArray[np.float64], count: int) -> list[int]:
+    """The `count` candidates of least worth, rising; ties by number."""
+    if count == 1 and len(candidates):
+        return [int(candidates[worth.argmin()])]
+    if count < len(candidates):
+        # Everything up to the worth of the last one chosen, ties included, so that the order of
+        # candidates cannot matter.
+        limit = np.partition(worth, count - 1)[count - 1]
+        below = worth <= limit
+        candidates, worth = candidates[below], worth[below]
+    order = np.lexsort((candidates, worth))
+    chosen: list[int] = candidates[order[:count]].tolist()
+    return chosen

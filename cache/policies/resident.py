@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from moeserve.cache.numbering import Numbers
 from moeserve.cache.policies.base import Policy
-from moeserve.core import ExpertKey
 
 
 class ResidentPolicy(Policy):
@@ -13,14 +13,16 @@ class ResidentPolicy(Policy):
 
     name = "resident"
 
-    def used(self, layer: int, experts: Iterable[int]) -> None:
+    def used(self, layer: int, experts: Sequence[int]) -> None:
         """Nothing to remember: no expert is ever a victim."""
 
-    def loaded(self, key: ExpertKey) -> None:
+    def loaded(self, number: int) -> None:
         """Nothing to remember."""
 
-    def evicted(self, key: ExpertKey) -> None:
-        raise AssertionError(f"{key} was evicted although every expert is resident")
+    def evicted(self, number: int) -> None:
+        """Its slot was taken away by a smaller capacity; nobody gets it in its place."""
 
-    def victims(self, candidates: Sequence[ExpertKey], count: int) -> list[ExpertKey]:
+    def victims(
+        self, candidates: Numbers, count: int, incoming: Numbers | None = None
+    ) -> list[int]:
         return []

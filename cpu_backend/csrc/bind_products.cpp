@@ -8,6 +8,7 @@
 #include "bindings.h"
 #include "linear.h"
 #include "moe.h"
+#include "pair_sum.h"
 #include "tensor.h"
 
 namespace nb = nanobind;
@@ -104,6 +105,16 @@ class PackedExperts {
     owners_[at] = std::move(record);
   }
 
+  // A job that wants the expert is refused from now on, so that its memory may be used otherwise.
+  void clear_record(int expert) {
+    if (expert < 0 || static_cast<std::size_t>(expert) >= experts_.records.size()) {
+      refuse("expert", std::to_string(expert) + " is out of range");
+    }
+    const auto at = static_cast<std::size_t>(expert);
+    experts_.records[at] = nullptr;
+    owners_[at].reset();
+  }
+
   // Checks everything; the arrays must stay alive and unchanged until the work is done.
   ExpertJob make_job(const Tensor &x, const Tensor &ids, const Tensor &weights,
                      const std::optional<Tensor> &wanted, const Tensor &out) const {
@@ -168,6 +179,33 @@ class PackedExperts {
   std::vector<std::optional<ConstArray>> owners_;
 };
 
+void sum_expert_pairs(Runtime &runtime, const Tensor &pairs, const Tensor &ids,
+                      const Tensor &weights, const Tensor &out) {
+  PairSum sum = {};
+  check_dtype<std::int64_t>(ids, "ids", "int64");
+  check_contiguous(ids, "ids");
+  if (ids.ndim() != 2) refuse("ids", "must have two dimensions");
+  sum.num_tokens = static_cast<std::int64_t>(ids.shape(0));
+  sum.top_k = static_cast<int>(ids.shape(1));
+  sum.ids = static_cast<const std::int64_t *>(ids.data());
+  check_dtype<float>(weights, "weights", "float32");
+  check_contiguous(weights, "weights");
+  check_rows(weights, "weights", sum.num_tokens, sum.top_k);
+  sum.weights = static_cast<const float *>(weights.data());
+  if (out.ndim() != 2) refuse("out", "must have two dimensions");
+  sum.hidden = static_cast<std::int64_t>(out.shape(1));
+  sum.y_dtype = float_dtype(out, "out");
+  check_rows(out, "out", sum.num_tokens, sum.hidden);
+  check_contiguous(out, "out");
+  sum.y = out.data();
+  check_dtype<float>(pairs, "pairs", "float32");
+  check_contiguous(pairs, "pairs");
+  check_rows(pairs, "pairs", sum.num_tokens * sum.top_k, sum.hidden);
+  sum.pairs = static_cast<const float *>(pairs.data());
+  const nb::gil_scoped_release release;
+  if (sum.num_tokens > 0) sum_pairs(runtime, sum);
+}
+
 void rms_norm(Runtime &runtime, const Tensor &x, const Tensor &weight, float eps,
               const Tensor &out) {
   const Dtype dtype = float_dtype(x, "x");
@@ -215,11 +253,15 @@ void bind_products(nb::module_ &m) {
       .def_prop_ro("gate_up_bias_offset", &PackedExperts::gate_up_bias_offset)
       .def_prop_ro("down_bias_offset", &PackedExperts::down_bias_offset)
       .def("set_record", &PackedExperts::set_record, nb::arg("expert"), nb::arg("record"))
+      .def("clear_record", &PackedExperts::clear_record, nb::arg("expert"))
       .def("run", &PackedExperts::run, nb::arg("runtime"), nb::arg("x"), nb::arg("ids"),
            nb::arg("weights"), nb::arg("wanted").none(), nb::arg("out"))
       .def("submit", &PackedExperts::submit, nb::arg("runtime"), nb::arg("x"), nb::arg("ids"),
            nb::arg("weights"), nb::arg("wanted").none(), nb::arg("out"),
            "As run, but returns at once with a Ticket. All arrays must live until it is done.");
+  m.def("sum_pairs", &sum_expert_pairs, nb::arg("runtime"), nb::arg("pairs"), nb::arg("ids"),
+        nb::arg("weights"), nb::arg("out"),
+        "out [T, H] = what `run` gives, from the pairs' outputs [T * K, H]; see pair_sum.h.");
   m.def("rms_norm", &rms_norm, nb::arg("runtime"), nb::arg("x"), nb::arg("weight"), nb::arg("eps"),
         nb::arg("out"), "out = x / sqrt(mean(x^2) + eps) * weight, row by row.");
 }

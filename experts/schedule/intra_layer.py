@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
 
 from moeserve.cache.expert_cache import Residency, Tier
-from moeserve.core import Placement, Routing
+from moeserve.core import LayerUse, Placement
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.timeline import fill, run_as_fetched_us
 
 
 class IntraLayerScheduler(ABC):
-    """Turns a routing into a placement, given what is resident."""
+    """Turns what a step asks of a layer into a placement, given what is resident."""
 
     @abstractmethod
-    def place(self, routing: Routing, residency: Residency) -> Placement:
-        """Every expert that `routing` names is in exactly one of the placement's three sets."""
+    def place(self, use: LayerUse, residency: Residency) -> Placement:
+        """Every expert with rows in `use` is in exactly one of the placement's three sets."""
 
 
 class ResidentPlacement(IntraLayerScheduler):
@@ -27,7 +33,7 @@ class ResidentPlacement(IntraLayerScheduler):
     def __init__(self) -> None:
         self._placements: dict[int, Placement] = {}
 
-    def place(self, routing: Routing, residency: Residency) -> Placement:
+    def place(self, use: LayerUse, residency: Residency) -> Placement:
         placement = self._placements.get(residency.layer)
         if placement is None:
             assert residency.complete, f"layer {residency.layer} is not wholly resident"
@@ -38,3 +44,81 @@ class ResidentPlacement(IntraLayerScheduler):
                 placement = Placement(residency.layer, on_cpu=everything)
             self._placements[residency.layer] = placement
         return placement
+
+
+class SimulatedPlacement(IntraLayerScheduler):
+    """A placement whose duration can be told beforehand, as the inter-layer scheduler needs it.
+
+    costs: by layer. rows_per_expert: of the layer that was placed last, over its active experts.
+    layer_us(layer, num_resident, num_absent, rows): duration of a layer with so many active experts
+    of either kind and that many rows each; the last few thousand answers are kept.
+    """
+
+    def __init__(self, costs: Mapping[int, CostModel]) -> None:
+        self.costs = costs
+        self.rows_per_expert = 1
+        self.layer_us = lru_cache(maxsize=4096)(self._layer_us)
+
+    def _layer_us(self, layer: int, num_resident: int, num_absent: int, rows: int) -> float:
+        return self._simulate_us(self.costs[layer], (rows,) * num_resident, (rows,) * num_absent)
+
+    @abstractmethod
+    def _simulate_us(
+        self, costs: CostModel, resident: Sequence[int], absent: Sequence[int]
+    ) -> float:
+        """Duration of a layer placed by this scheduler; rows of each expert, falling."""
+
+    def _split(
+        self, use: LayerUse, residency: Residency
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Active experts, resident and absent, as (-rows, expert): most rows first, then number."""
+        active = np.flatnonzero(use.rows)
+        falling = sorted(zip((-use.rows[active]).tolist(), active.tolist(), strict=True))
+        if falling:
+            self.rows_per_expert = max(1, round(-sum(r for r, _ in falling) / len(falling)))
+        ready = residency.ready
+        resident = [entry for entry in falling if entry[1] in ready]
+        absent = [entry for entry in falling if entry[1] not in ready]
+        return resident, absent
+
+
+class TimelinePlacement(SimulatedPlacement):
+    """Device over host: fills CPU, link and device so that the layer is over first (`fill`)."""
+
+    def place(self, use: LayerUse, residency: Residency) -> Placement:
+        resident, absent = self._split(use, residency)
+        costs = self.costs[use.layer]
+        m, k, _ = fill(costs, [-rows for rows, _ in resident], [-rows for rows, _ in absent])
+        return Placement(
+            use.layer,
+            on_device=tuple([e for _, e in resident[:m]]),
+            fetch_first=tuple([e for _, e in absent[:k]]),
+            on_cpu=tuple([e for _, e in resident[m:]] + [e for _, e in absent[k:]]),
+        )
+
+    def _simulate_us(
+        self, costs: CostModel, resident: Sequence[int], absent: Sequence[int]
+    ) -> float:
+        return fill(costs, resident, absent).makespan_us
+
+
+class FetchOrder(SimulatedPlacement):
+    """Host over disk: everything runs on the CPU, so what is left to choose is the order of reads.
+
+    Most rows first is optimal (`run_as_fetched_us`): later arrivals find the CPU still at work.
+    """
+
+    def place(self, use: LayerUse, residency: Residency) -> Placement:
+        resident, absent = self._split(use, residency)
+        return Placement(
+            use.layer,
+            fetch_first=tuple([e for _, e in absent]),
+            on_cpu=tuple([e for _, e in resident]),
+        )
+
+    def _simulate_us(
+        self, costs: CostModel, resident: Sequence[int], absent: Sequence[int]
+    ) -> float:
+        busy_us = costs.cpu_start_us + sum(costs.cpu_us(rows) for rows in resident)
+        fetch_us = costs.disk_us(costs.expert_bytes) if absent else 0.0
+        return run_as_fetched_us(fetch_us, [costs.cpu_us(rows) for rows in absent], busy_us)

@@ -14,7 +14,7 @@ All rules count a block that several sequences share once, and an idle block as 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Seq
+from collections.abc import Collection
 from typing import Final, Protocol
 
 import numpy as np
@@ -38,7 +38,9 @@ STEPS: Final = np.unique(np.floor(1.25 ** np.arange(75)).astype(np.int64))
 
 
 class AdmissionPolicy(Protocol):
-    def admits(self, candidate: Sequence, running: Seq[Sequence], blocks: BlockManager) -> bool:
+    def admits(
+        self, candidate: Sequence, running: Collection[Sequence], blocks: BlockManager
+    ) -> bool:
         """May `candidate`, whose table is matched and whose tokens fit now, start?"""
         ...
 
@@ -53,7 +55,9 @@ class Aggressive:
     def __init__(self, reserve: float = 0.0) -> None:
         self._reserve = reserve
 
-    def admits(self, candidate: Sequence, running: Seq[Sequence], blocks: BlockManager) -> bool:
+    def admits(
+        self, candidate: Sequence, running: Collection[Sequence], blocks: BlockManager
+    ) -> bool:
         take = blocks.num_blocks_to_take(candidate.table, candidate.num_tokens)
         return take <= blocks.num_available - int(self._reserve * blocks.num_blocks)
 
@@ -64,7 +68,9 @@ class Aggressive:
 class Conservative:
     """Starts what fits even if every output gets as long as its request allows."""
 
-    def admits(self, candidate: Sequence, running: Seq[Sequence], blocks: BlockManager) -> bool:
+    def admits(
+        self, candidate: Sequence, running: Collection[Sequence], blocks: BlockManager
+    ) -> bool:
         take = blocks.num_blocks_to_take(candidate.table, candidate.max_kv_tokens)
         growth = sum(blocks.blocks_for(s.max_kv_tokens) - len(s.block_ids) for s in running)
         return take + growth <= blocks.num_available
@@ -143,11 +149,13 @@ class PastFuture:
     def observe(self, num_output_tokens: int) -> None:
         self._lengths.add(num_output_tokens)
 
-    def admits(self, candidate: Sequence, running: Seq[Sequence], blocks: BlockManager) -> bool:
+    def admits(
+        self, candidate: Sequence, running: Collection[Sequence], blocks: BlockManager
+    ) -> bool:
         return self.peak_blocks(candidate, running, blocks) <= blocks.num_blocks
 
     def peak_blocks(
-        self, candidate: Sequence, running: Seq[Sequence], blocks: BlockManager
+        self, candidate: Sequence, running: Collection[Sequence], blocks: BlockManager
     ) -> float:
         """Predicted peak use of the pool if `candidate` starts now."""
         everyone = (*running, candidate)

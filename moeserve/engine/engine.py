@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 import msgspec
 import torch
 
+from moeserve.cache.tiers.source import StoreError
 from moeserve.config import EngineConfig, KvConfig
 from moeserve.core import (
     ConfigError,
@@ -32,6 +34,8 @@ from moeserve.models.kv_pool import KvPool
 from moeserve.models.registry import LoadedModel, load_model
 
 GIB = 1 << 30
+NOT_A_NUMBER = "the model produced NaN for this prompt; --check-weights finds broken weights"
+log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
 
 
@@ -51,6 +55,9 @@ class Engine:
         self.scheduler = RequestScheduler(
             config.scheduler, self.blocks, loaded.eos_token_ids, loaded.context_tokens
         )
+        kv_bytes = num_blocks * KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
+        loaded.runtime.fit_host_memory(loaded.resident_bytes + kv_bytes)
+        loaded.notes.update(loaded.runtime.notes)
         kv = KvPool(loaded.spec, num_blocks, block_tokens, loaded.dtype, loaded.device)
         self.runner = ModelRunner(loaded.model, kv, block_tokens, loaded.device)
         self.sampler = Sampler(loaded.spec.vocab_size, loaded.eos_token_ids, loaded.device)
@@ -119,7 +126,10 @@ class Engine:
         batch = self.scheduler.schedule(time.time())
         if batch is None:
             return self._ended(self.scheduler.drain_events())
-        output = self.runner.forward(batch)
+        try:
+            output = self.runner.forward(batch)
+        except StoreError as error:
+            return self._ended(self._fail_batch(batch, error))
         result, failed = self._sample(batch, output)
         deltas = failed + self.scheduler.commit(batch, result, time.time())
         self._num_steps += 1
@@ -134,6 +144,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""
         self.scheduler.check_integrity()
+        self.loaded.runtime.check_integrity()
 
     def close(self) -> None:
         """Ends the threads that compute experts. Nothing may be called after it."""
@@ -155,19 +166,25 @@ class Engine:
         failed: list[EngineDelta] = []
         for row, token in zip(rows, sampled, strict=True):
             if token is None:
-                failed += self._fail(row.request_id)
+                failed += self._fail(row.request_id, NOT_A_NUMBER, ErrorCode.INTERNAL)
             else:
                 tokens[row.request_id] = token
         return StepResult(tokens, prompt_logprobs), failed
 
-    def _fail(self, request_id: str) -> list[EngineDelta]:
+    def _fail(self, request_id: str, error: str, code: ErrorCode) -> list[EngineDelta]:
+        now_s = time.time()
         return self.scheduler.abort(
-            request_id,
-            FinishReason.ERROR,
-            time.time(),
-            error="the model produced NaN for this prompt; --check-weights finds broken weights",
-            error_code=ErrorCode.INTERNAL,
+            request_id, FinishReason.ERROR, now_s, error=error, error_code=code
         )
+
+    def _fail_batch(self, batch: ScheduledBatch, error: StoreError) -> list[EngineDelta]:
+        """An expert that a step needs cannot be read: its requests end, others go on."""
+        log.error("step %d failed: %s", batch.step, error)
+        return [
+            delta
+            for chunk in batch.chunks
+            for delta in self._fail(chunk.sequence.request_id, str(error), ErrorCode(error.code))
+        ]
 
     @staticmethod
     def _score_prompts(batch: ScheduledBatch, output: StepOutput) -> dict[str, list[TokenLogprob]]:

@@ -20,11 +20,8 @@ of all others, and alone it fits (`add` saw to that): somebody always advances, 
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import attrgetter
 
 from moeserve.config import SchedulerConfig
 from moeserve.core import (
@@ -36,11 +33,12 @@ from moeserve.core import (
     RequestError,
 )
 from moeserve.engine.admission import AdmissionPolicy, check_length, make_admission
-from moeserve.engine.batch import SampledToken, ScheduledBatch, ScheduledChunk, StepResult
+from moeserve.engine.batch import ScheduledBatch, ScheduledChunk, StepResult
+from moeserve.engine.deadlines import Deadlines
+from moeserve.engine.deltas import end_delta, token_delta
 from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.sequence import Sequence, SequenceState
-
-_BY_ORDER = attrgetter("order")
+from moeserve.engine.sequence_queue import SequenceQueue
 
 
 @dataclass
@@ -80,9 +78,9 @@ class RequestScheduler:
         # With no more sequences than tokens in a step, every decode runs in every step.
         self._max_running = min(config.max_running, config.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []  # both sorted by order
-        self._running: list[Sequence] = []
-        self._deadlines: list[tuple[float, int, str]] = []  # heap; may name finished requests
+        self._waiting = SequenceQueue(SequenceState.WAITING)
+        self._running = SequenceQueue(SequenceState.RUNNING)
+        self._deadlines = Deadlines()
         self._events: list[EngineDelta] = []
         self._num_arrivals = 0
         self._step = 0
@@ -141,9 +139,8 @@ class RequestScheduler:
         sequence = Sequence(request, self._num_arrivals, now_s)
         self._num_arrivals += 1
         self._sequences[name] = sequence
-        insort(self._waiting, sequence, key=_BY_ORDER)
-        if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (request.deadline_s, sequence.order[1], name))
+        self._waiting.add(sequence)
+        self._deadlines.watch(sequence)
 
     def abort(
         self,
@@ -162,31 +159,16 @@ class RequestScheduler:
         if sequence is None:
             return []
         self._remove(sequence, reason)
-        delta = EngineDelta(
-            request_id=request_id,
-            num_cached_tokens=sequence.num_cached_tokens,
-            finish_reason=reason,
-            error=error,
-            error_code=error_code,
-            timing=sequence.timing(now_s),
-        )
-        return [delta]
+        return [end_delta(sequence, reason, now_s, error, error_code)]
 
     def drain_events(self) -> list[EngineDelta]:
         """Deltas that arose in `schedule` (passed deadlines). `commit` returns them too."""
         events, self._events = self._events, []
         return events
 
-    def _expire(self, now_s: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, arrival, name = heapq.heappop(self._deadlines)
-            sequence = self._sequences.get(name)
-            if sequence is not None and sequence.order[1] == arrival:  # not a reused name
-                self._events += self.abort(name, FinishReason.DEADLINE, now_s)
-
     def _remove(self, sequence: Sequence, reason: FinishReason) -> None:
         queue = self._running if sequence.state is SequenceState.RUNNING else self._waiting
-        del queue[bisect_left(queue, sequence.order, key=_BY_ORDER)]
+        queue.remove(sequence)
         del self._sequences[sequence.request_id]
         self._blocks.release(sequence.table)
         sequence.table.path.clear()
@@ -200,7 +182,8 @@ class RequestScheduler:
 
     def schedule(self, now_s: float) -> ScheduledBatch | None:
         """The next step, or None when nothing can run. Ends requests whose deadline passed."""
-        self._expire(now_s)
+        for late in self._deadlines.passed(now_s, self._sequences):
+            self._events += self.abort(late.request_id, FinishReason.DEADLINE, now_s)
         preemptions = self._count.preemptions
         chunks = self._decodes()
         budget = self._config.max_batch_tokens - len(chunks)
@@ -228,7 +211,7 @@ class RequestScheduler:
             if sequence.num_tokens_to_compute > 1:
                 continue
             while not self._blocks.extend(sequence.table, sequence.num_tokens):
-                victim = self._running.pop()
+                victim = self._running.pop_last()
                 self._preempt(victim)
                 if victim is sequence:
                     break
@@ -241,8 +224,7 @@ class RequestScheduler:
         self._blocks.release(sequence.table)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
-        sequence.state = SequenceState.WAITING
-        insort(self._waiting, sequence, key=_BY_ORDER)
+        self._waiting.add(sequence)
         self._count.preemptions += 1
 
     def _start_next(self, now_s: float) -> Sequence | None:
@@ -256,11 +238,10 @@ class RequestScheduler:
         # Alone everybody may start, whatever is predicted: `add` saw that it fits.
         if self._running and not self._admission.admits(sequence, self._running, blocks):
             return None
-        del self._waiting[0]
-        insort(self._running, sequence, key=_BY_ORDER)
+        self._waiting.remove(sequence)
+        self._running.add(sequence)
         blocks.claim(sequence.table)
         blocks.extend(sequence.table, sequence.num_tokens)
-        sequence.state = SequenceState.RUNNING
         sequence.num_computed_tokens = num_reused
         if sequence.started_s is None:
             sequence.started_s = now_s
@@ -303,53 +284,21 @@ class RequestScheduler:
             return None
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
-        if not chunk.samples:
-            return self._token_delta(sequence, None, FinishReason.LENGTH, now_s)
-        token = result.tokens[sequence.request_id]
-        sequence.token_ids.append(token.token_id)
-        self._count.generated_tokens += 1
-        return self._token_delta(sequence, token, self._stop_reason(sequence), now_s)
-
-    def _stop_reason(self, sequence: Sequence) -> FinishReason | None:
-        params, token_id = sequence.request.params, sequence.token_ids[-1]
-        is_eos = token_id in self._eos_token_ids and not params.ignore_eos
-        if is_eos or token_id in params.stop_token_ids:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if sequence.num_output_tokens >= params.max_tokens else None
-
-    def _token_delta(
-        self,
-        sequence: Sequence,
-        token: SampledToken | None,
-        finish_reason: FinishReason | None,
-        now_s: float,
-    ) -> EngineDelta:
-        """The delta of a sequence whose tokens are all computed; ends it if there is a reason."""
-        prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, None
-        if finish_reason is not None:
-            self._remove(sequence, finish_reason)
-        stopped = finish_reason is FinishReason.STOP
-        logprob = None if token is None else token.logprob
-        return EngineDelta(
-            request_id=sequence.request_id,
-            token_ids=[] if token is None else [token.token_id],
-            logprobs=None if logprob is None else [logprob],
-            prompt_logprobs=prompt_logprobs,
-            num_cached_tokens=sequence.num_cached_tokens,
-            finish_reason=finish_reason,
-            stop_token_id=token.token_id if token is not None and stopped else None,
-            timing=None if finish_reason is None else sequence.timing(now_s),
-        )
+        token, reason = None, FinishReason.LENGTH if not chunk.samples else None
+        if chunk.samples:
+            token = result.tokens[sequence.request_id]
+            sequence.token_ids.append(token.token_id)
+            self._count.generated_tokens += 1
+            reason = sequence.stop_reason(self._eos_token_ids)
+        if reason is not None:
+            self._remove(sequence, reason)
+        return token_delta(sequence, token, reason, now_s)
 
     def check_integrity(self) -> None:
         """Asserts that queues, states and blocks agree."""
-        for queue, state in (
-            (self._waiting, SequenceState.WAITING),
-            (self._running, SequenceState.RUNNING),
-        ):
-            assert queue == sorted(queue, key=_BY_ORDER)
-            assert all(sequence.state is state for sequence in queue)
-        everyone = self._waiting + self._running
+        self._waiting.check_integrity()
+        self._running.check_integrity()
+        everyone = [*self._waiting, *self._running]
         assert len(everyone) == len(self._sequences)
         assert all(self._sequences[s.request_id] is s for s in everyone)
         assert len(self._running) <= self._max_running

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import Enum, auto
 
-from moeserve.core import EngineRequest, EngineTiming, TokenLogprob
+from moeserve.core import EngineRequest, EngineTiming, FinishReason, TokenLogprob
 from moeserve.engine.kv_blocks import BlockTable
 
 
@@ -87,6 +88,14 @@ class Sequence:
         return (
             range(0) if known is None else range(len(known), min(stop + 1, self.num_prompt_tokens))
         )
+
+    def stop_reason(self, eos_token_ids: Collection[int]) -> FinishReason | None:
+        """Whether the last token ends it: an id it stops at, or its length."""
+        params, token_id = self.request.params, self.token_ids[-1]
+        is_eos = token_id in eos_token_ids and not params.ignore_eos
+        if is_eos or token_id in params.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_output_tokens >= params.max_tokens else None
 
     def timing(self, now_s: float) -> EngineTiming:
         """Seconds spent waiting, until the first token, and after it, up to `now_s`."""

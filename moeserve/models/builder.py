@@ -13,8 +13,10 @@ from moeserve.cpu_backend.linear import make_linear
 from moeserve.cpu_backend.native_linear import NativeFfn, NativeRmsNorm
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackedWeight
-from moeserve.experts.layer import ExpertRuntime, build_moe_layer
-from moeserve.experts.router import RouterWeights
+from moeserve.experts.gates import layer_gate
+from moeserve.experts.layer import build_moe_layer
+from moeserve.experts.router import Router, RouterWeights
+from moeserve.experts.runtime import ExpertRuntime
 from moeserve.models.attention import Attention, AttentionWeights, LatentAttention, MlaWeights
 from moeserve.models.attention_plan import NativeAttention, TorchAttention
 from moeserve.models.layers import GatedFfn, RmsNorm, RowFunction, SharedExpert
@@ -29,6 +31,7 @@ from moeserve.models.spec import (
 )
 from moeserve.models.targets import Weight
 from moeserve.models.transformer import DecoderLayer, MoeFfn, Transformer
+from moeserve.predictors.gates import LayerGate
 
 
 def build_transformer(
@@ -51,6 +54,18 @@ def build_transformer(
         make_linear(head, out_dtype=torch.float32),
         TorchAttention.plan if runtime.native is None else NativeAttention.planner(runtime.native),
     )
+
+
+def expert_gates(spec: ModelSpec, weights: Mapping[str, Weight]) -> list[LayerGate]:
+    """The gates of all MoE layers, as predictors apply them."""
+    gates = []
+    for index, ffn in spec.moe_layers.items():
+        prefix = f"layers.{index}."
+        own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+        router = _router_weights(own)
+        norm = _tensor(own, "ffn_norm")
+        gates.append(layer_gate(index, Router(ffn.router, router), norm))
+    return gates
 
 
 def _build_layer(
@@ -119,11 +134,7 @@ def _build_ffn(
 def _build_moe(
     layer: int, spec: MoeFfnSpec, weights: Mapping[str, Weight], runtime: ExpertRuntime
 ) -> MoeFfn:
-    gate = weights["router.weight"]
-    assert not isinstance(gate, PackedExperts)
-    router = RouterWeights(
-        gate, _optional(weights, "router.bias"), _optional(weights, "router.correction")
-    )
+    router = _router_weights(weights)
     shared = None
     if spec.shared is not None:
         gated = _build_ffn(spec.shared.ffn, weights, "shared.", runtime.native)
@@ -136,6 +147,14 @@ def _build_moe(
     experts = _experts(weights)
     return MoeFfn(
         build_moe_layer(layer, spec.router, spec.experts, router, experts, runtime), shared
+    )
+
+
+def _router_weights(weights: Mapping[str, Weight]) -> RouterWeights:
+    gate = weights["router.weight"]
+    assert not isinstance(gate, PackedExperts)
+    return RouterWeights(
+        gate, _optional(weights, "router.bias"), _optional(weights, "router.correction")
     )
 
 

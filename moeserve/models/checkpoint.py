@@ -14,7 +14,6 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -154,17 +153,6 @@ class Checkpoint:
     def close(self) -> None:
         for file in self._files:
             file.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _entry(self, name: str) -> TensorEntry:
         return self._file_of[name].entries[name]

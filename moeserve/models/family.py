@@ -9,15 +9,10 @@ from typing import Any
 import torch
 
 from moeserve.models.config_reader import ConfigReader
+from moeserve.models.sources import DEFAULT_NAMES, FfnNames
 from moeserve.models.spec import ModelSpec
 from moeserve.models.weight_map import WeightRule
-from moeserve.models.weight_rules import (
-    DEFAULT_NAMES,
-    ExpertRules,
-    FfnNames,
-    model_rules,
-    separate_or_packed,
-)
+from moeserve.models.weight_rules import ExpertRules, model_rules, separate_or_packed
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from moeserve.models.config_sections import (
     read_rope,
 )
 from moeserve.models.family import Family
+from moeserve.models.sources import FfnNames, Sources
 from moeserve.models.spec import AttentionSpec, LayerSpec, ModelSpec, MoeFfnSpec, Quantization
 from moeserve.models.weight_map import Codes, Part, Use, WeightRule
-from moeserve.models.weight_rules import FfnNames, Sources
 
 
 def read(reader: ConfigReader) -> ModelSpec:
@@ -122,9 +122,12 @@ def expert_rules(
     return [
         weight("gate_up_proj", 2 * inner, hidden, interleaved=True),
         weight("down_proj", hidden, inner, interleaved=False),
-        WeightRule(f"{target}experts.gate_up_bias", shape, (gate_up_bias,)),
+        WeightRule(f"{target}experts.gate_up_bias", shape, (gate_up_bias,), use=Use.GATE_UP_BIAS),
         sources.rule(
-            f"{target}experts.down_bias", f"{source}experts.down_proj_bias", (num, hidden)
+            f"{target}experts.down_bias",
+            f"{source}experts.down_proj_bias",
+            (num, hidden),
+            Use.DOWN_BIAS,
         ),
     ]
 

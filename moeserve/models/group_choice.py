@@ -27,7 +27,7 @@ from torch import Tensor
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.loader import pieces
 from moeserve.models.weight_formats import INT4_GROUPS, ChooseForm
-from moeserve.models.weight_map import Use, WeightRule
+from moeserve.models.weight_map import WeightRule
 
 ALPHA = 0.88
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def choose_groups(
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, int]:
     """The group of each target that `choose` makes int4. Reads all of their weights once."""
-    wanted = [rule for rule in rules if rule.use is not Use.PLAIN and choose(rule).name == "int4"]
+    wanted = [rule for rule in rules if rule.use.is_matrix and choose(rule).name == "int4"]
     groups: dict[str, int] = {}
     for number, rule in enumerate(wanted):
         if progress is not None:

@@ -15,8 +15,8 @@ from moeserve.models.config_sections import (
     read_rope,
 )
 from moeserve.models.family import Family
+from moeserve.models.sources import DEFAULT_NAMES, FfnNames
 from moeserve.models.spec import AttentionSpec, LayerSpec, ModelSpec, MoeFfnSpec
-from moeserve.models.weight_rules import DEFAULT_NAMES, FfnNames
 
 
 def read(reader: ConfigReader) -> ModelSpec:

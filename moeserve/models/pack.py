@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from moeserve.cache.tiers.disk_store import checksum
 from moeserve.config import ModelConfig
 from moeserve.core import ConfigError, ModelError
 from moeserve.cpu_backend.native_runtime import NativeRuntime
@@ -36,7 +37,7 @@ from moeserve.models.packed_model import (
 from moeserve.models.read_weights import choose_dtype, name_of, read_checkpoint
 from moeserve.models.registry import find_model
 from moeserve.models.safetensors_file import DTYPES, LENGTH_BYTES
-from moeserve.models.targets import Store
+from moeserve.models.stores import Store
 
 MAX_SHARD_BYTES = 4 << 30
 #: pages that were written are given back after so many bytes of the checkpoint
@@ -79,7 +80,7 @@ def pack_model(
         for file in _files_to_copy(found.path):
             shutil.copyfile(file, path / file.name)
         memory = PackWriter(path)
-        with Checkpoint.open(found.path) as checkpoint:
+        with closing(Checkpoint.open(found.path)) as checkpoint:
             dtype, found.notes["dtype"] = choose_dtype(config.dtype, found.raw, checkpoint)
             read = read_checkpoint(
                 checkpoint, found, config, dtype, CPU, runtime, memory, memory.watch(progress)
@@ -110,6 +111,7 @@ class PackWriter:
         self.files: dict[str, int] = {}
         self.weights: dict[str, WeightEntry] = {}
         self._mappings: list[mmap.mmap] = []
+        self._records: dict[str, Tensor] = {}  # of experts, [E, bytes]
 
     def reserve(self, stores: Sequence[Store]) -> dict[str, Tensor]:
         """Makes the files, in their full size. Raises ModelError where the disk has no room."""
@@ -126,6 +128,8 @@ class PackWriter:
                 rooms[store.name] = raw.view(store.dtype).view(store.shape)
                 forms = tuple(FormEntry.of(form) for form in store.forms)
                 self.weights[store.name] = WeightEntry(name, stored_shape(store), forms)
+                if len(forms) == 2:
+                    self._records[store.name] = rooms[store.name]
             self.files[name] = num_bytes
         return rooms
 
@@ -146,7 +150,11 @@ class PackWriter:
         return report
 
     def close(self) -> None:
-        """Brings everything to the disk."""
+        """Takes the checksums of experts, and brings everything to the disk."""
+        for name, records in self._records.items():
+            sums = tuple(checksum(record.numpy().data) for record in records)
+            self.weights[name] = msgspec.structs.replace(self.weights[name], checksums=sums)
+        self._records.clear()
         for mapping in self._mappings:
             mapping.flush()
         self._mappings.clear()

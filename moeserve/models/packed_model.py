@@ -16,16 +16,16 @@ import hashlib
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated
 
 import msgspec
 from torch import Tensor
 
+from moeserve.cache.tiers.disk_store import DiskRecord
 from moeserve.core import ModelError
 from moeserve.cpu_backend.packing import LAYOUT_VERSION, FormatName, PackFormat
 from moeserve.models.safetensors_file import SafetensorsFile
-from moeserve.models.targets import Store, store_of
+from moeserve.models.stores import Store, store_of
 from moeserve.models.weight_map import Use, WeightRule
 
 MANIFEST = "moeserve_pack.json"
@@ -56,11 +56,12 @@ class FormEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class WeightEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stored tensor. forms: none of a plain one, one of a matrix, those of gate and up and of
-    down of experts."""
+    down of experts. checksums: of experts, xxh3_64 of each record."""
 
     file: str
     shape: tuple[int, ...]
     forms: tuple[FormEntry, ...] = ()
+    checksums: tuple[int, ...] = ()
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,9 +137,11 @@ class PackedModel:
 
     is_filled = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, advice: int = mmap.MADV_WILLNEED) -> None:
+        """advice: how the mapped weights will be used, as madvise(2) has it."""
         self.path = path
         self.manifest = read_manifest(path)
+        self._advice = advice
         self._files: dict[str, SafetensorsFile] = {}
         for name, num_bytes in self.manifest.files.items():
             self._files[name] = self._open_file(name, num_bytes)
@@ -152,21 +155,34 @@ class PackedModel:
             raise self._broken(f"its weights are not those of config.json: {differ}")
         return {store.name: self._mapped(store, weights[store.name]) for store in stores}
 
+    def on_disk(self, name: str) -> list[DiskRecord]:
+        """Where the records of a layer's experts lie. Raises ModelError without checksums."""
+        entry = self.manifest.weights[name]
+        num_experts, record_bytes = entry.shape
+        if len(entry.checksums) != num_experts:
+            raise self._broken(
+                f"{name}: {len(entry.checksums)} checksums for {num_experts} experts, which are"
+                " read from disk again and again"
+            )
+        file = self._files.get(entry.file)
+        if file is None or name not in file.entries:
+            raise self._broken(f"{name} is not in {entry.file!r:.80}")
+        start = file.entries[name].start
+        path = self.path / entry.file
+        return [
+            DiskRecord(path, start + record_bytes * expert, record_bytes, entry.checksums[expert])
+            for expert in range(num_experts)
+        ]
+
+    def leave_page_cache(self) -> None:
+        """Asks the system to forget what it holds of the files."""
+        for file in self._files.values():
+            file.leave_page_cache()
+
     def close(self) -> None:
         """The mapping lives as long as a weight in it."""
         for file in self._files.values():
             file.close()
-
-    def __enter__(self) -> PackedModel:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open_file(self, name: str, num_bytes: int) -> SafetensorsFile:
         if Path(name).name != name:
@@ -177,7 +193,7 @@ class PackedModel:
         found = path.stat().st_size
         if found != num_bytes:
             raise self._broken(f"{name}: expected {num_bytes} bytes, found {found}")
-        return SafetensorsFile(path, mmap.MADV_WILLNEED)
+        return SafetensorsFile(path, self._advice)
 
     def _mapped(self, store: Store, entry: WeightEntry) -> Tensor:
         file = self._files.get(entry.file)

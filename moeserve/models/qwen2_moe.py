@@ -17,6 +17,7 @@ from moeserve.models.config_sections import (
     read_sparse_layers,
 )
 from moeserve.models.family import Family
+from moeserve.models.sources import FfnNames
 from moeserve.models.spec import (
     AttentionSpec,
     DenseFfnSpec,
@@ -25,7 +26,6 @@ from moeserve.models.spec import (
     MoeFfnSpec,
     SharedExpertSpec,
 )
-from moeserve.models.weight_rules import FfnNames
 
 
 def read(reader: ConfigReader) -> ModelSpec:

@@ -18,15 +18,10 @@ from moeserve.models.family import Family
 from moeserve.models.group_choice import choose_groups
 from moeserve.models.loader import load_weights
 from moeserve.models.packed_model import PackedForms, PackedModel
+from moeserve.models.packed_targets import PackedTargets, tied_head_rules
 from moeserve.models.spec import ModelSpec
-from moeserve.models.targets import (
-    Memory,
-    PackedTargets,
-    Targets,
-    TensorTargets,
-    Weight,
-    tied_head_rules,
-)
+from moeserve.models.stores import Memory
+from moeserve.models.targets import Targets, TensorTargets, Weight
 from moeserve.models.weight_formats import (
     ChooseForm,
     describe_forms,
@@ -132,9 +127,15 @@ def check_packed_settings(config: ModelConfig, device: torch.device) -> None:
 
 
 def read_packed(
-    packed: PackedModel, found: FoundModel, config: ModelConfig, native: NativeRuntime | None
+    packed: PackedModel,
+    memory: Memory,
+    found: FoundModel,
+    config: ModelConfig,
+    native: NativeRuntime | None,
 ) -> ReadWeights:
-    """Raises ModelError for a directory that is broken, ConfigError for settings it cannot have."""
+    """memory: `packed` itself, or what takes only a part of it.
+
+    Raises ModelError for a directory that is broken, ConfigError for settings it cannot have."""
     stated = packed.manifest.dtype
     if config.dtype not in ("auto", stated):
         raise ConfigError(
@@ -153,7 +154,7 @@ def read_packed(
     choose = PackedForms(packed, None if integers is None else not integers)
     # No names of a checkpoint: the targets of a family do not depend on them, only their parts do.
     rules = found.family.weight_rules(spec, (), dtype)
-    targets = PackedTargets(spec, native, choose, dtype, packed)
+    targets = PackedTargets(spec, native, choose, dtype, memory)
     weights = targets.finish(targets.make(rules))
     notes = {
         "dtype": f"{stated}, as it was packed",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +14,7 @@ import torch
 
 from moeserve.config import ExpertConfig, ModelConfig, read_environment
 from moeserve.core import ConfigError, ModelError
-from moeserve.experts.layer import ExpertRuntime, build_expert_runtime
+from moeserve.experts.runtime import ExpertRuntime, build_expert_runtime
 from moeserve.models import (
     deepseek_v2,
     deepseek_v3,
@@ -25,7 +27,7 @@ from moeserve.models import (
     qwen3,
     qwen3_moe,
 )
-from moeserve.models.builder import build_transformer
+from moeserve.models.builder import build_transformer, expert_gates
 from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_model_config
 from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
@@ -38,8 +40,9 @@ from moeserve.models.read_weights import (
     read_checkpoint,
     read_packed,
 )
+from moeserve.models.resident_part import ResidentPart
 from moeserve.models.spec import ModelSpec
-from moeserve.models.targets import HeapMemory
+from moeserve.models.stores import HeapMemory
 from moeserve.models.transformer import Transformer
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -67,6 +70,7 @@ class LoadedModel:
     """A model ready to run, and what its files said about using it.
 
     context_tokens: the longest sequence it may be given. notes: what was chosen, and why.
+    resident_bytes: weights that every token needs, where experts' memory is limited.
     """
 
     model: Transformer
@@ -79,6 +83,7 @@ class LoadedModel:
     device: torch.device
     notes: dict[str, str]
     runtime: ExpertRuntime
+    resident_bytes: int = 0
 
     def close(self) -> None:
         """Ends the threads that compute experts."""
@@ -105,14 +110,32 @@ def load_model(
     context_tokens = _context_tokens(config, spec)
     device = _device(config.device)
     experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
+    resident_bytes = 0
     if is_packed(found.path):
         check_packed_settings(config, device)
-        with PackedModel(found.path) as packed:
+        tiered = expert_config.is_tiered
+        if tiered and not experts:
+            raise ConfigError(
+                f"host_memory: {config.model} has no experts that could stay on disk",
+                field="host_memory_bytes",
+                hint="leave it out",
+            )
+        advice = mmap.MADV_SEQUENTIAL if tiered else mmap.MADV_WILLNEED
+        with closing(PackedModel(found.path, advice)) as packed:
             dtype = DTYPES[packed.manifest.dtype]
-            runtime = build_expert_runtime(expert_config, experts, device, dtype, True)
-            read = read_packed(packed, found, config, runtime.native)
+            memory: PackedModel | ResidentPart = ResidentPart(packed) if tiered else packed
+            on_disk = memory.records if isinstance(memory, ResidentPart) else None
+            runtime = build_expert_runtime(expert_config, experts, device, dtype, True, on_disk)
+            read = read_packed(packed, memory, found, config, runtime.native)
+            resident_bytes = memory.num_bytes if isinstance(memory, ResidentPart) else 0
     else:
-        with Checkpoint.open(found.path) as checkpoint:
+        if expert_config.is_tiered:
+            raise ConfigError(
+                f"host_memory: the experts of {config.model} cannot be read one by one",
+                field="host_memory_bytes",
+                hint=f"run `moeserve pack {config.model} OUT` once and serve OUT",
+            )
+        with closing(Checkpoint.open(found.path)) as checkpoint:
             dtype, found.notes["dtype"] = choose_dtype(config.dtype, found.raw, checkpoint)
             quantized = config.quantize != "none"
             runtime = build_expert_runtime(expert_config, experts, device, dtype, quantized)
@@ -120,7 +143,8 @@ def load_model(
             read = read_checkpoint(
                 checkpoint, found, config, dtype, device, native, HeapMemory(), progress
             )
-    notes = {**found.notes, **read.notes, **runtime.notes}
+    runtime = runtime.with_predictor(lambda: expert_gates(spec, read.weights))
+    notes = runtime.notes | found.notes | read.notes
     generation = read_generation_config(found.path)
     return LoadedModel(
         model=build_transformer(spec, read.weights, runtime),
@@ -133,6 +157,7 @@ def load_model(
         device=device,
         notes=notes,
         runtime=runtime,
+        resident_bytes=resident_bytes,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,11 @@ class SafetensorsFile:
         if self._mapping is not None and entry.num_bytes:
             start = entry.start - entry.start % mmap.PAGESIZE
             self._mapping.madvise(mmap.MADV_DONTNEED, start, entry.stop - start)
+
+    def leave_page_cache(self) -> None:
+        """Asks the system to forget the file's pages, as far as no mapping uses them."""
+        with self.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Drops the mapping; tensors that are still held keep it alive."""

@@ -16,7 +16,7 @@ from moeserve.models.spec import ModelSpec, Quantization
 from moeserve.models.weight_map import Use, WeightRule
 
 INT4_GROUPS = (32, 64, 128)
-#: the form of a rule's target, for every use but PLAIN
+#: the form of a rule's target, for every use that is a matrix
 ChooseForm: TypeAlias = Callable[[WeightRule], PackFormat]
 
 #: what they are called in notes
@@ -50,7 +50,7 @@ class WeightFormats:
     groups: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, rule: WeightRule) -> PackFormat:
-        """Raises KeyError for a plain target."""
+        """Raises KeyError for what is no matrix."""
         stored = stored_codes(rule)
         keeps = stored == "mxfp4" or not self.rounds
         if stored is not None and keeps and rule.use is not Use.SCORES:
@@ -100,7 +100,7 @@ def describe_forms(rules: Iterable[WeightRule], choose: ChooseForm) -> str:
     """The formats by use, for a note: `gate and up: int4/64, down: int4/32 (3), int4/64 (5), …`."""
     found: dict[Use, Counter[str]] = {use: Counter() for use in USE_NAMES}
     for rule in rules:
-        if rule.use is not Use.PLAIN:
+        if rule.use.is_matrix:
             found[rule.use][choose(rule).describe()] += 1
     parts = []
     for use, forms in found.items():
@@ -124,7 +124,7 @@ def describe_quantization(
     for rule in rules:
         if not any(len(part.names) > 1 for part in rule.parts):  # names of codes and scales
             continue
-        packed = choose is not None and rule.use is not Use.PLAIN
+        packed = choose is not None and rule.use.is_matrix
         name = choose(rule).name if choose is not None and packed else _name(dtype)
         if stored_codes(rule) == name:
             kept += 1

@@ -37,6 +37,18 @@ class Use(Enum):
     HEAD = "head"  # the same, from hidden states to logits
     GATE_UP = "gate_up"  # [(E,) 2I, H] of experts, or of one dense FFN
     DOWN = "down"  # [(E,) H, I]
+    GATE_UP_BIAS = "gate_up_bias"  # [(E,) 2I], beside the matrix
+    DOWN_BIAS = "down_bias"  # [(E,) H]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is stored in one of several forms; the others keep their numbers."""
+        return self not in (Use.PLAIN, Use.GATE_UP_BIAS, Use.DOWN_BIAS)
+
+    @property
+    def bias(self) -> Use:
+        """The use of such a matrix's bias."""
+        return {Use.GATE_UP: Use.GATE_UP_BIAS, Use.DOWN: Use.DOWN_BIAS}.get(self, Use.PLAIN)
 
 
 @dataclass(frozen=True)

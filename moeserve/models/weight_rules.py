@@ -1,125 +1,21 @@
-"""Weight rules of the parts that families share: attention, dense and shared FFNs, experts.
+"""Weight rules of a whole model, and of the FFNs that families share: dense, shared, experts.
 
-Targets are named `layers.3.qkv.weight`; transformer.py takes them by these names.
+Targets are named `layers.3.qkv.weight`; builder.py takes them by these names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
 
 import torch
-from torch import Tensor
 
-from moeserve.experts.weights import dequantize_fp8_blocks
-from moeserve.models.spec import (
-    AttentionSpec,
-    DenseFfnSpec,
-    LayerSpec,
-    MlaSpec,
-    ModelSpec,
-    MoeFfnSpec,
-    QkNorm,
-)
-from moeserve.models.weight_map import Codes, Convert, Index, Part, Use, WeightRule, whole
+from moeserve.models.attention_rules import attention_rules
+from moeserve.models.sources import FfnNames, Sources
+from moeserve.models.spec import DenseFfnSpec, ModelSpec, MoeFfnSpec
+from moeserve.models.weight_map import Part, Use, WeightRule, whole
 
-#: rows [N, …] to the region they fill, rows in another order or shape; the rest of the shape stays
-#: (except for plain targets, of which no codes are taken)
-Reorder = Callable[[Tensor], Tensor]
-#: inputs under one scale in the packed fp8 format (cpu_backend/csrc/packed.cpp)
-FP8_GROUP = 128
-
-
-@dataclass(frozen=True)
-class FfnNames:
-    """What a checkpoint calls the parts of an FFN below `model.layers.N.`."""
-
-    block: str = "mlp"
-    router: str = "gate"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    shared: str = "shared_experts"
-
-
-DEFAULT_NAMES = FfnNames()
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The tensors of a checkpoint by name; knows which of them are stored as FP8 blocks.
-
-    block: rows and columns under one scale, None where config.json names no such storage.
-    dtype: the compute dtype.
-    """
-
-    names: frozenset[str]
-    block: tuple[int, int] | None
-    dtype: torch.dtype
-
-    def part(
-        self, name: str, shape: tuple[int, ...], index: Index = (), reorder: Reorder | None = None
-    ) -> Part:
-        """A checkpoint tensor of that shape, dequantised and reordered into target[index]."""
-        scale = f"{name}_scale_inv"
-        if self.block is not None and scale in self.names:
-            blocks = tuple(-(-n // b) for n, b in zip(shape, self.block, strict=True))
-            return Part(
-                (name, scale),
-                (shape, blocks),
-                index,
-                convert=self._dequantize(self.block, reorder),
-                codes=_fp8_codes(self.block, reorder),
-            )
-        return Part((name,), (shape,), index, convert=None if reorder is None else _one(reorder))
-
-    def _dequantize(self, block: tuple[int, int], reorder: Reorder | None) -> Convert:
-        def convert(sources: Sequence[Tensor]) -> Tensor:
-            weight, scale = sources
-            plain = dequantize_fp8_blocks(weight, scale, self.dtype, block)
-            return plain if reorder is None else reorder(plain)
-
-        return convert
-
-    def rule(
-        self, target: str, name: str, shape: tuple[int, ...], use: Use = Use.PLAIN
-    ) -> WeightRule:
-        """The rule for a target that is one checkpoint tensor."""
-        return WeightRule(target, shape, (self.part(name, shape),), use=use)
-
-
+#: (experts, source prefix, target prefix, sources, names) -> the rules of a layer's experts
 ExpertRules = Callable[[MoeFfnSpec, str, str, Sources, FfnNames], list[WeightRule]]
-
-
-def _fp8_codes(block: tuple[int, int], reorder: Reorder | None) -> Codes | None:
-    """The codes of an fp8 tensor with a scale per row and FP8_GROUP columns.
-
-    None: blocks of other numbers of columns do not line up with the groups of the packed format.
-    """
-    block_rows, block_cols = block
-    if block_cols % FP8_GROUP:
-        return None
-
-    def take(sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        weight, scale = sources
-        rows, cols = weight.shape
-        groups = -(-cols // FP8_GROUP)
-        by_row = scale.float().repeat_interleave(block_rows, dim=0)[:rows]
-        scales = by_row.repeat_interleave(block_cols // FP8_GROUP, dim=1)[:, :groups]
-        codes = weight.view(torch.uint8)
-        return (codes, scales) if reorder is None else (reorder(codes), reorder(scales))
-
-    return Codes("fp8", take)
-
-
-def _one(reorder: Reorder) -> Convert:
-    """A convert that takes a single tensor."""
-    return lambda sources: reorder(sources[0])
-
-
-def _shaped(*shape: int) -> Reorder:
-    """Splits the rows."""
-    return lambda tensor: tensor.unflatten(0, shape)
 
 
 def model_rules(
@@ -143,7 +39,7 @@ def model_rules(
         rules += [
             whole(f"{target}attention_norm", f"{source}input_layernorm.weight", (hidden,)),
             whole(f"{target}ffn_norm", f"{source}post_attention_layernorm.weight", (hidden,)),
-            *_attention_rules(layer, hidden, source + "self_attn.", target, sources),
+            *attention_rules(layer, hidden, source + "self_attn.", target, sources),
         ]
         source += f"{ffn_names.block}."
         if isinstance(layer.ffn, DenseFfnSpec):
@@ -154,143 +50,6 @@ def model_rules(
     return rules
 
 
-def _attention_rules(
-    layer: LayerSpec, hidden: int, source: str, target: str, sources: Sources
-) -> list[WeightRule]:
-    if isinstance(layer.attention, MlaSpec):
-        return _latent_rules(layer.attention, hidden, source, target, sources)
-    return _grouped_rules(layer.attention, hidden, source, target, sources)
-
-
-def _grouped_rules(
-    spec: AttentionSpec, hidden: int, source: str, target: str, sources: Sources
-) -> list[WeightRule]:
-    heads, group, dim = spec.num_kv_heads, spec.heads_per_kv_head, spec.head_dim
-    every = slice(None)
-
-    def qkv(kind: str, *inputs: int) -> WeightRule:
-        """[kv_heads, G + 2, D, …]: per kv head its queries, its key, its value."""
-        q, kv = (spec.num_heads * dim, *inputs), (heads * dim, *inputs)
-        one = _shaped(heads, dim)
-        parts = (
-            sources.part(
-                f"{source}q_proj.{kind}",
-                q,
-                (every, slice(0, group)),
-                _shaped(heads, group, dim),
-            ),
-            sources.part(f"{source}k_proj.{kind}", kv, (every, group), one),
-            sources.part(f"{source}v_proj.{kind}", kv, (every, group + 1), one),
-        )
-        shape = (heads, group + 2, dim, *inputs)
-        return WeightRule(f"{target}qkv.{kind}", shape, parts, use=_use(kind, Use.PRODUCT))
-
-    rules = [qkv("weight", hidden)]
-    if spec.qkv_bias:
-        rules.append(qkv("bias"))
-    rules += _linear(
-        f"{target}output",
-        f"{source}o_proj",
-        (hidden, spec.num_heads * dim),
-        spec.output_bias,
-        sources,
-    )
-    if spec.qk_norm is not QkNorm.NONE:
-        rules.append(_qk_norm_rule(spec, source, target, sources))
-    if spec.sinks:
-        parts = (sources.part(f"{source}sinks", (spec.num_heads,), (), _shaped(heads, group)),)
-        rules.append(WeightRule(f"{target}sinks", (heads, group), parts))
-    return rules
-
-
-def _qk_norm_rule(spec: AttentionSpec, source: str, target: str, sources: Sources) -> WeightRule:
-    """The weights of both norms: [2, D] per head, or for all heads [kv_heads, G + 1, D]."""
-    heads, group, dim = spec.num_kv_heads, spec.heads_per_kv_head, spec.head_dim
-    q, k = f"{source}q_norm.weight", f"{source}k_norm.weight"
-    if spec.qk_norm is QkNorm.HEAD:
-        parts = (sources.part(q, (dim,), (0,)), sources.part(k, (dim,), (1,)))
-        return WeightRule(f"{target}qk_norm", (2, dim), parts)
-    every = slice(None)
-    parts = (
-        sources.part(
-            q, (spec.num_heads * dim,), (every, slice(0, group)), _shaped(heads, group, dim)
-        ),
-        sources.part(k, (heads * dim,), (every, group), _shaped(heads, dim)),
-    )
-    return WeightRule(f"{target}qk_norm", (heads, group + 1, dim), parts)
-
-
-def _latent_rules(
-    spec: MlaSpec, hidden: int, source: str, target: str, sources: Sources
-) -> list[WeightRule]:
-    heads, nope, rope = spec.num_heads, spec.nope_head_dim, spec.rope.dim
-    rank, value = spec.kv_lora_rank, spec.value_head_dim
-
-    def halves(num_heads: int, start: int) -> Reorder | None:
-        """Per head, brings rotated pairs (2i, 2i+1) from `start` on to (i, i + rope/2)."""
-
-        def reorder(tensor: Tensor) -> Tensor:
-            rows = tensor.unflatten(0, (num_heads, -1))
-            pieces = (rows[:, :start], rows[:, start::2], rows[:, start + 1 :: 2])
-            return torch.cat(pieces, dim=1).flatten(0, 1)
-
-        return reorder if spec.rope_pairs_adjacent else None
-
-    def rotated(name: str, of: str, shape: tuple[int, ...], reorder: Reorder | None) -> WeightRule:
-        parts = (sources.part(f"{source}{of}", shape, (), reorder),)
-        kind = name.rpartition(".")[2]
-        return WeightRule(f"{target}{name}", shape, parts, use=_use(kind, Use.PRODUCT))
-
-    queries = heads * (nope + rope)
-    if spec.q_lora_rank is None:
-        rules = [rotated("query.weight", "q_proj.weight", (queries, hidden), halves(heads, nope))]
-    else:
-        ranked = spec.q_lora_rank
-        rules = _linear(f"{target}query", f"{source}q_a_proj", (ranked, hidden), spec.bias, sources)
-        rules += [
-            whole(f"{target}q_norm", f"{source}q_a_layernorm.weight", (ranked,)),
-            rotated("q_up.weight", "q_b_proj.weight", (queries, ranked), halves(heads, nope)),
-        ]
-    latent = "kv_a_proj_with_mqa"
-    rules.append(
-        rotated("kv_down.weight", f"{latent}.weight", (rank + rope, hidden), halves(1, rank))
-    )
-    if spec.bias:
-        rules.append(rotated("kv_down.bias", f"{latent}.bias", (rank + rope,), halves(1, rank)))
-    up = f"{source}kv_b_proj.weight"
-    up_shape = (heads * (nope + value), rank)
-    key_up = sources.part(up, up_shape, (), lambda w: w.unflatten(0, (heads, -1))[:, :nope])
-    value_up = sources.part(
-        up, up_shape, (), lambda w: w.unflatten(0, (heads, -1))[:, nope:].transpose(1, 2)
-    )
-    return [
-        *rules,
-        whole(f"{target}kv_norm", f"{source}kv_a_layernorm.weight", (rank,)),
-        WeightRule(f"{target}key_up", (heads, nope, rank), (key_up,)),
-        WeightRule(f"{target}value_up", (heads, rank, value), (value_up,)),
-        *_linear(f"{target}output", f"{source}o_proj", (hidden, heads * value), spec.bias, sources),
-    ]
-
-
-def _linear(
-    target: str,
-    source: str,
-    shape: tuple[int, int],
-    bias: bool,
-    sources: Sources,
-    use: Use = Use.PRODUCT,
-) -> list[WeightRule]:
-    rules = [sources.rule(f"{target}.weight", f"{source}.weight", shape, use)]
-    if bias:
-        rules.append(sources.rule(f"{target}.bias", f"{source}.bias", shape[:1]))
-    return rules
-
-
-def _use(kind: str, weight: Use) -> Use:
-    """A bias is a plain tensor whatever its weight is for."""
-    return weight if kind == "weight" else Use.PLAIN
-
-
 def ffn_rules(
     spec: DenseFfnSpec, hidden: int, source: str, target: str, sources: Sources, names: FfnNames
 ) -> list[WeightRule]:
@@ -298,17 +57,18 @@ def ffn_rules(
     inner = spec.intermediate_size
     rows = ((names.gate, slice(0, inner)), (names.up, slice(inner, 2 * inner)))
 
-    def gate_up(kind: str, *inputs: int) -> WeightRule:
+    def gate_up(kind: str, use: Use, *inputs: int) -> WeightRule:
         parts = tuple(
             sources.part(f"{source}{name}.{kind}", (inner, *inputs), (place,))
             for name, place in rows
         )
         shape = (2 * inner, *inputs)
-        return WeightRule(f"{target}gate_up.{kind}", shape, parts, use=_use(kind, Use.GATE_UP))
+        return WeightRule(f"{target}gate_up.{kind}", shape, parts, use=use)
 
     shape = (hidden, inner)
-    down = _linear(f"{target}down", f"{source}{names.down}", shape, spec.bias, sources, Use.DOWN)
-    return [gate_up("weight", hidden), *([gate_up("bias")] if spec.bias else []), *down]
+    down = sources.linear(f"{target}down", f"{source}{names.down}", shape, spec.bias, Use.DOWN)
+    bias = [gate_up("bias", Use.GATE_UP_BIAS)] if spec.bias else []
+    return [gate_up("weight", Use.GATE_UP, hidden), *bias, *down]
 
 
 def _moe_rules(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from dataclasses import fields
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -16,20 +17,25 @@ from hypothesis.stateful import (
     rule,
 )
 
+from moeserve.cache.counters import CacheCounters
 from moeserve.cache.expert_cache import (
     CacheError,
     ExpertCache,
     ExpertState,
     LayerSlots,
     Load,
+    SlotChange,
     Tier,
     resident_cache,
 )
+from moeserve.cache.lease import Lease
+from moeserve.cache.numbering import ExpertNumbers, Numbers
 from moeserve.cache.policies.base import Policy
 from moeserve.cache.policies.resident import ResidentPolicy
-from moeserve.core import ExpertKey, Placement
+from moeserve.core import ExpertKey, LayerUse, Placement
 
 LAYERS = {1: 3, 4: 5}
+NUMBERS = ExpertNumbers(LAYERS)
 KEYS = [ExpertKey(layer, e) for layer, size in LAYERS.items() for e in range(size)]
 
 
@@ -41,36 +47,63 @@ class OldestFirst(Policy):
     def __init__(self) -> None:
         self.order: list[ExpertKey] = []
         self.uses: list[tuple[int, tuple[int, ...]]] = []
+        self.observations: list[LayerUse] = []
 
-    def used(self, layer: int, experts: Iterable[int]) -> None:
+    def observed(self, use: LayerUse) -> None:
+        self.observations.append(use)
+
+    def used(self, layer: int, experts: Sequence[int]) -> None:
         self.uses.append((layer, tuple(experts)))
 
-    def loaded(self, key: ExpertKey) -> None:
-        assert key not in self.order
-        self.order.append(key)
+    def loaded(self, number: int) -> None:
+        assert NUMBERS.key(number) not in self.order
+        self.order.append(NUMBERS.key(number))
 
-    def evicted(self, key: ExpertKey) -> None:
-        self.order.remove(key)
+    def evicted(self, number: int) -> None:
+        self.order.remove(NUMBERS.key(number))
 
-    def victims(self, candidates: Sequence[ExpertKey], count: int) -> list[ExpertKey]:
-        return [key for key in self.order if key in candidates][:count]
+    def victims(
+        self, candidates: Numbers, count: int, incoming: Numbers | None = None
+    ) -> list[int]:
+        open_ = set(candidates.tolist())
+        numbers = [NUMBERS.number(key) for key in self.order]
+        return [number for number in numbers if number in open_][:count]
 
 
 def placement_of(layer: int, read: Iterable[int], fetch: Iterable[int]) -> Placement:
     return Placement(layer, on_device=tuple(read), fetch_first=tuple(fetch))
 
 
+class OpenLease:
+    """A lease whose `with` block is ended by hand."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+
+    def open(self) -> LayerSlots:
+        return self.lease.__enter__()
+
+    def close(self) -> None:
+        self.lease.__exit__(None, None, None)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Model: key to slot of what is loading and what is ready, and the pins of every open lease."""
 
-    @initialize(num_slots=st.integers(1, len(KEYS)))
-    def begin(self, num_slots: int) -> None:
+    @initialize(num_slots=st.integers(1, len(KEYS)), floor=st.integers(0, 3))
+    def begin(self, num_slots: int, floor: int) -> None:
         self.policy = OldestFirst()
-        self.cache = ExpertCache(Tier.DEVICE, LAYERS, num_slots, self.policy)
+        self.cache = ExpertCache(Tier.DEVICE, LAYERS, num_slots, self.policy, floor)
         self.num_slots = num_slots
+        self.floor = floor
+        self.slot_numbers = set(range(num_slots))
+        self.given_up: set[int] = set()
+        self.lingering: list[tuple[list[bool], set[ExpertKey]]] = []
+        self.unproven: set[ExpertKey] = set()
+        self.counts = dict.fromkeys((f.name for f in fields(CacheCounters)), 0)
         self.loading: dict[ExpertKey, int] = {}
         self.ready: dict[ExpertKey, int] = {}
-        self.leases: list[tuple[ExitStack, set[ExpertKey]]] = []
+        self.leases: list[tuple[OpenLease, set[ExpertKey]]] = []
 
     def teardown(self) -> None:
         for stack, _ in getattr(self, "leases", []):
@@ -78,20 +111,47 @@ class CacheMachine(RuleBasedStateMachine):
 
     @property
     def pinned(self) -> set[ExpertKey]:
-        return {key for _, keys in self.leases for key in keys}
+        open_ = {key for _, keys in self.leases for key in keys}
+        return open_ | {key for done, keys in self.lingering for key in keys if not done[0]}
+
+    def held(self, layer: int) -> int:
+        return sum(key.layer == layer for key in [*self.loading, *self.ready])
+
+    def evictable(self, kept: set[ExpertKey], layer: int | None) -> int:
+        """How many slots can be had of the ready experts; layer: whose demand it is, if any."""
+        total = 0
+        for other in LAYERS:
+            free = sum(key.layer == other and key not in kept for key in self.ready)
+            total += free if layer is not None else min(free, max(0, self.held(other) - self.floor))
+        return total
+
+    def lose(self, key: ExpertKey) -> None:
+        del self.ready[key]
+        self.counts["evictions"] += 1
+        self.prove(key, "wasted")
+
+    def prove(self, key: ExpertKey, verdict: str) -> None:
+        if key in self.unproven:
+            self.unproven.remove(key)
+            self.counts[f"prefetches_{verdict}"] += 1
+
+    def follow_losses(self) -> set[ExpertKey]:
+        """Evictions that the model does not foresee one by one."""
+        lost = {k for k in self.ready if self.cache.state(k) is ExpertState.ABSENT}
+        for key in lost:
+            self.lose(key)
+        return lost
 
     def started(self, loads: Sequence[Load], kept: set[ExpertKey]) -> None:
         """Follows loads into the model: a slot came from the free ones or from a victim."""
-        lost = {k for k in self.ready if self.cache.state(k) is ExpertState.ABSENT}
+        lost = self.follow_losses()
         assert not lost & kept, "a pinned or protected expert was evicted"
-        for key in lost:
-            del self.ready[key]
         taken = set(self.loading.values()) | set(self.ready.values())
         for load in loads:
             assert load.key not in self.loading
             assert load.key not in self.ready
             assert load.slot not in taken, "a slot given twice"
-            assert 0 <= load.slot < self.num_slots
+            assert load.slot in self.slot_numbers
             taken.add(load.slot)
             self.loading[load.key] = load.slot
 
@@ -105,10 +165,47 @@ class CacheMachine(RuleBasedStateMachine):
             protect = Placement(layer, on_cpu=tuple(experts))
             kept |= {ExpertKey(layer, e) for e in experts}
         absent = [k for k in dict.fromkeys(keys) if k not in self.loading and k not in self.ready]
-        available = self.num_slots - len(self.loading.keys() | (self.ready.keys() & kept))
+        available = self.cache.num_free + self.evictable(kept, None)
+        before = {layer: self.held(layer) for layer in LAYERS}
         loads = self.cache.prefetch(keys, protect)
         assert [load.key for load in loads] == absent[:available]
         self.started(loads, kept)
+        self.unproven |= {load.key for load in loads}
+        self.counts["prefetches_begun"] += len(loads)
+        for layer in LAYERS:
+            assert self.held(layer) >= min(before[layer], self.floor), "below the floor"
+
+    @rule(data=st.data(), layer=st.sampled_from(sorted(LAYERS)))
+    def observe(self, data: st.DataObject, layer: int) -> None:
+        rows = data.draw(
+            st.lists(st.integers(0, 2), min_size=LAYERS[layer], max_size=LAYERS[layer])
+        )
+        use = LayerUse(layer, np.array(rows, np.int32), np.array(rows, np.float32))
+        self.cache.observe(use)
+        assert self.policy.observations[-1] is use
+        for key in (ExpertKey(layer, e) for e, n in enumerate(rows) if n):
+            name = "hits" if key in self.ready else "late" if key in self.loading else "misses"
+            self.counts[name] += 1
+            self.prove(key, "useful")
+
+    @rule(num_slots=st.integers(1, len(KEYS)))
+    def resize(self, num_slots: int) -> None:
+        spare = self.evictable(self.pinned, layer=0)
+        used = len(self.loading) + len(self.ready)
+        change = self.cache.resize(num_slots)
+        self.num_slots = num_slots
+        self.follow_losses()
+        assert len(self.loading) + len(self.ready) == min(used, max(num_slots, used - spare))
+        self.follow_slots(change)
+
+    def follow_slots(self, change: SlotChange) -> None:
+        assert not set(change.added) & (self.slot_numbers | set(change.given_up))
+        assert set(change.given_up) <= self.slot_numbers
+        self.slot_numbers |= set(change.added)
+        self.slot_numbers -= set(change.given_up)
+        occupied = set(self.loading.values()) | set(self.ready.values())
+        assert occupied <= self.slot_numbers, "an expert stands in a slot that was given up"
+        assert len(self.slot_numbers) == max(self.num_slots, len(occupied))
 
     @rule(data=st.data())
     def acquire(self, data: st.DataObject) -> None:
@@ -120,15 +217,15 @@ class CacheMachine(RuleBasedStateMachine):
         pins = {ExpertKey(layer, e) for e in read | fetch}
         absent = {k for k in pins if k not in self.loading and k not in self.ready}
         held = self.pinned | pins | set(self.loading)
-        available = self.num_slots - len(held - absent)
+        available = self.cache.num_free + self.evictable(held, layer)
         placement = placement_of(layer, sorted(read), sorted(fetch))
-        stack = ExitStack()
+        stack = OpenLease(self.cache.acquire(placement))
         if len(absent) > available:
             with pytest.raises(CacheError, match=f"layer {layer}"):
-                stack.enter_context(self.cache.acquire(placement))
+                stack.open()
             return  # and nothing has changed: books_agree
         uses = len(self.policy.uses)
-        slots = stack.enter_context(self.cache.acquire(placement))
+        slots = stack.open()
         assert self.policy.uses[uses:] == [(layer, tuple(sorted(read) + sorted(fetch)))]
         assert {load.key for load in slots.loads} == absent
         self.started(slots.loads, self.pinned | pins)
@@ -143,6 +240,30 @@ class CacheMachine(RuleBasedStateMachine):
         number = data.draw(st.integers(0, len(self.leases) - 1))
         stack, _ = self.leases.pop(number)
         stack.close()
+        self.settled()
+
+    def settled(self) -> None:
+        """A release may let slots go that are owed."""
+        given_up = self.cache.take_given_up()
+        self.follow_losses()
+        self.follow_slots(SlotChange((), given_up))
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release_but_read_on(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.leases) - 1))
+        stack, pins = self.leases.pop(number)
+        done = [False]
+        stack.lease.until(lambda: done[0])
+        stack.close()
+        self.lingering.append((done, pins))
+
+    @precondition(lambda self: self.lingering)
+    @rule()
+    def reader_ends(self) -> None:
+        done, _ = self.lingering.pop(0)
+        done[0] = True
+        self.settled()
 
     @precondition(lambda self: self.loading)
     @rule(data=st.data(), arrives=st.booleans())
@@ -150,21 +271,24 @@ class CacheMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.loading)))
         slot = self.loading.pop(key)
         if arrives:
-            self.cache.complete(key)
             self.ready[key] = slot
+            self.cache.complete(key)
         else:
             self.cache.abandon(key)
-            for _, pins in self.leases:
+            self.prove(key, "wasted")
+            for _, pins in self.leases + self.lingering:
                 pins.discard(key)
+        self.settled()
 
     @rule(key=st.sampled_from(KEYS))
     def evict(self, key: ExpertKey) -> None:
         if key in self.ready and key not in self.pinned:
             self.cache.evict(key)
-            del self.ready[key]
+            self.lose(key)
         else:
             with pytest.raises(CacheError):
                 self.cache.evict(key)
+        self.settled()
 
     @rule(key=st.sampled_from(KEYS), arrives=st.booleans())
     def end_a_load_that_is_none(self, key: ExpertKey, arrives: bool) -> None:
@@ -187,7 +311,10 @@ class CacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         self.cache.check_integrity()
-        assert self.cache.num_free == self.num_slots - len(self.loading) - len(self.ready)
+        used = len(self.loading) + len(self.ready)
+        assert self.cache.num_free == max(0, self.num_slots - used)
+        assert self.cache.num_owed == max(0, used - self.num_slots)
+        assert self.cache.counters.totals() == self.counts
         assert sorted(self.policy.order) == sorted(self.ready)
         for layer, size in LAYERS.items():
             keys = [ExpertKey(layer, e) for e in range(size)]

@@ -25,7 +25,9 @@ inline Used as_used(const Kernels &kernels, const PackedLayout &layout,
       used.step = std::ldexp(bound, -8);
       break;
     case RowForm::kInt8: {
-      const float inverse = bound > 0.0f ? 127.0f / bound : 0.0f, scale = bound / 127.0f;
+      // As in quantize_row: rows below 2^-120, such as hidden states that an activation has all but
+      // switched off, have codes of zero. The inverse of their scale would be Inf, and 0 Inf NaN.
+      const float inverse = bound >= 0x1p-120f ? 127.0f / bound : 0.0f, scale = bound / 127.0f;
       for (double &x : used.row) {
         x = std::nearbyint(static_cast<float>(x) * inverse) * static_cast<double>(scale);
       }

@@ -21,10 +21,12 @@ from moeserve.cpu_backend.linear import is_row_invariant
 from moeserve.cpu_backend.torch_backend import TorchBackend
 from moeserve.experts.device.torch_grouped import GroupedExperts, find_grouped_mm
 from moeserve.experts.executor import Executor
-from moeserve.experts.layer import ExpertRuntime, MoELayer, build_expert_runtime, build_moe_layer
+from moeserve.experts.layer import MoELayer, build_moe_layer
 from moeserve.experts.reference import reference_experts
 from moeserve.experts.router import RouterSpec, RouterWeights
+from moeserve.experts.runtime import ExpertRuntime, build_expert_runtime
 from moeserve.experts.schedule.intra_layer import ResidentPlacement
+from moeserve.experts.supply import ResidentSupply
 from moeserve.experts.weights import deinterleave_gate_up, transpose_experts
 
 CPU = torch.device("cpu")
@@ -201,6 +203,7 @@ def test_executor_adds_both_sides() -> None:
     backend = TorchBackend()
     backend.add_layer(2, spec, weights)
     cache = resident_cache(Tier.DEVICE, {2: spec.num_experts}, ResidentPolicy())
+    supply = ResidentSupply(cache)
     executor = Executor(backend, GroupedExperts(spec, weights, first_slot=0))
     x = torch.randn(21, spec.hidden_size, generator=generator)
     routing = random_routing(21, spec.num_experts, min(3, spec.num_experts), generator)
@@ -211,8 +214,8 @@ def test_executor_adds_both_sides() -> None:
         placement = Placement(
             2, on_device=tuple(experts[num_cpu:]), on_cpu=tuple(experts[:num_cpu])
         )
-        with cache.acquire(placement) as slots:
-            assert_near(executor.run(x, routing, placement, slots), expected)
+        with supply.acquire(placement) as supplied:
+            assert_near(executor.run(x, routing, placement, supplied), expected)
     backend.close()
 
 

@@ -15,13 +15,12 @@ import torch
 from parity_cases import (
     DRAW,
     VOCAB,
-    Runner,
-    Sequence_,
     draw_config,
     make_reference,
     reference_greedy,
     save,
 )
+from support.model_runner import BlockSequence, Runner
 from support.settled import is_settled, reference_logits, relative_error
 from transformers import PreTrainedModel
 
@@ -97,7 +96,7 @@ def test_chunks_and_neighbours_change_nothing(
     runner = Runner(load(tmp_path, device))
     prompt, _ = settled_prompt(model, rng)
     alone = reference_logits(model, prompt)
-    sequence, neighbour = Sequence_(list(prompt)), Sequence_([rng.randrange(VOCAB)] * 30)
+    sequence, neighbour = BlockSequence(list(prompt)), BlockSequence([rng.randrange(VOCAB)] * 30)
     runner.step([(neighbour, 13)])
     found = []
     while sequence.num_computed < len(prompt):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_reads_what_safetensors_reads(tmp_path: Path, seed: int, shards: int) ->
         save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt"})
     else:
         save_sharded(tmp_path, tensors, shards)
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with closing(Checkpoint.open(tmp_path)) as checkpoint:
         assert checkpoint.names() == sorted(tensors)
         for name in tensors:
             with safe_open(checkpoint.file(name), "pt") as file:
@@ -128,7 +129,7 @@ def test_writing_into_a_tensor_never_reaches_the_file(tmp_path: Path) -> None:
 
 def test_tensors_outlive_the_checkpoint(tmp_path: Path) -> None:
     save_file({"a": torch.arange(8)}, tmp_path / SINGLE)
-    with Checkpoint.open(tmp_path) as checkpoint:
+    with closing(Checkpoint.open(tmp_path)) as checkpoint:
         kept = checkpoint.read("a")
     assert kept.tolist() == list(range(8))
 

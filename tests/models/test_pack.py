@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from parity_cases import VOCAB, Runner, draw_config, make_reference, save
+from parity_cases import VOCAB, draw_config, make_reference, save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.model_runner import Runner, load_native
 from torch import Tensor
 
 from moeserve import LLM
@@ -22,27 +22,11 @@ from moeserve.models import pack
 from moeserve.models.pack import layout_file, pack_model
 from moeserve.models.packed_model import MANIFEST
 from moeserve.models.registry import LoadedModel, load_model
-from moeserve.models.targets import Store
+from moeserve.models.stores import Store
 
-NATIVE = ExpertConfig(cpu_backend="native")
+pytestmark = pytest.mark.usefixtures("quiet")
+
 TINY = str(BUNDLED_MODEL)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"seed {seed}")
-    return seed
-
-
-def load(path: Path | str, **settings: object) -> LoadedModel:
-    return load_model(ModelConfig(model=str(path), **settings), NATIVE)  # type: ignore[arg-type]
 
 
 def packed(path: Path | str, out: Path, **settings: object) -> Path:
@@ -77,7 +61,7 @@ def test_same_bits_as_packing_while_loading(
     reference = make_reference(draw_config(model_type, seed), model_type, seed)
     save(reference, tmp_path / "model", packed=False, old_style=seed % 2 == 0)
     out = packed(tmp_path / "model", tmp_path / "out", **settings)
-    direct, mapped = load(tmp_path / "model", **settings), load(out)
+    direct, mapped = load_native(tmp_path / "model", **settings), load_native(out)
     assert torch.equal(logits(mapped, seed), logits(direct, seed))
     assert mapped.num_parameters == direct.num_parameters
     assert mapped.dtype == direct.dtype
@@ -96,10 +80,10 @@ def test_same_tokens_from_the_shipped_files(tiny: Path) -> None:
 
 
 def test_inputs_may_stay_floats_at_load(tiny: Path, seed: int) -> None:
-    direct = load(TINY, quantize="int4", quantize_activations=False)
-    mapped = load(tiny, quantize_activations=False)
+    direct = load_native(TINY, quantize="int4", quantize_activations=False)
+    mapped = load_native(tiny, quantize_activations=False)
     assert torch.equal(logits(mapped, seed), logits(direct, seed))
-    assert not torch.equal(logits(load(tiny), seed), logits(direct, seed))
+    assert not torch.equal(logits(load_native(tiny), seed), logits(direct, seed))
 
 
 def test_files_are_safetensors_with_packed_tensors_on_whole_pages(tiny: Path) -> None:
@@ -138,7 +122,7 @@ def test_layout_of_a_file_has_no_gap(seed: int, tmp_path: Path) -> None:
 
 def refusal(path: Path, error: type[Exception] = ModelError, **settings: object) -> str:
     with pytest.raises(error) as caught:
-        load(path, **settings)
+        load_native(path, **settings)
     return str(caught.value)
 
 

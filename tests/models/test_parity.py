@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +18,20 @@ from parity_cases import (
     CONTEXT,
     DRAW,
     VOCAB,
-    Runner,
-    Sequence_,
     draw_config,
     make_reference,
     reference_greedy,
     save,
 )
+from support.model_runner import BlockSequence, Runner
 from support.settled import is_settled, reference_logits, relative_error
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.models.registry import FAMILIES, LoadedModel, load_model
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 FIRST_SEED = int(os.environ.get("MOESERVE_PARITY_SEED", random.SystemRandom().randrange(10**6)))
 NUM_CASES = 3
@@ -55,16 +55,6 @@ class Case:
     @property
     def token_ids(self) -> list[int]:
         return self.prompt + self.greedy
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw_case(model_type: str, index: int) -> Case:
@@ -109,9 +99,9 @@ def test_same_tokens_however_they_are_batched(model_type: str, tmp_path: Path) -
     case = draw_case(model_type, NUM_CASES)
     runner = Runner(load(case, tmp_path, packed=False, old_style=False))
     rng = random.Random(case.seed)
-    first = Sequence_(list(case.prompt))
+    first = BlockSequence(list(case.prompt))
     others = [
-        Sequence_([rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]) for _ in range(3)
+        BlockSequence([rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]) for _ in range(3)
     ]
     while len(first.token_ids) < len(case.token_ids):
         pending = len(first.token_ids) - first.num_computed
@@ -128,7 +118,7 @@ def test_same_tokens_however_they_are_batched(model_type: str, tmp_path: Path) -
 
     shared_tokens = rng.randrange(runner.block_tokens, PROMPT_TOKENS, runner.block_tokens)
     shared_blocks = first.block_ids[: shared_tokens // runner.block_tokens]
-    reuser = Sequence_(list(case.prompt), list(shared_blocks), shared_tokens)
+    reuser = BlockSequence(list(case.prompt), list(shared_blocks), shared_tokens)
     while len(reuser.token_ids) < len(case.token_ids):
         left = len(reuser.token_ids) - reuser.num_computed
         runner.extend(reuser, runner.step([(reuser, left)])[0])

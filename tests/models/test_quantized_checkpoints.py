@@ -10,48 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from parity_cases import (
-    VOCAB,
-    Runner,
-    draw_config,
-    make_reference,
-    save,
-)
+from parity_cases import VOCAB, draw_config, make_reference, save
 from safetensors.torch import load_file, save_file
+from support.model_runner import Runner, load_native
 from support.settled import reference_logits, relative_error
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ModelError
-from moeserve.models.registry import LoadedModel, load_model
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 BLOCK = (16, 24)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"seed {seed}")
-    return seed
 
 
 def set_config(path: Path, **fields: object) -> None:
     file = path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
-def load_native(path: Path, **settings: object) -> LoadedModel:
-    config = ModelConfig(**{"model": str(path), "dtype": "float32", **settings})  # type: ignore[arg-type]
-    return load_model(config, ExpertConfig(cpu_backend="native"))
 
 
 def logits_of(path: Path, token_ids: list[int], dtype: str = "float32") -> Tensor:

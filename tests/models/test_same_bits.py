@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from parity_cases import DRAW, VOCAB, Runner, Sequence_, draw_config, make_reference, save
+from parity_cases import DRAW, VOCAB, draw_config, make_reference, save
+from support.model_runner import BlockSequence, Runner
 
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.cpu_backend.linear import is_row_invariant
@@ -18,6 +17,8 @@ from moeserve.models.inputs import Span
 from moeserve.models.kv_pool import KvLayer
 from moeserve.models.registry import load_model
 from moeserve.models.step_context import AttentionLayout, attention_tiles
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 DTYPES = ["float32", "bfloat16"]
 #: kv heads, query heads of each, key width, kv width, where the value starts, window, tokens
@@ -29,16 +30,6 @@ SHAPES = [
     (2, 4, 64, 128, 64, 40, 300),
     (1, 1, 32, 64, 32, 300, 800),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quiet() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,7 +75,7 @@ def test_logits_of_a_row(model_type: str, dtype: str, tmp_path: Path) -> None:
     token_ids = [rng.randrange(VOCAB) for _ in range(120)]
     whole = runner.logits(token_ids)
     for most in (1, 5, 40):
-        sequence, neighbour = Sequence_(token_ids), Sequence_([rng.randrange(VOCAB)])
+        sequence, neighbour = BlockSequence(token_ids), BlockSequence([rng.randrange(VOCAB)])
         pieces = []
         while sequence.num_computed < len(token_ids):
             left = len(token_ids) - sequence.num_computed

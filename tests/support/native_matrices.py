@@ -12,7 +12,6 @@ from torch import Tensor
 from moeserve.cpu_backend import _native as native
 
 F32_EPS = 2.0**-24
-BF16_EPS = 2.0**-9
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,8 @@ def quantised_rows(x: Tensor) -> Tensor:
     x = x.float()
     bound = x.abs().amax(dim=-1, keepdim=True)
     most = torch.full_like(bound, 127.0)  # as a tensor: torch divides a number by rounding twice
-    codes = (x * (most / bound)).round().nan_to_num()  # halves to even, as the instructions do
+    inverse = torch.where(bound >= 2.0**-120, most / bound, 0.0)  # see quantize_row
+    codes = (x * inverse).round()  # halves to even, as the instructions do
     return codes.double() * (bound / most).double()
 
 

@@ -1,0 +1,50 @@
+"""Slots that a layer keeps against the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.cache.numbering import Numbers
+from moeserve.cache.policies.base import Policy
+
+
+def default_floor(
+    num_slots: int, num_experts: Mapping[int, int], step_need: int, top_k: int
+) -> int:
+    """Slots that every layer may keep: one row's experts (top_k), or what `num_slots` allows.
+
+    step_need: experts that one step can want of one layer, the least a cache can work with.
+    """
+    spare = max(0, num_slots - step_need)
+    return min(top_k, spare // max(1, len(num_experts) - 1))
+
+
+def victims_above_floor(
+    policy: Policy,
+    candidates: Numbers,
+    count: int,
+    rank: NDArray[np.int64],
+    spare: NDArray[np.int64],
+    incoming: Numbers | None,
+) -> list[int]:
+    """What the policy gives up, none beyond what its layer can spare.
+
+    rank: [N], the layer of each expert, as its place. spare: [L], by that place; it is used up.
+    """
+    chosen: list[int] = []
+    while len(chosen) < count:
+        candidates = candidates[spare[rank[candidates]] > 0]
+        asked = count - len(chosen)
+        waiting = None if incoming is None else incoming[len(chosen) :]
+        picks = policy.victims(candidates, asked, waiting)
+        for number in picks:
+            if spare[rank[number]] > 0:
+                spare[rank[number]] -= 1
+                chosen.append(number)
+        if len(picks) < asked:
+            break
+        candidates = np.setdiff1d(candidates, picks)
+    return chosen

@@ -1,0 +1,284 @@
+"""Copies records of experts into slots, by a few threads, the wanted ones first.
+
+There are two classes: what a step waits for (DEMAND), and what was fetched on a guess (PREFETCH). A
+record is copied chunk by chunk, and a thread that is free takes the next chunk of the oldest demand
+before any of a prefetch: a running prefetch yields after the chunks that are in flight. Several
+threads share one record, so the first to be wanted is also the first to be complete.
+
+A slot is written between `start` and its arrival, which the engine's thread takes from `finished`
+or `wait`; only then may the slot be read.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.cache.expert_cache import Load
+from moeserve.cache.tiers.source import ExpertSource, StoreError
+from moeserve.core import ExpertKey
+
+logger = logging.getLogger(__name__)
+
+NUM_ATTEMPTS = 4
+FIRST_PAUSE_S = 0.02  # before the second attempt; doubled each time
+STALL_WARNING_S = 5.0
+
+
+class Urgency(IntEnum):
+    DEMAND = 0
+    PREFETCH = 1
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A record that is complete in its slot, or, with an error, will not be."""
+
+    load: Load
+    urgency: Urgency
+    error: StoreError | None = None
+
+
+@dataclass
+class TransferStats:
+    """Since the start. busy_s: at least one chunk was on its way. stall_s: somebody waited."""
+
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    num_demands: int = 0
+    num_prefetches: int = 0
+    num_promoted: int = 0
+    num_failed: int = 0
+    num_retries: int = 0
+    busy_s: float = 0.0
+    stall_s: float = 0.0
+
+
+@dataclass(eq=False)
+class _Copy:
+    load: Load
+    urgency: Urgency
+    record: memoryview
+    begun_s: float
+    given: int = 0  # bytes handed to threads
+    done: int = 0
+    error: StoreError | None = field(default=None)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.record)
+
+    @property
+    def complete(self) -> bool:
+        """No thread is at it, and none will be."""
+        return self.done == self.given and (self.given == self.num_bytes or self.error is not None)
+
+
+class Transfers:
+    """Threads that copy from one source into slots.
+
+    All methods but the threads' own are for one thread, the engine's.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        slot: Callable[[int], NDArray[np.uint8]],
+        num_threads: int,
+        chunk_bytes: int,
+    ) -> None:
+        """slot: the memory of a slot by its number, at least as long as a record."""
+        self.stats = TransferStats()
+        self._source = source
+        self._slot = slot
+        self._chunk_bytes = chunk_bytes
+        self._changed = threading.Condition()
+        self._queues: dict[Urgency, dict[ExpertKey, _Copy]] = {u: {} for u in Urgency}
+        self._active: dict[ExpertKey, _Copy] = {}
+        self._finished: list[Arrival] = []
+        self._in_flight = 0
+        self._busy_since = 0.0
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"expert-transfer-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def start(self, loads: Iterable[Load], urgency: Urgency) -> None:
+        """Begins to write the slots, in this order."""
+        with self._changed:
+            for load in loads:
+                assert load.key not in self._active, f"{load.key} is on its way already"
+                num_bytes = self._source.num_bytes(load.key)
+                record = self._slot(load.slot).data[:num_bytes]
+                copy = _Copy(load, urgency, record, time.perf_counter())
+                self._active[load.key] = copy
+                self._queues[urgency][load.key] = copy
+                if urgency is Urgency.DEMAND:
+                    self.stats.num_demands += 1
+                else:
+                    self.stats.num_prefetches += 1
+            self._changed.notify_all()
+
+    def promote(self, keys: Iterable[ExpertKey]) -> None:
+        """Prefetches that a step now waits for become demands, behind those that are there."""
+        with self._changed:
+            for key in keys:
+                copy = self._active.get(key)
+                if copy is None or copy.urgency is Urgency.DEMAND:
+                    continue
+                copy.urgency = Urgency.DEMAND
+                self.stats.num_promoted += 1
+                if self._queues[Urgency.PREFETCH].pop(key, None) is not None:
+                    self._queues[Urgency.DEMAND][key] = copy
+
+    def cancel_prefetches(self) -> list[Load]:
+        """Calls off the prefetches of which nothing was read yet; their slots are as they were."""
+        with self._changed:
+            waiting = [c for c in self._queues[Urgency.PREFETCH].values() if c.given == 0]
+            for copy in waiting:
+                del self._queues[Urgency.PREFETCH][copy.load.key]
+                del self._active[copy.load.key]
+            return [copy.load for copy in waiting]
+
+    def finished(self) -> list[Arrival]:
+        """What has arrived since the last time; does not wait."""
+        if not self._finished:  # looked at once per layer: no lock where nothing is on its way
+            return []
+        with self._changed:
+            arrivals, self._finished = self._finished, []
+            return arrivals
+
+    def wait(self) -> list[Arrival]:
+        """As `finished`, but waits until there is something. Something must be on its way."""
+        begun = time.perf_counter()
+        with self._changed:
+            assert self._active or self._finished, "nothing is on its way"
+            while not self._finished:
+                if not self._changed.wait(STALL_WARNING_S):
+                    self._warn_of_stall()
+            arrivals, self._finished = self._finished, []
+        self.stats.stall_s += time.perf_counter() - begun
+        return arrivals
+
+    def is_active(self, key: ExpertKey) -> bool:
+        return key in self._active
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+    def close(self) -> None:
+        """Ends the threads after the chunks in flight. May be called twice."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def check_integrity(self) -> None:
+        """AssertionError where queues and copies do not agree."""
+        with self._changed:
+            for urgency, queue in self._queues.items():
+                for key, copy in queue.items():
+                    assert self._active.get(key) is copy, f"{key} waits and is not active"
+                    assert copy.urgency is urgency, f"{key} waits in the wrong class"
+            taken = {arrival.load.key for arrival in self._finished}
+            assert not taken & self._active.keys(), "arrived and still on its way"
+
+    # The threads
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while (job := self._take_chunk()) is None:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+            copy, start, stop = job
+            error = self._attempt(partial(self._read, copy, start, stop))
+            self._put_back(copy, stop - start, error)
+
+    def _take_chunk(self) -> tuple[_Copy, int, int] | None:
+        """The next chunk by urgency and age. Called with the lock held."""
+        if self._closing:
+            return None
+        for queue in self._queues.values():
+            for key, copy in queue.items():
+                start = copy.given
+                stop = min(start + self._chunk_bytes, copy.num_bytes)
+                copy.given = stop
+                if stop == copy.num_bytes:
+                    del queue[key]
+                if self._in_flight == 0:
+                    self._busy_since = time.perf_counter()
+                self._in_flight += 1
+                return copy, start, stop
+        return None
+
+    def _read(self, copy: _Copy, start: int, stop: int) -> None:
+        self._source.read(copy.load.key, start, copy.record[start:stop])
+
+    def _put_back(self, copy: _Copy, num_bytes: int, error: StoreError | None) -> None:
+        with self._changed:
+            copy.done += num_bytes
+            if error is not None and copy.error is None:
+                copy.error = error
+                self._queues[copy.urgency].pop(copy.load.key, None)
+            complete = copy.complete
+        if complete and copy.error is None:
+            # Nobody else touches this copy any more, so the sum is taken without the lock.
+            copy.error = self._attempt(partial(self._source.check, copy.load.key, copy.record))
+        with self._changed:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self.stats.busy_s += time.perf_counter() - self._busy_since
+            if copy.urgency is Urgency.DEMAND:
+                self.stats.demand_bytes += num_bytes
+            else:
+                self.stats.prefetch_bytes += num_bytes
+            if complete:
+                del self._active[copy.load.key]
+                self.stats.num_failed += copy.error is not None
+                self._finished.append(Arrival(copy.load, copy.urgency, copy.error))
+                self._changed.notify_all()
+
+    def _attempt(self, work: Callable[[], None]) -> StoreError | None:
+        """Does the work, again where the system reports an error that may pass."""
+        pause_s = FIRST_PAUSE_S
+        for attempt in range(1, NUM_ATTEMPTS + 1):
+            try:
+                work()
+                return None
+            except StoreError as error:
+                return error
+            except OSError as error:
+                logger.warning("attempt %d of %d to read failed: %s", attempt, NUM_ATTEMPTS, error)
+                last = error
+            if attempt < NUM_ATTEMPTS:
+                self.stats.num_retries += 1
+                time.sleep(pause_s)
+                pause_s *= 2
+        return StoreError(
+            f"records of experts cannot be read: {last}",
+            "look at the disk; the kernel's log says what it reported",
+        )
+
+    def _warn_of_stall(self) -> None:
+        now = time.perf_counter()
+        oldest = max(self._active.values(), key=lambda copy: now - copy.begun_s)
+        logger.warning(
+            "layer %d, expert %d has been on its way for %.1f s: the disk stalls",
+            *oldest.load.key,
+            now - oldest.begun_s,
+        )

@@ -1,0 +1,186 @@
+"""The host tier over the disk: experts are read into slots as steps want them, or on a guess."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+
+from moeserve.cache.expert_cache import ExpertCache
+from moeserve.cache.tiers.disk_store import DiskStore
+from moeserve.cache.tiers.host_slots import HostSlots
+from moeserve.cache.tiers.source import StoreError
+from moeserve.cache.transfer import Arrival, Transfers, Urgency
+from moeserve.cache.types import CacheError, ExpertState, Load
+from moeserve.core import ExpertKey, Placement
+from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.experts.supply import ExpertSupply, Group, Supplied
+
+logger = logging.getLogger(__name__)
+
+
+class DiskSupply(ExpertSupply):
+    """The packed experts of a layer read their records where this puts them.
+
+    A layer that wants more experts than there are slots gets them wave by wave; while one wave is
+    computed the next is read, as far as slots can be had. So two slots are enough for any batch.
+    """
+
+    def __init__(
+        self, cache: ExpertCache, store: DiskStore, slots: HostSlots, transfers: Transfers
+    ) -> None:
+        """transfers: from that store into those slots."""
+        self.cache = cache
+        self.slots = slots
+        self.transfers = transfers
+        self._store = store
+        self._layers: dict[int, PackedExperts] = {}
+        # Whose record was last put into a slot, and where the kernels find an expert's record. An
+        # expert that was evicted stays known until its slot is written again.
+        self._owners: dict[int, ExpertKey] = {}
+        self._places: dict[ExpertKey, int] = {}
+        self._failed: dict[ExpertKey, StoreError] = {}
+
+    def add_layer(self, layer: int, experts: PackedExperts) -> None:
+        """Takes over where the layer's records are."""
+        for expert in range(experts.spec.num_experts):
+            experts.native.clear_record(expert)
+        self._layers[layer] = experts
+
+    @contextmanager
+    def acquire(self, placement: Placement) -> Iterator[Supplied]:
+        self.collect()
+        with closing(self._groups(placement)) as groups:
+            next(groups)  # up to where the first wave's reads have begun
+            yield Supplied(self.cache.slots(placement.layer), groups)
+
+    def prefetch(self, keys: Sequence[ExpertKey], protect: Placement) -> int:
+        """Begins to read, most wanted first, as far as slots can be had. Returns how many."""
+        loads = self.cache.prefetch(keys, protect)
+        self._begin(loads, Urgency.PREFETCH)
+        return len(loads)
+
+    def collect(self) -> None:
+        """Takes what has arrived meanwhile."""
+        for arrival in self.transfers.finished():
+            self._take(arrival)
+
+    def resize(self, num_slots: int) -> None:
+        """More or fewer slots, at once as far as they are not in use, the rest when they are free.
+
+        Raises CacheError below two, MemoryError where there is no room for more.
+        """
+        if num_slots < 2:
+            raise CacheError(f"{num_slots} slots; a step needs at least 2")
+        self.slots.grow(num_slots)
+        change = self.cache.resize(num_slots)
+        self.slots.grow(1 + max(change.added, default=-1))
+        self._give_back(change.given_up)
+
+    def check_integrity(self) -> None:
+        self.collect()
+        self._give_back(self.cache.take_given_up())
+        self.cache.check_integrity()
+        self.transfers.check_integrity()
+        for key, slot in self._places.items():
+            assert self._owners[slot] == key, f"{key} is read where another was written"
+        for layer in self._layers:
+            for expert in self.cache.residency(layer).ready:
+                key = ExpertKey(layer, expert)
+                assert self._places[key] == self.cache.slots(layer).slots[expert], f"{key} moved"
+
+    def close(self) -> None:
+        self.transfers.close()
+        self._store.close()
+
+    # Waves
+
+    def _groups(self, placement: Placement) -> Generator[Group, None, None]:
+        """An empty group first, when the reads of the first wave have begun."""
+        now, rest = placement.on_cpu, placement.fetch_first
+        self.transfers.promote([ExpertKey(placement.layer, e) for e in rest])
+        begun = False
+        while now or rest or not begun:
+            fetched, rest = self._split(placement.layer, now, rest)
+            wave = Placement(placement.layer, fetch_first=fetched, on_cpu=now)
+            with self.cache.acquire(wave) as slots:
+                self._begin(slots.loads, Urgency.DEMAND)
+                if rest:  # a later wave needs them in any case: no guess
+                    ahead = [ExpertKey(placement.layer, e) for e in rest]
+                    self._begin(self.cache.prefetch(ahead, wave), Urgency.DEMAND)
+                if not begun:
+                    begun = True
+                    yield ()
+                if now:
+                    yield now
+                yield from self._as_they_arrive(placement.layer, fetched)
+            now = ()
+
+    def _split(self, layer: int, now: Group, rest: Group) -> tuple[Group, Group]:
+        """What of `rest` can have a slot beside `now`, and what must wait for a later wave."""
+        present = tuple(e for e in rest if self._state(layer, e) is not ExpertState.ABSENT)
+        absent = tuple(e for e in rest if e not in present)
+        kept = Placement(layer, fetch_first=present, on_cpu=now)
+        if self.cache.num_obtainable(kept) < len(absent):
+            for load in self.transfers.cancel_prefetches():  # of other layers: these are promoted
+                self.cache.abandon(load.key)
+        while not (now or present or self.cache.num_obtainable(kept)) and absent:
+            if not self.transfers.num_active:
+                raise CacheError(f"layer {layer}: none of {self.cache.num_slots} slots can be had")
+            self._take_all(self.transfers.wait())
+        count = self.cache.num_obtainable(kept)
+        return present + absent[:count], absent[count:]
+
+    def _as_they_arrive(self, layer: int, wanted: Group) -> Iterator[Group]:
+        missing = list(wanted)
+        while missing:
+            ready = [e for e in missing if self._state(layer, e) is ExpertState.READY]
+            for expert in missing:
+                if self._state(layer, expert) is ExpertState.ABSENT:
+                    raise self._failed.pop(ExpertKey(layer, expert))
+            if ready:
+                missing = [e for e in missing if e not in ready]
+                yield tuple(ready)
+                self.collect()
+            else:
+                self._take_all(self.transfers.wait())
+
+    def _state(self, layer: int, expert: int) -> ExpertState:
+        return self.cache.state(ExpertKey(layer, expert))
+
+    # Bytes
+
+    def _begin(self, loads: Sequence[Load], urgency: Urgency) -> None:
+        for load in loads:
+            self._disown(load.slot)
+        if loads:
+            self.transfers.start(loads, urgency)
+
+    def _take_all(self, arrivals: Sequence[Arrival]) -> None:
+        for arrival in arrivals:
+            self._take(arrival)
+
+    def _take(self, arrival: Arrival) -> None:
+        """An error is raised when a step needs the expert: of a guess it may be that none does."""
+        key, slot = arrival.load.key, arrival.load.slot
+        if arrival.error is not None:
+            logger.warning("layer %d, expert %d: %s", *key, arrival.error)
+            self._failed[key] = arrival.error
+            self.cache.abandon(key)
+            return
+        experts = self._layers[key.layer]
+        experts.native.set_record(key.expert, self.slots[slot][: experts.record_bytes])
+        self._owners[slot], self._places[key] = key, slot
+        self.cache.complete(key)
+
+    def _disown(self, slot: int) -> None:
+        """The kernels refuse from now on what stood in the slot."""
+        key = self._owners.pop(slot, None)
+        if key is not None and self._places[key] == slot:  # else it came back to another slot
+            del self._places[key]
+            self._layers[key.layer].native.clear_record(key.expert)
+
+    def _give_back(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._disown(slot)
+            self.slots.give_back(slot)

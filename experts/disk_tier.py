@@ -1,0 +1,106 @@
+"""Sets up the host tier over the disk: slots, threads, costs, schedulers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moeserve.cache.expert_cache import ExpertCache, Tier
+from moeserve.cache.policies.registry import build_policy
+from moeserve.cache.tiers.disk_store import DiskRecord, DiskStore
+from moeserve.cache.tiers.disk_tuning import tune_disk
+from moeserve.cache.tiers.host_slots import HostSlots
+from moeserve.cache.transfer import Transfers
+from moeserve.config import ExpertConfig
+from moeserve.core import ConfigError, ExpertKey, ExpertSpec
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.experts.disk_supply import DiskSupply
+from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.intra_layer import FetchOrder
+
+logger = logging.getLogger(__name__)
+
+#: what one thread reads at a time, and so the longest that a demand waits for a prefetch to yield
+CHUNK_BYTES = 1 << 20
+#: read to measure memory bandwidth: far more than any cache holds
+BANDWIDTH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class DiskTier:
+    cache: ExpertCache
+    supply: DiskSupply
+    intra: FetchOrder
+    notes: dict[str, str]
+
+
+def build_disk_tier(
+    config: ExpertConfig,
+    specs: Mapping[int, ExpertSpec],
+    records: Mapping[ExpertKey, DiskRecord],
+    native: NativeRuntime,
+) -> DiskTier:
+    """records: of every expert of the layers in `specs`.
+
+    As many slots as `config` allows if experts were all that memory is for; who knows what else
+    there is makes them fewer (`ExpertRuntime.fit_host_memory`), before any is written. Raises
+    ConfigError where there is no room for two experts, StoreError where files cannot be read.
+    """
+    slot_bytes = max(record.num_bytes for record in records.values())
+    num_slots = config.host_slots or min(
+        len(records), (config.host_memory_bytes or 0) // slot_bytes
+    )
+    check_num_slots(num_slots, slot_bytes, config)
+    store = DiskStore(records)
+    tuning = tune_disk(store, slot_bytes, CHUNK_BYTES)
+    num_threads = config.disk_threads or tuning.num_threads
+    slots = HostSlots(slot_bytes, num_slots)
+    transfers = Transfers(store, slots.__getitem__, num_threads, CHUNK_BYTES)
+    num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
+    policy = "lru" if config.policy == "auto" else config.policy
+    cache = ExpertCache(Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts))
+    read_rate = native.handle.measure_read_bandwidth(BANDWIDTH_BYTES)
+    dot_rate = native.handle.measure_dot_peak("f32")
+    costs: dict[int, CostModel] = {}
+    for layer, spec in specs.items():
+        num_bytes = records[ExpertKey(layer, 0)].num_bytes
+        costs[layer] = CostModel(
+            expert_bytes=num_bytes,
+            cpu=roofline(num_bytes, spec, read_rate, dot_rate),
+            cpu_start_us=0.0,
+            disk=Curve([num_bytes], [num_bytes / tuning.best_bytes_per_s * 1e6]),
+        )
+    how = "past the page cache" if store.direct else "through the page cache, which is given back"
+    notes = {
+        "disk": f"{tuning.best_bytes_per_s / 1e9:.2f} GB/s by {num_threads} threads, {how}",
+        "policy": policy,
+    }
+    return DiskTier(cache, DiskSupply(cache, store, slots, transfers), FetchOrder(costs), notes)
+
+
+def roofline(num_bytes: int, spec: ExpertSpec, read_rate: float, dot_rate: float) -> Curve:
+    """Microseconds by rows: reading the weights, or multiplying them where that takes longer.
+
+    read_rate: bytes per second; dot_rate: operations per second. Only to tell what is worth
+    fetching first, where a fetch takes ten times as long.
+    """
+    read_us = num_bytes / read_rate * 1e6
+    row_us = 6 * spec.hidden_size * spec.intermediate_size / dot_rate * 1e6
+    ridge = max(2, round(read_us / row_us))
+    return Curve([1, ridge, 2 * ridge], [read_us, ridge * row_us, 2 * ridge * row_us])
+
+
+def check_num_slots(
+    num_slots: int, slot_bytes: int, config: ExpertConfig, other_bytes: int = 0
+) -> None:
+    """ConfigError unless there is room for two experts, which is enough for any batch."""
+    if num_slots >= 2:
+        return
+    least = other_bytes + 2 * slot_bytes
+    raise ConfigError(
+        f"host_memory: {config.host_memory_bytes} bytes; the weights of every token and kv take"
+        f" {other_bytes}, and two experts {2 * slot_bytes}: at least {least}",
+        field="host_memory_bytes",
+        hint="raise --host-memory, lower --kv-bytes, or pack the model with fewer bits",
+    )

@@ -1,0 +1,181 @@
+"""What the MoE layers of one model share: backend, cache, supply, schedulers, predictor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from moeserve.cache.expert_cache import ExpertCache, Tier, resident_cache
+from moeserve.cache.policies.resident import ResidentPolicy
+from moeserve.cache.tiers.disk_store import DiskRecord
+from moeserve.config import ExpertConfig
+from moeserve.core import ConfigError, ExpertKey, ExpertSpec, LayerUse, Routing
+from moeserve.cpu_backend.backend import CpuBackend, Demands
+from moeserve.cpu_backend.choice import BackendChoice, choose_backend
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.cpu_backend.torch_backend import TorchBackend
+from moeserve.experts.disk_supply import DiskSupply
+from moeserve.experts.disk_tier import build_disk_tier, check_num_slots
+from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
+from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, ResidentPlacement
+from moeserve.experts.supply import ExpertSupply, ResidentSupply
+from moeserve.predictors.base import Predictor
+from moeserve.predictors.gates import LayerGate
+from moeserve.predictors.none import NonePredictor
+from moeserve.predictors.registry import make_predictor
+
+CountUse = Callable[[int, Routing, int], LayerUse]
+#: told (layer, x [T, H], routing) of every layer that runs
+Observer = Callable[[int, torch.Tensor, Routing], None]
+
+
+@dataclass(frozen=True)
+class ExpertRuntime:
+    """`close` ends its threads.
+
+    native: kernels and threads of the native backend, where weights on the CPU are packed for it.
+    observers: called by every layer with what it is asked; to be appended to by recorders.
+    count_use: (layer, routing, number of experts) to what schedulers and policies look at.
+    notes: what was chosen and why, for ModelInfo.notes.
+    """
+
+    config: ExpertConfig
+    device: torch.device
+    backend: CpuBackend
+    native: NativeRuntime | None
+    cache: ExpertCache
+    supply: ExpertSupply
+    intra: IntraLayerScheduler
+    inter: InterLayerScheduler
+    predictor: Predictor
+    count_use: CountUse
+    notes: dict[str, str]
+    observers: list[Observer] = field(default_factory=list)
+
+    def with_predictor(self, read_gates: Callable[[], Sequence[LayerGate]]) -> ExpertRuntime:
+        """The runtime with the predictor that its config names. read_gates: of all MoE layers.
+
+        Raises ModelError for a model that the predictor cannot serve.
+        """
+        if self.config.predictor == "none":
+            return self
+        gates = read_gates()
+        num_experts = {gate.layer: gate.num_experts for gate in gates}
+        depth = self.config.prefetch_depth
+        predictor = make_predictor(self.config.predictor, num_experts, depth, gates)
+        self.notes["predictor"] = f"{self.config.predictor}, {depth} layers ahead at most"
+        return replace(self, predictor=predictor)
+
+    def add_layer(self, layer: int, experts: PackedExperts) -> None:
+        """Where experts stay on disk: their records are put into slots from now on."""
+        if isinstance(self.supply, DiskSupply):
+            self.supply.add_layer(layer, experts)
+
+    def fit_host_memory(self, other_bytes: int) -> None:
+        """Leaves room for what else must be in memory: weights of every token, and kv.
+
+        Raises ConfigError where that leaves none for experts.
+        """
+        budget = self.config.host_memory_bytes
+        if budget is None or not isinstance(self.supply, DiskSupply):
+            return
+        slot_bytes = self.supply.slots.slot_bytes
+        num_slots = min((budget - other_bytes) // slot_bytes, self.cache.numbers.total)
+        check_num_slots(num_slots, slot_bytes, self.config, other_bytes)
+        self.supply.resize(num_slots)
+        self.notes["experts"] = describe_slots(self.cache, slot_bytes)
+
+    def check_integrity(self) -> None:
+        """AssertionError where the books of what stands where do not agree."""
+        self.supply.check_integrity()
+
+    def close(self) -> None:
+        self.supply.close()
+        self.backend.close()
+
+
+def build_expert_runtime(
+    config: ExpertConfig,
+    specs: Mapping[int, ExpertSpec],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantized: bool = False,
+    on_disk: Mapping[ExpertKey, DiskRecord] | None = None,
+) -> ExpertRuntime:
+    """specs: of the experts of each MoE layer, by the layer's index in the model. dtype: of the
+    model's computation. quantized: its weights are stored in 8 bits or fewer. on_disk: records to
+    be read as they are wanted; None: all experts are resident.
+
+    On the CPU the experts stand in the host tier and run on the CPU backend; on another device they
+    stand and run there. Raises ConfigError for what is not implemented or cannot run the model.
+    """
+    num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
+    if device.type == "cpu":
+        choice = choose_backend(config, Demands(dtype, tuple(specs.values()), quantized))
+    else:
+        choice = BackendChoice(TorchBackend(), f"unused, experts run on {device.type}", None)
+    notes = {"cpu_backend": choice.reason}
+    if on_disk is not None:
+        if choice.native is None:
+            raise ConfigError(
+                "host_memory: experts on disk are packed for the native backend",
+                field="cpu_backend",
+                hint="choose --cpu-backend native",
+            )
+        tier = build_disk_tier(config, specs, on_disk, choice.native)
+        notes |= tier.notes
+        notes["experts"] = describe_slots(tier.cache, tier.supply.slots.slot_bytes)
+        return ExpertRuntime(
+            config=config,
+            device=device,
+            backend=choice.backend,
+            native=choice.native,
+            cache=tier.cache,
+            supply=tier.supply,
+            intra=tier.intra,
+            inter=ResidentPrefetch(),
+            predictor=NonePredictor(),
+            count_use=count_use,
+            notes=notes,
+        )
+    tier_name = Tier.HOST if device.type == "cpu" else Tier.DEVICE
+    cache = resident_cache(tier_name, num_experts, ResidentPolicy())
+    notes["experts"] = f"all {cache.num_slots} resident in the {tier_name.value} tier"
+    return ExpertRuntime(
+        config=config,
+        device=device,
+        backend=choice.backend,
+        native=choice.native,
+        cache=cache,
+        supply=ResidentSupply(cache),
+        intra=ResidentPlacement(),
+        inter=ResidentPrefetch(),
+        predictor=NonePredictor(),
+        count_use=nobody_looks,
+        notes=notes,
+    )
+
+
+def describe_slots(cache: ExpertCache, slot_bytes: int) -> str:
+    share = cache.num_slots / cache.numbers.total
+    return (
+        f"{cache.num_slots} of {cache.numbers.total} ({share:.0%}) have room in the host tier,"
+        f" {slot_bytes} bytes each; all are on disk"
+    )
+
+
+def count_use(layer: int, routing: Routing, num_experts: int) -> LayerUse:
+    """routing's ids and weights [T, K] must be on the CPU."""
+    ids = routing.ids.numpy().ravel()
+    rows = np.bincount(ids, minlength=num_experts).astype(np.int32)
+    weights = np.bincount(ids, routing.weights.numpy().ravel(), num_experts).astype(np.float32)
+    return LayerUse(layer, rows, weights)
+
+
+def nobody_looks(layer: int, routing: Routing, num_experts: int) -> LayerUse:
+    """Where all experts are resident nobody counts: a device would be waited for."""
+    return LayerUse(layer, np.empty(0, np.int32), np.empty(0, np.float32))

@@ -1,0 +1,255 @@
+"""What one machine's parts cost: the calibration profile, as read and written.
+
+`moeserve calibrate` measures a profile, the layer scheduler and the throughput predictor read it. A
+profile holds measured points and their spread, never a fitted model: how to go from points to costs
+is `cost_model`'s. Machines that are not at hand are described by rates from their data sheets, in
+the same form, and say so (`source`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from moeserve.core import ConfigError, ExpertSpec
+
+#: to be raised when a field of the profile changes its meaning
+PROFILE_VERSION = 1
+#: where the package keeps profiles of machines that are not at hand
+SHIPPED = files("moeserve") / "planner" / "profiles"
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A measured value: the median of the repeats. spread: the distance of their quartiles as a
+    share of it; 0 for a data sheet's number."""
+
+    value: float
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.value >= 0 or not self.spread >= 0:
+            raise ValueError(f"value {self.value} and spread {self.spread} must not be negative")
+
+
+class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a measured profile holds for, and for nothing else.
+
+    num_cores: that this process may use. gpu: its name, None where there is none.
+    """
+
+    cpu: str
+    num_cores: int
+    isa: str
+    memory_bytes: int
+    gpu: str | None = None
+
+
+class ReadRate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes per second that threads read from memory. kernel: "read" for loads alone, or the weight
+    format whose product with one row reads them."""
+
+    kernel: str
+    num_threads: int
+    bytes_per_s: Figure
+
+
+class ExpertCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Microseconds that one more expert adds to a job, by the rows that chose it.
+
+    weights: a `PackFormat.describe()`, or the dtype of plain weights. rows: ascending.
+    record_bytes: of one such expert.
+    """
+
+    weights: str
+    hidden_size: int
+    intermediate_size: int
+    record_bytes: int
+    rows: list[int]
+    us: list[Figure]
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip(self.rows, self.rows[1:], strict=False))
+        if not self.rows or len(self.rows) != len(self.us) or not ascending or self.rows[0] < 1:
+            raise ValueError(f"rows {self.rows} must be ascending from 1, with a time each")
+
+    @property
+    def num_weights(self) -> int:
+        return 3 * self.hidden_size * self.intermediate_size
+
+
+class Processor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What computes experts: the CPU threads together, or a device.
+
+    read: by kernel and threads. ops_per_s: peak by number type, a multiply-add being two. start_us:
+    what the first expert of a job costs beyond a further one: waking threads or launching kernels,
+    preparing the rows and returning the sums. expert_curves: may be empty in a data sheet's
+    profile; costs then follow from the rates (roofline).
+    """
+
+    name: str
+    memory_bytes: int
+    read: list[ReadRate]
+    ops_per_s: dict[str, Figure]
+    start_us: Figure
+    expert_curves: list[ExpertCurve] = []
+
+    def best_read(self, kernel: str = "read") -> ReadRate | None:
+        """The highest rate of a kernel over the numbers of threads."""
+        rates = [rate for rate in self.read if rate.kernel == kernel]
+        return max(rates, key=lambda rate: rate.bytes_per_s.value, default=None)
+
+    def curve(self, weights: str, spec: ExpertSpec) -> ExpertCurve | None:
+        """The curve of a format whose experts are nearest in size; None: no curve of it."""
+        wanted = 3 * spec.hidden_size * spec.intermediate_size
+
+        def distance(curve: ExpertCurve) -> float:
+            return max(curve.num_weights / wanted, wanted / curve.num_weights)
+
+        curves = [curve for curve in self.expert_curves if curve.weights == weights]
+        return min(curves, key=distance, default=None)
+
+
+class TransferPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Microseconds to copy that many bytes from host memory to the device, alone on the link."""
+
+    num_bytes: int
+    us: Figure
+
+
+class DiskPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes per second of O_DIRECT reads of one block size with so many in flight."""
+
+    block_bytes: int
+    queue_depth: int
+    bytes_per_s: Figure
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that is known of one machine.
+
+    source: "measured" on `hardware`, or "datasheet". moeserve: the version whose kernels were
+    measured. date: ISO 8601. sources: where a data sheet's numbers come from. device, link: None
+    without a device; disk: empty where it was not measured.
+    """
+
+    version: int
+    source: Literal["measured", "datasheet"]
+    date: str
+    moeserve: str
+    hardware: Hardware
+    cpu: Processor
+    device: Processor | None = None
+    link: list[TransferPoint] = []
+    disk: list[DiskPoint] = []
+    sources: list[str] = []
+
+
+def profile_names() -> list[str]:
+    """Of the profiles that come with the package."""
+    names = (entry.name for entry in SHIPPED.iterdir())
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+
+
+def shipped_profile(name: str) -> Profile:
+    """One of the package's own profiles. ConfigError names those that there are."""
+    if name not in profile_names():
+        known = ", ".join(profile_names())
+        raise ConfigError(f"profile: {name!r} is not one of {known}", field="profile")
+    return decode_profile((SHIPPED / f"{name}.json").read_bytes(), name)
+
+
+def read_profile(path: Path) -> Profile:
+    """ConfigError, naming the file and what is wrong in it, where it is no profile."""
+    try:
+        return decode_profile(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ConfigError(
+            f"profile: {path} cannot be read: {error.strerror}",
+            field="profile",
+            hint="`moeserve calibrate` writes one",
+        ) from error
+
+
+def all_figures(part: object) -> Iterator[Figure]:
+    """Every figure of a profile, or of a part of one."""
+    if isinstance(part, Figure):
+        yield part
+    elif isinstance(part, msgspec.Struct):
+        for name in part.__struct_fields__:
+            yield from all_figures(getattr(part, name))
+    elif isinstance(part, dict):
+        for value in part.values():
+            yield from all_figures(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from all_figures(value)
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+def decode_profile(content: bytes, name: str) -> Profile:
+    """name: how errors call it."""
+    again = "measure again with `moeserve calibrate`"
+    try:
+        # First alone: fields of another version would be refused as unknown, which says too little.
+        version = msgspec.json.decode(content, type=_Versioned).version
+        if version != PROFILE_VERSION:
+            raise ConfigError(
+                f"profile: {name} has version {version}, this moeserve reads {PROFILE_VERSION}",
+                field="profile",
+                hint=again,
+            )
+        return msgspec.json.decode(content, type=Profile)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"profile: {name} is no profile: {error}", field="profile", hint=again
+        ) from error
+
+
+def encode_profile(profile: Profile) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(profile)) + b"\n"
+
+
+def check_profile(profile: Profile, here: Hardware, moeserve: str, name: str) -> None:
+    """Raises ConfigError where figures were not measured on this hardware with these kernels.
+
+    Each difference is named. A data sheet's profile is for planning and emulation: it is refused
+    as a description of this machine.
+    """
+    if profile.source != "measured":
+        raise ConfigError(
+            f"profile: {name} comes from data sheets; it does not describe this machine",
+            field="profile",
+            hint="measure this one with `moeserve calibrate`",
+        )
+    differences = _differences(profile.hardware, here)
+    if differences:
+        raise ConfigError(
+            f"profile: {name} is of another machine: {'; '.join(differences)}",
+            field="profile",
+            hint="measure this one with `moeserve calibrate`",
+        )
+    if profile.moeserve != moeserve:
+        raise ConfigError(
+            f"profile: {name} is stale: it was measured with moeserve {profile.moeserve} on"
+            f" {profile.date}, this is {moeserve}",
+            field="profile",
+            hint="measure again with `moeserve calibrate`",
+        )
+
+
+def _differences(there: Hardware, here: Hardware) -> list[str]:
+    # What the kernel leaves of the memory for itself changes with its version.
+    if abs(there.memory_bytes - here.memory_bytes) < 0.05 * here.memory_bytes:
+        here = msgspec.structs.replace(here, memory_bytes=there.memory_bytes)
+    return [
+        f"{field} {getattr(there, field)!r}, here {getattr(here, field)!r}"
+        for field in Hardware.__struct_fields__
+        if getattr(there, field) != getattr(here, field)
+    ]

@@ -1,0 +1,48 @@
+"""Sequences in one state, in the order in which they are served."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Collection, Iterator
+from operator import attrgetter
+
+from moeserve.engine.sequence import Sequence, SequenceState
+
+_BY_ORDER = attrgetter("order")
+
+
+class SequenceQueue(Collection[Sequence]):
+    """The sequences of a scheduler that are in `state`, by (priority, arrival).
+
+    Adding puts a sequence into the state; taking it out leaves that to whoever takes it.
+    """
+
+    def __init__(self, state: SequenceState) -> None:
+        self._state = state
+        self._sequences: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def __contains__(self, sequence: object) -> bool:
+        return sequence in self._sequences
+
+    def __getitem__(self, place: int) -> Sequence:
+        return self._sequences[place]
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.state = self._state
+        insort(self._sequences, sequence, key=_BY_ORDER)
+
+    def remove(self, sequence: Sequence) -> None:
+        del self._sequences[bisect_left(self._sequences, sequence.order, key=_BY_ORDER)]
+
+    def pop_last(self) -> Sequence:
+        return self._sequences.pop()
+
+    def check_integrity(self) -> None:
+        assert self._sequences == sorted(self._sequences, key=_BY_ORDER)
+        assert all(sequence.state is self._state for sequence in self._sequences)

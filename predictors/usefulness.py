@@ -1,0 +1,150 @@
+"""Does prefetching pay? Counted per layer and distance while serving; the depth follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moeserve.core import ConfigError
+
+#: outcomes after which one counts half
+HALF_LIFE = 64.0
+#: outcomes to see before one may say that it does not pay
+LEAST_EVIDENCE = 16.0
+#: steps to the next try after prefetching was switched off, doubled after each try that failed
+FIRST_PAUSE_STEPS = 64
+LONGEST_PAUSE_STEPS = 4096
+#: steps that a try goes on
+TRY_STEPS = 8
+
+
+@dataclass
+class Outcomes:
+    """What became of the prefetches from one layer over one distance."""
+
+    useful: float = 0.0
+    wasted: float = 0.0
+
+    def add(self, useful: int, wasted: int) -> None:
+        """useful: prefetched, then used at the next visit; wasted: not used, or too late."""
+        fade = 0.5 ** ((useful + wasted) / HALF_LIFE)
+        self.useful = self.useful * fade + useful
+        self.wasted = self.wasted * fade + wasted
+
+    @property
+    def evidence(self) -> float:
+        return self.useful + self.wasted
+
+    def pays(self, break_even: float) -> bool:
+        """Whether the useful share reaches `break_even`, or too little is known to say no."""
+        return self.evidence < LEAST_EVIDENCE or self.useful >= break_even * self.evidence
+
+
+@dataclass
+class Switch:
+    """On, off, or off and being tried again, for one layer and distance."""
+
+    outcomes: Outcomes
+    on: bool = True
+    pause_steps: int = FIRST_PAUSE_STEPS
+    until_step: int = 0  # off: when to try again; trying: when to give up
+    trying: bool = False
+
+    def allows(self, step: int, break_even: float) -> bool:
+        """Whether to prefetch in this step. Called once per step, in rising order."""
+        if self.on:
+            if self.outcomes.pays(break_even):
+                return True
+            self._off(step)
+            return False
+        if self.trying:
+            return self._tried(step, break_even)
+        if step < self.until_step:
+            return False
+        # What was learnt before the pause is old: the try is judged by its own outcomes.
+        self.outcomes.useful = self.outcomes.wasted = 0.0
+        self.trying, self.until_step = True, step + TRY_STEPS
+        return True
+
+    def _tried(self, step: int, break_even: float) -> bool:
+        """The try goes on until it has shown enough, or has lasted long enough."""
+        outcomes = self.outcomes
+        if outcomes.evidence < LEAST_EVIDENCE and step < self.until_step:
+            return True
+        seen = outcomes.evidence > 0
+        if seen and outcomes.useful >= break_even * outcomes.evidence:
+            self.on, self.trying, self.pause_steps = True, False, FIRST_PAUSE_STEPS
+            return True
+        self.pause_steps = min(2 * self.pause_steps, LONGEST_PAUSE_STEPS)
+        self._off(step)
+        return False
+
+    def _off(self, step: int) -> None:
+        self.on = self.trying = False
+        self.until_step = step + self.pause_steps
+
+
+class PrefetchUsefulness:
+    """How many layers ahead to prefetch from each layer.
+
+    break_even: the share of prefetches that must be useful for them to pay, 0 to 1. It follows from
+    costs: a useful one saves what its transfer took out of the step's way, a wasted one costs what
+    it delayed. On an idle link that is near 0; on one that demand keeps busy, a transfer delayed
+    for a transfer saved, 0.5. May be set at any time.
+    """
+
+    def __init__(self, layers: Iterable[int], max_depth: int, break_even: float) -> None:
+        """layers: indices of the MoE layers. max_depth: 0 never prefetches.
+
+        Raises ConfigError for a depth below 0 or a break_even outside of 0 to 1."""
+        if max_depth < 0:
+            raise ConfigError(
+                f"prefetch depth: {max_depth}; allowed: 0 or more layers", field="prefetch_depth"
+            )
+        self._break_even = _checked(break_even)
+        self._step_of = dict.fromkeys(layers, -1)
+        self._switches = {
+            layer: [Switch(Outcomes()) for _ in range(max_depth)] for layer in self._step_of
+        }
+
+    @property
+    def break_even(self) -> float:
+        return self._break_even
+
+    @break_even.setter
+    def break_even(self, value: float) -> None:
+        self._break_even = _checked(value)
+
+    def record(self, layer: int, distance: int, useful: int, wasted: int) -> None:
+        """Prefetches begun at `layer` for the layer `distance` MoE layers on, when that has run."""
+        self._switches[layer][distance - 1].outcomes.add(useful, wasted)
+
+    def distances(self, layer: int) -> tuple[int, ...]:
+        """The distances over which `layer` should prefetch in this step; () for none.
+
+        To be asked once per step. Not always 1..d: over a short distance a transfer may always
+        come too late, and over a longer one not.
+        """
+        step = self._step_of[layer] = self._step_of[layer] + 1
+        each = enumerate(self._switches[layer], start=1)
+        return tuple(n for n, switch in each if switch.allows(step, self._break_even))
+
+    def useful_share(self, layer: int, distance: int) -> float | None:
+        """Of the prefetches of late; None before any."""
+        outcomes = self._switches[layer][distance - 1].outcomes
+        return outcomes.useful / outcomes.evidence if outcomes.evidence else None
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books contradict themselves."""
+        for layer, switches in self._switches.items():
+            for switch in switches:
+                assert not (switch.on and switch.trying), f"layer {layer}: on and tried"
+                assert switch.outcomes.useful >= 0, f"layer {layer}: fewer than none useful"
+                assert switch.outcomes.wasted >= 0, f"layer {layer}: fewer than none wasted"
+                assert FIRST_PAUSE_STEPS <= switch.pause_steps <= LONGEST_PAUSE_STEPS
+
+
+def _checked(break_even: float) -> float:
+    if not 0 <= break_even <= 1:
+        raise ConfigError(f"break_even: {break_even}; allowed: 0 to 1", field="break_even")
+    return break_even

@@ -1,0 +1,1 @@
+"""The admission benchmark: rules of the request scheduler on recorded traffic."""

@@ -1,0 +1,128 @@
+"""Windows of recorded traffic: when requests came, and how long prompts and outputs were."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+
+from moeserve.config import SchedulerConfig
+from moeserve.engine.simulation import Arrival
+
+MOONCAKE_BLOCK = 512
+#: the first request of each window
+WINDOWS = {
+    "azure-code": (5000, 6300, 7600),
+    "azure-conv": (6000, 11000, 16000),
+    "mooncake": (4000, 7000, 10000),
+}
+#: outputs before a window that the rules have seen
+HISTORY = SchedulerConfig().history_requests
+
+
+@dataclass(frozen=True)
+class TraceRow:
+    at_s: float
+    num_prompt: int
+    num_output: int
+    hash_ids: tuple[int, ...] = ()
+
+    def tokens(self, number: int) -> list[int]:
+        """Prompt ids: equal exactly where the trace says that prefixes are equal."""
+        if not self.hash_ids:
+            return [number] * self.num_prompt
+        tokens: list[int] = []
+        for hash_id in self.hash_ids:
+            tokens += [hash_id] * min(MOONCAKE_BLOCK, self.num_prompt - len(tokens))
+        return tokens
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A window of a trace. history: lengths of the outputs before it."""
+
+    name: str
+    rows: list[TraceRow]
+    history: tuple[int, ...] = ()
+
+    @property
+    def span_s(self) -> float:
+        return self.rows[-1].at_s - self.rows[0].at_s
+
+    @property
+    def rate(self) -> float:
+        return len(self.rows) / self.span_s
+
+    @property
+    def max_tokens(self) -> int:
+        longest = max(row.num_output for row in self.rows)
+        return 1 << (longest - 1).bit_length()
+
+    @property
+    def mean_prompt(self) -> float:
+        return sum(row.num_prompt for row in self.rows) / len(self.rows)
+
+    @property
+    def mean_output(self) -> float:
+        return sum(row.num_output for row in self.rows) / len(self.rows)
+
+    @property
+    def mean_new_prompt(self) -> float:
+        """Prompt tokens per request that no earlier request had, were kv never evicted."""
+        seen: set[int] = set()
+        new = 0
+        for row in self.rows:
+            known = sum(MOONCAKE_BLOCK for hash_id in row.hash_ids if hash_id in seen)
+            seen.update(row.hash_ids)
+            new += max(row.num_prompt - known, 1)
+        return new / len(self.rows)
+
+    def arrivals(self, rate: float) -> Iterator[Arrival]:
+        stretch, start_s = self.rate / rate, self.rows[0].at_s
+        for number, row in enumerate(self.rows):
+            at_s = (row.at_s - start_s) * stretch
+            yield Arrival(at_s, row.tokens(number), row.num_output, self.max_tokens)
+
+
+def read_azure(path: Path, start: int, stop: int) -> list[TraceRow]:
+    with path.open(newline="") as file:
+        rows = list(islice(csv.DictReader(file), start, stop))
+    return [
+        TraceRow(
+            # Python 3.10 reads at most six digits of a second.
+            datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp(),
+            int(row["ContextTokens"]),
+            int(row["GeneratedTokens"]),
+        )
+        for row in rows
+    ]
+
+
+def read_mooncake(path: Path, start: int, stop: int) -> list[TraceRow]:
+    with path.open() as file:
+        rows = [json.loads(line) for line in islice(file, start, stop)]
+    return [
+        TraceRow(
+            row["timestamp"] / 1000,
+            row["input_length"],
+            row["output_length"],
+            tuple(row["hash_ids"]),
+        )
+        for row in rows
+    ]
+
+
+def read_window(workloads: Path, name: str, start: int, num_requests: int) -> Trace:
+    first, stop = max(start - HISTORY, 0), start + num_requests
+    if name == "mooncake":
+        rows = read_mooncake(workloads / "mooncake_conversation.jsonl", first, stop)
+    else:
+        file = f"AzureLLMInferenceTrace_{name.removeprefix('azure-')}.csv"
+        rows = read_azure(workloads / file, first, stop)
+    before, window = rows[: start - first], rows[start - first :]
+    assert len(window) == num_requests, f"{name} has no {num_requests} requests from {start}"
+    return Trace(name, window, tuple(row.num_output for row in before))

@@ -1,0 +1,75 @@
+"""Experts computed in parts, in any order, and summed afterwards: the bits of one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.native_experts import pack_layer, random_routing
+from support.native_matrices import FEW_KINDS, TEST_LEVELS, Kind, allocate, runtime, usable_cols
+from support.randomness import fresh_generators
+
+from moeserve.core import ExpertSpec, Routing
+from moeserve.cpu_backend import _native as native
+
+
+@pytest.mark.parametrize("isa", TEST_LEVELS)
+@pytest.mark.parametrize("kind", FEW_KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_in_any_order_give_the_bits_of_one_call(
+    kind: Kind, isa: str, dtype: torch.dtype
+) -> None:
+    rng, generator = fresh_generators()
+    hidden, inner = usable_cols(kind, rng.randint(1, 150)), usable_cols(kind, rng.randint(1, 90))
+    spec = ExpertSpec(
+        num_experts=8, hidden_size=hidden, intermediate_size=inner, bias=rng.random() < 0.5
+    )
+    layer = pack_layer(kind, spec, generator)
+    num_tokens, top_k = rng.choice((1, 2, 9, 60)), rng.randint(1, 5)
+    x = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
+    routing = random_routing(num_tokens, spec, top_k, generator)
+    whole = torch.empty(num_tokens, hidden, dtype=dtype)
+    layer.native.run(runtime(isa), x, routing.ids, routing.weights, None, whole)
+
+    rows = x.repeat_interleave(top_k, dim=0)
+    ids = routing.ids.reshape(-1, 1)
+    pairs = torch.full((num_tokens * top_k, hidden), torch.nan)
+    for expert in rng.sample(range(8), 8):
+        own = (ids[:, 0] == expert).nonzero()[:, 0]
+        part = torch.empty(len(own), hidden)
+        ones = torch.ones(len(own), 1)
+        layer.native.run(runtime(isa, 2), rows[own], ids[own], ones, None, part)
+        pairs[own] = part
+    summed = torch.empty_like(whole)
+    native.sum_pairs(runtime(isa, rng.randint(1, 3)), pairs, routing.ids, routing.weights, summed)
+    assert torch.equal(summed, whole)
+
+
+def test_a_cleared_record_is_refused_until_it_is_set_again() -> None:
+    _, generator = fresh_generators()
+    spec = ExpertSpec(num_experts=4, hidden_size=32, intermediate_size=32)
+    layer = pack_layer(FEW_KINDS[0], spec, generator)
+    x, out = torch.randn(1, 32, generator=generator), torch.empty(1, 32)
+    routing = Routing(torch.tensor([[1, 2]]), torch.ones(1, 2))
+    layer.native.clear_record(2)
+    with pytest.raises(ValueError, match="expert 2 has no record"):
+        layer.native.run(runtime("scalar"), x, routing.ids, routing.weights, None, out)
+    only_one = torch.tensor([0, 1, 0, 0], dtype=torch.uint8)
+    layer.native.run(runtime("scalar"), x, routing.ids, routing.weights, only_one, out)
+    layer.native.set_record(2, allocate(layer.native.record_bytes))
+    layer.native.run(runtime("scalar"), x, routing.ids, routing.weights, None, out)
+    assert torch.isfinite(out).all()
+    for expert in (-1, 4):
+        with pytest.raises(ValueError, match="out of range"):
+            layer.native.clear_record(expert)
+
+
+def test_sums_of_arrays_that_do_not_fit_are_refused() -> None:
+    handle = runtime("scalar")
+    ids, weights, out = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3), torch.empty(2, 20)
+    with pytest.raises(ValueError, match="pairs: shape"):
+        native.sum_pairs(handle, torch.zeros(5, 20), ids, weights, out)
+    with pytest.raises(ValueError, match="weights: shape"):
+        native.sum_pairs(handle, torch.zeros(6, 20), ids, torch.ones(2, 2), out)
+    with pytest.raises(ValueError, match="ids: must be int64"):
+        native.sum_pairs(handle, torch.zeros(6, 20), ids.int(), weights, out)
+    native.sum_pairs(handle, torch.zeros(0, 20), ids[:0], weights[:0], out[:0])

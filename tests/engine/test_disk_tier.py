@@ -1,0 +1,218 @@
+"""Experts on disk: the same bits for every policy, predictor and number of slots, and what happens
+when the files are not what they were."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.randomness import fresh_seed
+
+from moeserve.cache.policies import registry
+from moeserve.config import (
+    BUNDLED_MODEL,
+    EngineConfig,
+    ExpertConfig,
+    KvConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
+from moeserve.core import (
+    ConfigError,
+    EngineRequest,
+    ErrorCode,
+    FinishReason,
+    ModelError,
+    SamplingParams,
+)
+from moeserve.engine.engine import Engine
+from moeserve.experts.disk_supply import DiskSupply
+from moeserve.models.kv_pool import KvPool
+from moeserve.models.pack import pack_model
+from moeserve.models.packed_model import MANIFEST
+
+POLICIES = sorted(set(registry.POLICIES) - {"resident"})
+PREDICTORS = ("none", "frequency", "markov", "gate_lookahead")
+#: token ids and their log-probabilities, by request
+Answers = dict[str, list[tuple[int, float]]]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "tiny"
+    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
+
+
+def make_engine(path: Path, max_batch_tokens: int = 24, **experts: Any) -> Engine:
+    return Engine.from_config(
+        EngineConfig(
+            model=ModelConfig(model=str(path)),
+            kv=KvConfig(num_blocks=128),
+            scheduler=SchedulerConfig(max_batch_tokens=max_batch_tokens),
+            experts=ExpertConfig(cpu_backend="native", num_threads=2, **experts),
+        )
+    )
+
+
+def make_requests(rng: random.Random, vocab_size: int) -> list[EngineRequest]:
+    return [
+        EngineRequest(
+            request_id=f"r{number}",
+            token_ids=[rng.randrange(vocab_size) for _ in range(rng.randint(1, 40))],
+            params=SamplingParams(
+                max_tokens=rng.randint(2, 12), temperature=0, ignore_eos=True, logprobs=0
+            ),
+        )
+        for number in range(5)
+    ]
+
+
+def answers(engine: Engine, requests: list[EngineRequest], between: Any = None) -> Answers:
+    """Requests join while others run."""
+    found: Answers = {request.request_id: [] for request in requests}
+    waiting = list(requests)
+    while engine.has_work or waiting:
+        if waiting:
+            engine.add(waiting.pop(0))
+        for delta in engine.step():
+            assert delta.error is None, delta.error
+            for entry in delta.logprobs or ():
+                found[delta.request_id].append((entry.token_id, entry.logprob))
+        if between is not None:
+            between()
+    engine.check_integrity()
+    return found
+
+
+@pytest.fixture(scope="module")
+def resident(packed: Path) -> Iterator[Engine]:
+    engine = make_engine(packed)
+    yield engine
+    engine.close()
+
+
+def supply_of(engine: Engine) -> DiskSupply:
+    supply = engine.loaded.runtime.supply
+    assert isinstance(supply, DiskSupply)
+    return supply
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_bits_whatever_the_machinery(policy: str, packed: Path, resident: Engine) -> None:
+    rng = random.Random(fresh_seed())
+    requests = make_requests(rng, resident.info.vocab_size)
+    expected = answers(resident, requests)
+    total = resident.loaded.runtime.cache.num_slots
+    for num_slots, predictor in (
+        (2, rng.choice(PREDICTORS)),
+        (rng.randint(3, total // 4), rng.choice(PREDICTORS)),
+        (rng.randint(total // 4, total), rng.choice(PREDICTORS)),
+        (total, rng.choice(PREDICTORS)),
+    ):
+        settings = {
+            "host_slots": num_slots,
+            "policy": policy,
+            "predictor": predictor,
+            "prefetch_depth": rng.randint(1, 4),
+            "disk_threads": rng.randint(1, 4),
+        }
+        print(settings)
+        engine = make_engine(packed, max_batch_tokens=rng.choice((3, 24, 200)), **settings)
+        try:
+            assert answers(engine, requests) == expected
+        finally:
+            engine.close()
+
+
+def test_same_bits_while_the_cache_changes_its_size(packed: Path, resident: Engine) -> None:
+    rng = random.Random(fresh_seed())
+    requests = make_requests(rng, resident.info.vocab_size)
+    expected = answers(resident, requests)
+    total = resident.loaded.runtime.cache.num_slots
+    engine = make_engine(packed, host_slots=total // 2, policy="lru", predictor="markov")
+    supply = supply_of(engine)
+
+    def resize() -> None:
+        supply.resize(rng.randint(2, total + 5))
+        supply.check_integrity()
+
+    try:
+        assert answers(engine, requests, between=resize) == expected
+        supply.resize(2)
+        assert supply.cache.num_slots == 2
+    finally:
+        engine.close()
+
+
+def test_memory_is_divided_between_weights_kv_and_experts(packed: Path) -> None:
+    probe = make_engine(packed, host_slots=2)
+    spec, dtype = probe.loaded.spec, probe.loaded.dtype
+    kv_bytes = probe.blocks.num_blocks * KvPool.bytes_per_block(
+        spec, probe.blocks.block_tokens, dtype
+    )
+    other = probe.loaded.resident_bytes + kv_bytes
+    slot_bytes = supply_of(probe).slots.slot_bytes
+    probe.close()
+    engine = make_engine(packed, host_memory_bytes=other + 7 * slot_bytes + slot_bytes // 2)
+    assert engine.loaded.runtime.cache.num_slots == 7
+    assert "7 of " in engine.info.notes["experts"]
+    engine.close()
+    with pytest.raises(ConfigError, match=rf"at least {other + 2 * slot_bytes}"):
+        make_engine(packed, host_memory_bytes=other + slot_bytes)
+    with pytest.raises(ConfigError, match="host_memory: 4096 bytes"):
+        make_engine(packed, host_memory_bytes=4096)
+
+
+def test_what_cannot_be_tiered_is_refused(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run `moeserve pack"):
+        make_engine(BUNDLED_MODEL, host_slots=10)
+    with pytest.raises(ConfigError, match="policy: 'lru' is for experts that do not all fit"):
+        make_engine(packed, policy="lru")
+    with pytest.raises(ConfigError, match="contradict each other"):
+        make_engine(packed, host_slots=4, host_memory_bytes=1 << 30)
+    old = tmp_path / "old"
+    shutil.copytree(packed, old)
+    manifest = json.loads((old / MANIFEST).read_text())
+    for entry in manifest["weights"].values():
+        entry.pop("checksums", None)
+    (old / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match=r"0 checksums for .* experts"):
+        make_engine(old, host_slots=10)
+
+
+def test_a_record_that_was_changed_ends_its_requests_and_nothing_else(
+    packed: Path, tmp_path: Path
+) -> None:
+    """And when the file is whole again, the same engine answers as if nothing had been."""
+    rng = random.Random(fresh_seed())
+    copy = tmp_path / "model"
+    shutil.copytree(packed, copy)
+    engine = make_engine(copy, host_slots=4)
+    try:
+        requests = make_requests(rng, engine.info.vocab_size)
+        expected = answers(engine, requests)
+        files = sorted(copy.glob("packed-*.safetensors"))
+        whole = {file: file.read_bytes() for file in files}
+        for file in files:  # every record, wherever it lies
+            content = bytearray(whole[file])
+            for place in range(4096, len(content), 1024):
+                content[place] ^= 0x55
+            file.write_bytes(content)
+        engine.add(requests[0])
+        deltas = list(itertools.chain.from_iterable(iter(engine.step, [])))
+        assert [delta.finish_reason for delta in deltas] == [FinishReason.ERROR]
+        assert deltas[0].error_code is ErrorCode.UNAVAILABLE
+        assert "checksum" in str(deltas[0].error)
+        assert "pack the model again" in str(deltas[0].error)
+        engine.check_integrity()
+        for file in files:
+            file.write_bytes(whole[file])
+        assert answers(engine, requests) == expected
+    finally:
+        engine.close()
