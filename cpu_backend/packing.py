@@ -108,20 +108,27 @@ class PackedWeight:
 
         Raises ModelError where a number that must be quantised is NaN or Inf.
         """
-        flat = piece.reshape(-1, self.shape[-1])
+        flat = _exportable(piece.reshape(-1, self.shape[-1]))
         ids = rows.reshape(-1).numpy()
-        if not _native.pack(self.runtime, self.layout, self.data, ids, _exportable(flat)):
-            raise ModelError(f"weights that are NaN or Inf cannot be stored as {self.form.name}")
+        if not _native.pack(self.runtime, self.layout, self.data, ids, flat):
+            raise self._not_finite()
 
     def put_codes(self, rows: Tensor, codes: Tensor, scales: Tensor) -> None:
-        """Rows that are quantised already, in the checkpoint's own codes (`_native.pack_codes`)."""
+        """Rows that are quantised already, in the checkpoint's own codes (`_native.pack_codes`).
+
+        Raises ModelError where a code or a scale is NaN or Inf.
+        """
         ids = rows.reshape(-1).numpy()
-        flat_codes = codes.reshape(ids.size, -1).view(torch.uint8)
+        flat = codes.reshape(ids.size, -1).view(torch.uint8)
         flat_scales = scales.reshape(ids.size, -1)
-        if not _native.pack_codes(
-            self.runtime, self.layout, self.data, ids, flat_codes, flat_scales
-        ):
-            raise ModelError(f"weights that are NaN or Inf cannot be stored as {self.form.name}")
+        if not _native.pack_codes(self.runtime, self.layout, self.data, ids, flat, flat_scales):
+            raise self._not_finite()
+
+    def _not_finite(self) -> ModelError:
+        return ModelError(
+            f"weights that are NaN or Inf cannot be stored as {self.form.name}",
+            hint="the checkpoint is damaged; fetch it again",
+        )
 
     def numbers(self) -> Tensor:
         """What is stored, as float32 [N, K]; for tests and reports."""

@@ -7,7 +7,6 @@ a measurement and is never an error.
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from pathlib import Path
 
@@ -62,10 +61,10 @@ def remember(path: Path, measured: Measured) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Replaced as a whole: a reader sees the old file or the new one, never a part.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(encoded)
-        Path(name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory:
+            written = Path(directory) / path.name
+            written.write_bytes(encoded)
+            written.replace(path)
     except OSError as error:
         logger.warning("cpu backend: measured times are not kept, %s", error)
 

@@ -160,6 +160,30 @@ def _calibrate(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _predictors_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.predictor_tools.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _predictors(args: argparse.Namespace) -> int:
+    from moeserve.predictor_tools.command import run
+
+    return run(args)
+
+
+def _trace_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.predictor_tools.trace_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from moeserve.predictor_tools.trace_command import run
+
+    return run(args)
+
+
 def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or hub id (default: the bundled model)"
@@ -175,6 +199,10 @@ COMMANDS = {
     "calibrate": Command(
         "measure this machine for the layer scheduler", _calibrate_arguments, _calibrate
     ),
+    "predictors": Command(
+        "train and evaluate predictors of experts", _predictors_arguments, _predictors
+    ),
+    "trace": Command("record which experts a model takes", _trace_arguments, _trace),
     "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
 }

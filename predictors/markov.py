@@ -7,6 +7,7 @@ they are far from independent, and taken whole they would be counted several tim
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from moeserve.core import Routing
 from moeserve.predictors.base import Chances, Prediction, Predictor, any_row
 from moeserve.predictors.layers import LayerRing
+from moeserve.predictors.row_links import RowLinks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,12 +136,11 @@ class MarkovPredictor(Predictor):
         }
         self._now: dict[int, Ids] = {}  # experts by layer, of the running step
         self._last: dict[int, Ids] = {}  # of the step before, in the order of this step's rows
-        self._told: Ids | None = None  # previous rows of the step to come
-        self._sources: Ids = np.zeros(0, np.int64)  # rows of this step that have a token before
-        self._layer = -1
+        self._links = RowLinks()
+        self._layer = sys.maxsize  # whatever layer comes first begins a step
 
     def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
-        self._told = np.asarray(previous_rows, np.int64)
+        self._links.tell(previous_rows)
 
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         """As the base class. The layers after the last one are those of the next token."""
@@ -147,7 +148,9 @@ class MarkovPredictor(Predictor):
         if len(ids) == 0:
             return Prediction()
         if layer <= self._layer:
-            self._turn(len(ids))
+            self._links.turn(len(ids))
+            self._last = {behind: done[self._links.before] for behind, done in self._now.items()}
+            self._now = {}
         self._layer = layer
         self._learn(layer, ids)
         self._now[layer] = ids
@@ -158,21 +161,10 @@ class MarkovPredictor(Predictor):
                 found[ahead] = torch.from_numpy(any_row(chances))
         return Prediction(found)
 
-    def _turn(self, num_rows: int) -> None:
-        """The running step becomes the last one, its rows put in the order of the new one."""
-        done, self._now = self._now, {}
-        num_done = len(next(iter(done.values()))) if done else 0
-        told, self._told = self._told, None
-        if told is None or len(told) != num_rows or told.max(initial=-1) >= num_done:
-            told = np.arange(num_rows) if num_done == num_rows else np.full(num_rows, -1)
-        self._sources = np.flatnonzero(told >= 0)
-        before = told[self._sources]
-        self._last = {layer: ids[before] for layer, ids in done.items()}
-
     def _learn(self, layer: int, ids: Ids) -> None:
         """Counts what led to this layer's experts."""
         last = self._last
-        known = ids if len(self._sources) == len(ids) else ids[self._sources]
+        known = ids[self._links.rows]
         for behind in self._ring.behind_around(layer):
             if behind in self._now:
                 self._across[behind, layer].add(self._now[behind], ids)
@@ -187,7 +179,7 @@ class MarkovPredictor(Predictor):
         if not across.any:
             return None
         score = across.odds() + (LAYER_WEIGHT / ids.shape[1]) * across.lifts(ids)  # [T, E]
-        before, rows = self._last.get(ahead), self._sources
+        before, rows = self._last.get(ahead), self._links.rows
         if ahead in self._now:  # of the next token, whose token before is this one
             before, rows = self._now[ahead], np.arange(len(ids))
         along = self._along[ahead]

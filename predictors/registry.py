@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from moeserve.core import ConfigError
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.frequency import FrequencyPredictor
 from moeserve.predictors.gate_lookahead import GateLookahead
+from moeserve.predictors.gate_residual import GateResidual
 from moeserve.predictors.gates import LayerGate, MakeProduct, plain_product
 from moeserve.predictors.markov import MarkovPredictor
 from moeserve.predictors.none import NonePredictor
+from moeserve.predictors.residual_weights import load_trained
 
-PREDICTORS = ("none", "frequency", "markov", "gate_lookahead")
+PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")
 
 
 def make_predictor(
@@ -21,12 +24,16 @@ def make_predictor(
     num_experts: Mapping[int, int],
     depth: int,
     gates: Sequence[LayerGate] = (),
+    trained: Path | None = None,
+    config_sha256: str = "",
     make_product: MakeProduct = plain_product,
 ) -> Predictor:
     """num_experts: experts per MoE layer, by the layer's index. depth: layers to look ahead.
-    gates: of all MoE layers, for predictors that need them.
+    gates: of all MoE layers, for gate predictors. trained: the file of gate_residual, which must
+    have been made for a model whose config.json has this sha256.
 
-    Raises ConfigError for a name that is none, ModelError for a model that it cannot serve.
+    Raises ConfigError for a name that is none and a file that is not for this model, ModelError for
+    a model that the predictor cannot serve.
     """
     if name == "none" or not num_experts:
         return NonePredictor()
@@ -36,6 +43,15 @@ def make_predictor(
         return MarkovPredictor(num_experts, depth)
     if name == "gate_lookahead":
         return GateLookahead(gates, depth, make_product)
+    if name == "gate_residual":
+        if trained is None:
+            raise ConfigError(
+                "predictor: gate_residual has to be trained for the model",
+                field="predictor_file",
+                hint="make a file with `moeserve predictors train`, or choose gate_lookahead",
+            )
+        found = load_trained(trained, config_sha256, {gate.layer: gate for gate in gates})
+        return GateResidual(found, gates, depth)
     close = difflib.get_close_matches(name, PREDICTORS, n=1)
     raise ConfigError(
         f"predictor: {name!r} is not one of {', '.join(PREDICTORS)}",

@@ -53,7 +53,11 @@ class Engine:
         num_blocks = _num_kv_blocks(config, loaded)
         self.blocks = BlockManager(num_blocks, block_tokens, config.kv.prefix_reuse)
         self.scheduler = RequestScheduler(
-            config.scheduler, self.blocks, loaded.eos_token_ids, loaded.context_tokens
+            config.scheduler,
+            self.blocks,
+            loaded.eos_token_ids,
+            loaded.context_tokens,
+            kv_switch_tokens=loaded.spec.kv_switch_tokens,
         )
         kv_bytes = num_blocks * KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
         loaded.runtime.fit_host_memory(loaded.resident_bytes + kv_bytes)
@@ -121,11 +125,16 @@ class Engine:
         return self._ended(self.scheduler.abort(request_id, reason, time.time()))
 
     def step(self) -> list[EngineDelta]:
-        """Runs the tokens that the scheduler picks; returns what they added to each request."""
+        """Runs the tokens that the scheduler picks; returns what they added to each request.
+
+        Raises ModelError where a file that weights are mapped from was changed: nothing more that
+        this engine computes could be trusted.
+        """
         started_s = time.perf_counter()
         batch = self.scheduler.schedule(time.time())
         if batch is None:
             return self._ended(self.scheduler.drain_events())
+        self.loaded.check_files()
         try:
             output = self.runner.forward(batch)
         except StoreError as error:

@@ -33,13 +33,15 @@ class BlockTable:
     block_ids: held blocks in the order of positions; empty while the sequence waits.
     path: index nodes of the leading blocks. While holding, `path[i].block_id == block_ids[i]`;
     while waiting, the prefix that could be reused if the sequence were admitted now.
+    variant: of the kv, which is shared with tables of the same variant only.
     """
 
-    __slots__ = ("block_ids", "path")
+    __slots__ = ("block_ids", "path", "variant")
 
     def __init__(self) -> None:
         self.block_ids: list[int] = []
         self.path: list[PrefixNode] = []
+        self.variant = 0
 
 
 class BlockManager:
@@ -131,7 +133,8 @@ class BlockManager:
         """
         assert not table.block_ids
         if self.prefix_reuse:
-            self._index.match(token_ids, max_tokens // self.block_tokens, table.path)
+            most_blocks = max_tokens // self.block_tokens
+            self._index.match(token_ids, most_blocks, table.path, table.variant)
         return len(table.path) * self.block_tokens
 
     def claim(self, table: BlockTable) -> None:
@@ -161,7 +164,7 @@ class BlockManager:
         size = self.block_tokens
         for position in range(len(table.path), num_computed // size):
             tokens = tuple(token_ids[position * size : (position + 1) * size])
-            parent = table.path[-1] if table.path else None
+            parent = table.path[-1] if table.path else self._index.root(table.variant)
             own = table.block_ids[position]
             node = self._index.insert(parent, tokens, own)
             if node.block_id != own:

@@ -69,7 +69,8 @@ class ModelRunner:
             token_ids += chunk.sequence.token_ids[chunk.start : context_tokens]
             positions += range(chunk.start, context_tokens)
             write_slots.append(slots[chunk.start :])
-            spans.append(Span(start, end, context_tokens, slots.to(self.device)))
+            slots = slots.to(self.device)
+            spans.append(Span(start, end, context_tokens, slots, chunk.sequence.num_tokens))
         return ForwardBatch(
             token_ids=torch.tensor(token_ids, device=self.device),
             positions=torch.tensor(positions, device=self.device),

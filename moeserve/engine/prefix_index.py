@@ -28,17 +28,27 @@ class PrefixNode:
 
 
 class PrefixIndex:
-    """The trie. Blocks are `block_tokens` long; a block id occurs at most once."""
+    """The trie. Blocks are `block_tokens` long; a block id occurs at most once.
+
+    There is a root for each variant of kv: the same tokens under different roots have nothing in
+    common (LongRoPE's short and long sequences).
+    """
 
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
-        self._root = PrefixNode(None, (), -1)
+        self._roots: dict[int, PrefixNode] = {}
         self._num_nodes = 0
 
     def __len__(self) -> int:
         return self._num_nodes
 
-    def match(self, token_ids: Sequence[int], max_blocks: int, path: list[PrefixNode]) -> None:
+    def root(self, variant: int) -> PrefixNode:
+        """Where the prefixes of a variant start."""
+        return self._roots.setdefault(variant, PrefixNode(None, (), -1))
+
+    def match(
+        self, token_ids: Sequence[int], max_blocks: int, path: list[PrefixNode], variant: int = 0
+    ) -> None:
         """Brings `path` up to date: the nodes of the longest indexed prefix of `token_ids`.
 
         `path` is what an earlier call for the same tokens found (or empty). Only nodes lost since
@@ -49,7 +59,7 @@ class PrefixIndex:
         while path and (len(path) > max_blocks or not path[-1].alive):
             path.pop()
         size = self._block_tokens
-        node = path[-1] if path else self._root
+        node = path[-1] if path else self.root(variant)
         for start in range(len(path) * size, max_blocks * size, size):
             child = node.children.get(tuple(token_ids[start : start + size]))
             if child is None:
@@ -57,21 +67,18 @@ class PrefixIndex:
             path.append(child)
             node = child
 
-    def insert(
-        self, parent: PrefixNode | None, tokens: tuple[int, ...], block_id: int
-    ) -> PrefixNode:
-        """The node for `tokens` after `parent` (None: at the start); made with `block_id` if new.
+    def insert(self, parent: PrefixNode, tokens: tuple[int, ...], block_id: int) -> PrefixNode:
+        """The node for `tokens` after `parent`, perhaps a root; made with `block_id` if new.
 
         A node that exists keeps its own block id: the caller sees a different one and knows that
         its block is a duplicate.
         """
-        above = self._root if parent is None else parent
-        assert above.alive
+        assert parent.alive
         assert len(tokens) == self._block_tokens
-        node = above.children.get(tokens)
+        node = parent.children.get(tokens)
         if node is None:
-            node = PrefixNode(above, tokens, block_id)
-            above.children[tokens] = node
+            node = PrefixNode(parent, tokens, block_id)
+            parent.children[tokens] = node
             self._num_nodes += 1
         return node
 
@@ -86,7 +93,7 @@ class PrefixIndex:
 
     def nodes(self) -> Iterator[PrefixNode]:
         """All nodes, parents before children."""
-        stack = list(self._root.children.values())
+        stack = [node for root in self._roots.values() for node in root.children.values()]
         while stack:
             node = stack.pop()
             yield node

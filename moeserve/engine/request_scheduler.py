@@ -43,7 +43,7 @@ from moeserve.engine.sequence_queue import SequenceQueue
 
 @dataclass
 class _Counters:
-    """Since the start. recomputed_tokens: computed again because of a preemption."""
+    """Since the start. recomputed_tokens: computed again after a preemption or a switch of kv."""
 
     preemptions: int = 0
     prompt_tokens: int = 0
@@ -68,12 +68,18 @@ class RequestScheduler:
         eos_token_ids: Iterable[int],
         context_tokens: int,
         admission: AdmissionPolicy | None = None,
+        kv_switch_tokens: int | None = None,
     ) -> None:
-        """admission: instead of the policy that `config.admission` names."""
+        """admission: instead of the policy that `config.admission` names.
+
+        kv_switch_tokens: sequences longer than that need other kv for the same tokens; one that
+        grows beyond it is computed anew, as after a preemption.
+        """
         self._config = config
         self._blocks = blocks
         self._eos_token_ids = frozenset(eos_token_ids)
         self._context_tokens = context_tokens
+        self._kv_switch_tokens = kv_switch_tokens
         self._admission = make_admission(config) if admission is None else admission
         # With no more sequences than tokens in a step, every decode runs in every step.
         self._max_running = min(config.max_running, config.max_batch_tokens)
@@ -138,6 +144,7 @@ class RequestScheduler:
             )
         sequence = Sequence(request, self._num_arrivals, now_s)
         self._num_arrivals += 1
+        sequence.table.variant = self._kv_variant(sequence)
         self._sequences[name] = sequence
         self._waiting.add(sequence)
         self._deadlines.watch(sequence)
@@ -220,12 +227,20 @@ class RequestScheduler:
         return chunks
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes the blocks of a sequence that was running; it waits at its old place in order."""
+        """Takes the blocks of a sequence that was running."""
+        self._compute_anew(sequence)
+        sequence.num_preemptions += 1
+        self._count.preemptions += 1
+
+    def _compute_anew(self, sequence: Sequence) -> None:
+        """A sequence that was running waits at its old place in order, without blocks."""
         self._blocks.release(sequence.table)
         sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
         self._waiting.add(sequence)
-        self._count.preemptions += 1
+
+    def _kv_variant(self, sequence: Sequence) -> int:
+        switch = self._kv_switch_tokens
+        return int(switch is not None and sequence.num_tokens > switch)
 
     def _start_next(self, now_s: float) -> Sequence | None:
         """Starts the first waiting sequence, if there is one and it may; None otherwise."""
@@ -292,6 +307,11 @@ class RequestScheduler:
             reason = sequence.stop_reason(self._eos_token_ids)
         if reason is not None:
             self._remove(sequence, reason)
+        elif self._kv_variant(sequence) != sequence.table.variant:
+            self._running.remove(sequence)
+            self._compute_anew(sequence)
+            sequence.table.path.clear()
+            sequence.table.variant = self._kv_variant(sequence)
         return token_delta(sequence, token, reason, now_s)
 
     def check_integrity(self) -> None:

@@ -9,7 +9,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import TypeAlias
 
 import msgspec
@@ -23,6 +24,14 @@ from moeserve.messages import EngineStatus
 EXIT_REFUSED = 3
 RESTART_WINDOW_S = 600.0
 MAX_BACKOFF_S = 30.0
+
+#: what usually stands behind a signal
+SIGNAL_HINTS: Mapping[str, str] = MappingProxyType(
+    {
+        "SIGKILL": ", perhaps for lack of memory",
+        "SIGBUS": ", as when a mapped file of weights is cut short or its disk fails",
+    }
+)
 
 Progress: TypeAlias = Callable[[str, float], None]
 
@@ -211,8 +220,7 @@ async def _forward_log(process: asyncio.subprocess.Process, tail: deque[bytes]) 
 def _describe_exit(returncode: int, tail: deque[bytes]) -> str:
     if returncode < 0:
         name = signal.Signals(-returncode).name
-        hint = ", perhaps for lack of memory" if name == "SIGKILL" else ""
-        return f"the engine process was ended by {name}{hint}"
+        return f"the engine process was ended by {name}{SIGNAL_HINTS.get(name, '')}"
     lines = b"".join(tail).decode(errors="replace").strip().splitlines()
     last = f": {lines[-1]}" if lines else ""
     return f"the engine process ended with status {returncode}{last}"

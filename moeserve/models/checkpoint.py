@@ -146,6 +146,11 @@ class Checkpoint:
         """A view of the mapped file: costs no memory before it is used. Do not write into it."""
         return self._file_of[name].read(name)
 
+    def check_unchanged(self) -> None:
+        """Raises ModelError if one of the files was written to since it was opened."""
+        for file in self._files:
+            file.file.check_unchanged()
+
     def release(self, name: str) -> None:
         """Gives the mapped pages of a tensor back to the system."""
         self._file_of[name].release(name)

@@ -116,6 +116,13 @@ class ConfigReader:
             raise self.refusal(name, f"expected a list of {kind.__name__}")
         return tuple(values)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """The finite numbers of a list; () where the field is absent."""
+        values = self._get((name,), list, [])
+        if not all(_is(value, (int, float)) and math.isfinite(value) for value in values):
+            raise self.refusal(name, "expected a list of finite numbers")
+        return tuple(map(float, values))
+
     def section(self, *names: str) -> ConfigReader | None:
         """A reader of a nested object, to be finished by itself; None where it is absent."""
         if not self.has(*names):

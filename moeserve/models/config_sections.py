@@ -12,6 +12,7 @@ from moeserve.models.spec import (
     LayerSpec,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     MlaSpec,
     ModelSpec,
     Quantization,
@@ -36,7 +37,6 @@ def read_rope(
     partial: the family's default share of the head that turns, in a family that has one; in the
     others the field is refused. The nested value wins over the outer one, as in transformers.
     """
-    context = reader.integer("max_position_embeddings")
     section = reader.section("rope_scaling", "rope_parameters")
     inner = section if section is not None else ConfigReader({})
     theta = reader.positive("rope_theta", default=default_theta)
@@ -57,12 +57,14 @@ def read_rope(
             "expected an even number, at most the head",
             field="partial_rotary_factor",
         )
-    scaling = _read_scaling(inner, context)
+    scaling = _read_scaling(inner, reader, dim)
     inner.finish()
     return RopeSpec(dim=dim, theta=theta, scaling=scaling)
 
 
-def _read_scaling(reader: ConfigReader, context_tokens: int) -> RopeScaling | None:
+def _read_scaling(reader: ConfigReader, outer: ConfigReader, dim: int) -> RopeScaling | None:
+    """outer: the whole config.json. dim: dimensions that turn."""
+    context_tokens = outer.integer("max_position_embeddings")
     kind = reader.text("rope_type", "type", default="default")
     if kind == "default":
         return None
@@ -88,10 +90,31 @@ def _read_scaling(reader: ConfigReader, context_tokens: int) -> RopeScaling | No
         )
     if kind == "yarn":
         return _read_yarn(reader, context_tokens)
-    # longrope turns all positions by the length of the whole sequence, so that kv computed for a
-    # short prefix would be wrong in a long one.
+    if kind == "longrope":
+        return _read_long_rope(reader, outer, context_tokens, dim)
     name = "rope_type" if reader.has("rope_type") else "type"
-    raise reader.refusal(name, "implemented: default, dynamic, linear, llama3, yarn")
+    raise reader.refusal(name, "implemented: default, dynamic, linear, llama3, longrope, yarn")
+
+
+def _read_long_rope(
+    reader: ConfigReader, outer: ConfigReader, context_tokens: int, dim: int
+) -> LongRopeScaling:
+    """Phi-3 has the original context outside of `rope_scaling`."""
+    name = "original_max_position_embeddings"
+    original = (reader if reader.has(name) else outer).integer(name, at_least=2)
+    factors = {}
+    for field in ("short_factor", "long_factor"):
+        factors[field] = reader.numbers(field)
+        if len(factors[field]) != dim // 2 or min(factors[field]) <= 0:
+            raise reader.refusal(field, f"expected {dim // 2} numbers above 0")
+    factor = reader.positive("factor", default=context_tokens / original)
+    amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return LongRopeScaling(
+        short_factors=factors["short_factor"],
+        long_factors=factors["long_factor"],
+        original_context_tokens=original,
+        attention_factor=reader.positive("attention_factor", default=amplitude),
+    )
 
 
 def _read_yarn(reader: ConfigReader, context_tokens: int) -> YarnScaling:

@@ -12,12 +12,15 @@ class Span:
     """The rows of one sequence in a batch: consecutive tokens, the last of its context so far.
 
     kv_slots: [context_tokens] int64, the kv slot of every token up to and including these rows.
+    sequence_tokens: tokens that the sequence has by now, prompt and output, of which a chunk of a
+    prompt is a part; rotary embeddings that depend on a sequence's length want it.
     """
 
     start: int
     stop: int
     context_tokens: int
     kv_slots: Tensor
+    sequence_tokens: int
 
     @property
     def num_rows(self) -> int:

@@ -52,7 +52,8 @@ def load_weights(
     progress: called with the stage and the fraction of checkpoint bytes read, 0 to 1.
 
     Raises ModelError that names every missing, extra, misshapen or wrongly typed tensor, copies of
-    tied tensors that differ, weights that are not finite, and a device without enough memory.
+    tied tensors that differ, weights that are not finite, files that changed meanwhile, and a
+    device without enough memory.
     """
     tied = tied or {}
     check_names(checkpoint, rules, ignore, tied, dtype)
@@ -77,6 +78,7 @@ def load_weights(
             if reported + total // NUM_REPORTS <= done < total:
                 report(STAGE, done / total)
                 reported = done
+    checkpoint.check_unchanged()
     if not_finite:
         raise _not_finite_error(checkpoint, not_finite)
     report(STAGE, 1.0)

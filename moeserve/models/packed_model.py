@@ -24,6 +24,7 @@ from torch import Tensor
 from moeserve.cache.tiers.disk_store import DiskRecord
 from moeserve.core import ModelError
 from moeserve.cpu_backend.packing import LAYOUT_VERSION, FormatName, PackFormat
+from moeserve.models.open_file import OpenFile
 from moeserve.models.safetensors_file import SafetensorsFile
 from moeserve.models.stores import Store, store_of
 from moeserve.models.weight_map import Use, WeightRule
@@ -173,6 +174,11 @@ class PackedModel:
             DiskRecord(path, start + record_bytes * expert, record_bytes, entry.checksums[expert])
             for expert in range(num_experts)
         ]
+
+    @property
+    def files(self) -> tuple[OpenFile, ...]:
+        """What the mapped weights lie in."""
+        return tuple(file.file for file in self._files.values())
 
     def leave_page_cache(self) -> None:
         """Asks the system to forget what it holds of the files."""

@@ -31,6 +31,7 @@ from moeserve.models.builder import build_transformer, expert_gates
 from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_model_config
 from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
+from moeserve.models.open_file import OpenFile
 from moeserve.models.packed_model import PackedModel, is_packed
 from moeserve.models.read_weights import (
     DTYPES,
@@ -71,6 +72,7 @@ class LoadedModel:
 
     context_tokens: the longest sequence it may be given. notes: what was chosen, and why.
     resident_bytes: weights that every token needs, where experts' memory is limited.
+    files: what weights are mapped from while the model runs.
     """
 
     model: Transformer
@@ -84,6 +86,12 @@ class LoadedModel:
     notes: dict[str, str]
     runtime: ExpertRuntime
     resident_bytes: int = 0
+    files: tuple[OpenFile, ...] = ()
+
+    def check_files(self) -> None:
+        """Raises ModelError if a file that weights are mapped from was written to meanwhile."""
+        for file in self.files:
+            file.check_unchanged()
 
     def close(self) -> None:
         """Ends the threads that compute experts."""
@@ -111,6 +119,7 @@ def load_model(
     device = _device(config.device)
     experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
     resident_bytes = 0
+    files: tuple[OpenFile, ...] = ()
     if is_packed(found.path):
         check_packed_settings(config, device)
         tiered = expert_config.is_tiered
@@ -123,6 +132,7 @@ def load_model(
         advice = mmap.MADV_SEQUENTIAL if tiered else mmap.MADV_WILLNEED
         with closing(PackedModel(found.path, advice)) as packed:
             dtype = DTYPES[packed.manifest.dtype]
+            files = () if tiered else packed.files  # else copied, and read with checksums
             memory: PackedModel | ResidentPart = ResidentPart(packed) if tiered else packed
             on_disk = memory.records if isinstance(memory, ResidentPart) else None
             runtime = build_expert_runtime(expert_config, experts, device, dtype, True, on_disk)
@@ -158,6 +168,7 @@ def load_model(
         notes=notes,
         runtime=runtime,
         resident_bytes=resident_bytes,
+        files=files,
     )
 
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from moeserve.models.spec import LinearScaling, Llama3Scaling, RopeSpec, YarnScaling
+from moeserve.models.inputs import ForwardBatch
+from moeserve.models.spec import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeSpec,
+    YarnScaling,
+)
 
 
 def inverse_frequencies(rope: RopeSpec) -> Tensor:
-    """Radians per position of each pair of dimensions: [dim/2] float32."""
+    """Radians per position of each pair of dimensions: [dim/2] float32.
+
+    With LongRoPE those of sequences up to the original context.
+    """
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
     frequencies = 1.0 / rope.theta**exponents
     scaling = rope.scaling
@@ -21,7 +32,15 @@ def inverse_frequencies(rope: RopeSpec) -> Tensor:
         return _llama3(frequencies, scaling)
     if isinstance(scaling, YarnScaling):
         return _yarn(frequencies, rope, scaling)
+    if isinstance(scaling, LongRopeScaling):
+        return long_rope_frequencies(rope, scaling.short_factors)
     return frequencies
+
+
+def long_rope_frequencies(rope: RopeSpec, factors: Sequence[float]) -> Tensor:
+    """factors: [dim/2] -> [dim/2] float32, in the order of operations of transformers."""
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * rope.theta**exponents)
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
@@ -55,24 +74,41 @@ class Rope:
     """Cosines and sines of positions, made once per step and used by all layers."""
 
     def __init__(self, spec: RopeSpec, device: torch.device) -> None:
-        frequencies = inverse_frequencies(spec).to(device)
-        self._frequencies = torch.cat((frequencies, frequencies))  # [dim]
+        self._frequencies = inverse_frequencies(spec).repeat(2).to(device)  # [dim]
         # rotate() turns the second half towards the first, hence the sign of the first.
         self._sine_sign = torch.ones(spec.dim, device=device)
         self._sine_sign[: spec.dim // 2] = -1
-        scaling = spec.scaling
-        self._amplitude = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+        scaling, self._amplitude = spec.scaling, 1.0
+        self._short_tokens: int | None = None  # longer sequences turn by the frequencies below
+        self._long_frequencies = self._frequencies
+        if isinstance(scaling, YarnScaling | LongRopeScaling):
+            self._amplitude = scaling.attention_factor
+        if isinstance(scaling, LongRopeScaling):
+            self._short_tokens = scaling.original_context_tokens
+            long = long_rope_frequencies(spec, scaling.long_factors)
+            self._long_frequencies = long.repeat(2).to(device)
 
-    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [T] -> cosine and signed sine, each [T, 1, 1, dim] float32.
+    def turns(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine of the batch's positions, each [T, 1, 1, dim] float32.
 
         Angles are float32 products, as everywhere. Their cosines are taken in float64, whose last
         bits are lost: in float32 they depend on where in a vector register a number stands, which
         is to say on the number of rows.
         """
-        angles = (positions[:, None].float() * self._frequencies)[:, None, None].double()
+        positions = batch.positions[:, None].float()
+        angles = (positions * self._frequencies_of(batch))[:, None, None].double()
         cosine, sine = angles.cos().float(), angles.sin().float()
         return cosine * self._amplitude, sine * (self._sine_sign * self._amplitude)
+
+    def _frequencies_of(self, batch: ForwardBatch) -> Tensor:
+        """[dim], or [T, dim] where rows turn unlike."""
+        if self._short_tokens is None:
+            return self._frequencies
+        frequencies = self._frequencies.repeat(len(batch.positions), 1)
+        for span in batch.spans:
+            if span.sequence_tokens > self._short_tokens:
+                frequencies[span.start : span.stop] = self._long_frequencies
+        return frequencies
 
 
 def rotate_(x: Tensor, turns: tuple[Tensor, Tensor]) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moeserve.core import ModelError
+from moeserve.models.open_file import OpenFile
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
@@ -70,20 +71,25 @@ class TensorEntry:
 class SafetensorsFile:
     """The tensors of one file. Opening reads and checks the header only.
 
-    Raises ModelError for every file that is not whole and consistent. A file that another process
-    shortens after it was opened ends this one with SIGBUS, as with every mapping.
+    Raises ModelError for every file that is not whole and consistent.
+    file: to be asked whether it is still the same before mapped tensors are used.
     """
 
     def __init__(self, path: Path, advice: int = mmap.MADV_SEQUENTIAL) -> None:
         """advice: how the mapping will be used, as madvise(2) has it."""
         self.path = path
         self._advice = advice
-        self.entries = read_header(path)
+        self.file = OpenFile(path)
+        self.entries = read_header(self.file)
         self._mapping: mmap.mmap | None = None
         self._bytes: Tensor | None = None
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped: no byte is read before it is used. Treat it as read-only."""
+        """The tensor, mapped: no byte is read before it is used. Treat it as read-only.
+
+        Raises ModelError for a file that was changed since it was opened.
+        """
+        self.file.check_unchanged()
         entry = self.entries[name]
         raw = self._map()[entry.start : entry.stop]
         if entry.start % entry.dtype.itemsize:
@@ -99,8 +105,7 @@ class SafetensorsFile:
 
     def leave_page_cache(self) -> None:
         """Asks the system to forget the file's pages, as far as no mapping uses them."""
-        with self.path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(self.file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Drops the mapping; tensors that are still held keep it alive."""
@@ -110,32 +115,30 @@ class SafetensorsFile:
         if self._bytes is None:
             # Private and writable, because torch has no read-only tensors: a stray write would
             # stay in this process instead of reaching the checkpoint or ending us with SIGSEGV.
-            with self.path.open("rb") as file:
+            try:
                 mapping = mmap.mmap(
-                    file.fileno(),
+                    self.file.handle,
                     0,
                     flags=mmap.MAP_PRIVATE | _NO_RESERVE,
                     prot=mmap.PROT_READ | mmap.PROT_WRITE,
                 )
+            except OSError as error:
+                raise ModelError(
+                    f"{self.path}: cannot be mapped: {error.strerror}",
+                    hint="raise the limit of address space (ulimit -v), or free memory",
+                ) from error
             mapping.madvise(self._advice)
             self._mapping, self._bytes = mapping, torch.frombuffer(mapping, dtype=torch.uint8)
         return self._bytes
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(file: OpenFile) -> dict[str, TensorEntry]:
     """The checked header of a safetensors file. Raises ModelError."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            head = file.read(len(LFS_POINTER))
-            _check_length(path, head, size)
-            length = int.from_bytes(head[:LENGTH_BYTES], "little")
-            file.seek(LENGTH_BYTES)
-            text = file.read(length)
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+    path, size = file.path, file.num_bytes
+    head = file.read(0, len(LFS_POINTER))
+    _check_length(path, head, size)
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    text = file.read(LENGTH_BYTES, length)
     header = _parse(path, text)
     data_start = LENGTH_BYTES + length
     entries = {name: _entry(path, name, value, data_start, size) for name, value in header.items()}

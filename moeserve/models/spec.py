@@ -50,7 +50,22 @@ class Llama3Scaling:
     high_freq_factor: float
 
 
-RopeScaling: TypeAlias = LinearScaling | YarnScaling | Llama3Scaling
+@dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv:2402.13753, section 3.2): a divisor for each frequency, found by search.
+
+    short_factors, long_factors: [dim/2] each; all positions of a sequence turn by the short ones up
+    to original_context_tokens tokens and by the long ones beyond, so that kv of the one length is
+    of no use to the other. attention_factor multiplies cos and sin.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_context_tokens: int
+    attention_factor: float
+
+
+RopeScaling: TypeAlias = LinearScaling | YarnScaling | Llama3Scaling | LongRopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +221,14 @@ class ModelSpec:
     def moe_layers(self) -> dict[int, MoeFfnSpec]:
         """The MoE layers by their index in the whole model."""
         return {i: s.ffn for i, s in enumerate(self.layers) if isinstance(s.ffn, MoeFfnSpec)}
+
+    @property
+    def kv_switch_tokens(self) -> int | None:
+        """The longest sequence whose kv differs from that of a longer one; None: none does."""
+        scalings = (layer.attention.rope.scaling for layer in self.layers)
+        switches = {s.original_context_tokens for s in scalings if isinstance(s, LongRopeScaling)}
+        assert len(switches) <= 1, "config.json has one rotary embedding for all layers"
+        return switches.pop() if switches else None
 
     @property
     def num_layers(self) -> int:

@@ -90,7 +90,7 @@ class StepContext:
         return StepContext(
             step=batch.step,
             kv_write_slots=batch.kv_write_slots,
-            turns={spec: rope.turns(batch.positions) for spec, rope in ropes.items()},
+            turns={spec: rope.turns(batch) for spec, rope in ropes.items()},
             attention=planner(batch, kv, layouts, dtype),
         )
 

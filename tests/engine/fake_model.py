@@ -12,6 +12,7 @@ from collections.abc import Sequence as Seq
 
 from moeserve.core import EngineRequest, SamplingParams, TokenLogprob
 from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
+from moeserve.engine.sequence import Sequence
 
 VOCAB = 5  # small, so that prefixes of different requests meet by chance
 EOS = 0
@@ -45,11 +46,23 @@ def request(name: str, token_ids: Seq[int], max_tokens: int = 8, **more: object)
 
 
 class FakeModel:
-    """Runs batches like a model runner would: all writes of a step first, then all reads."""
+    """Runs batches like a model runner would: all writes of a step first, then all reads.
 
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+    Kv is the token, and whether its sequence was longer than kv_switch_tokens.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_tokens: int, kv_switch_tokens: int | None = None
+    ) -> None:
         self.block_tokens = block_tokens
-        self.slots: list[int | None] = [None] * (num_blocks * block_tokens)
+        self.slots: list[tuple[int, bool] | None] = [None] * (num_blocks * block_tokens)
+        self.kv_switch_tokens = kv_switch_tokens
+
+    def _kv(self, sequence: Sequence, stop: int) -> list[tuple[int, bool]]:
+        """What the first `stop` tokens must have left."""
+        switch = self.kv_switch_tokens
+        is_long = switch is not None and sequence.num_tokens > switch
+        return [(token_id, is_long) for token_id in sequence.token_ids[:stop]]
 
     def _slot(self, block_ids: Seq[int], position: int) -> int:
         return block_ids[position // self.block_tokens] * self.block_tokens + (
@@ -63,14 +76,14 @@ class FakeModel:
                 slot = self._slot(chunk.block_ids, position)
                 assert slot not in written, "two chunks write one slot"
                 written.add(slot)
-                self.slots[slot] = chunk.sequence.token_ids[position]
+                self.slots[slot] = self._kv(chunk.sequence, chunk.stop)[position]
         tokens, scores = {}, {}
         for chunk in batch.chunks:
             context = [self.slots[self._slot(chunk.block_ids, p)] for p in range(chunk.stop)]
-            assert context == chunk.sequence.token_ids[: chunk.stop], "kv of another prefix"
+            assert context == self._kv(chunk.sequence, chunk.stop), "kv of another prefix"
             request = chunk.sequence.request
             if chunk.samples:
-                token_id = next_token(context)
+                token_id = next_token(chunk.sequence.token_ids[: chunk.stop])
                 logprob = None if request.params.logprobs is None else score(token_id)
                 tokens[request.request_id] = SampledToken(token_id, logprob)
             if chunk.scored:

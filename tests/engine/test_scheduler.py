@@ -26,12 +26,19 @@ class Harness:
     """A scheduler, its pool and the fake model, with the checks that hold in every step."""
 
     def __init__(
-        self, num_blocks: int = 16, block_tokens: int = 2, reuse: bool = True, **config: object
+        self,
+        num_blocks: int = 16,
+        block_tokens: int = 2,
+        reuse: bool = True,
+        kv_switch_tokens: int | None = None,
+        **config: object,
     ) -> None:
         self.config = SchedulerConfig(**config)  # type: ignore[arg-type]
         self.blocks = BlockManager(num_blocks, block_tokens, reuse)
-        self.scheduler = RequestScheduler(self.config, self.blocks, [EOS], CONTEXT)
-        self.model = FakeModel(num_blocks, block_tokens)
+        self.scheduler = RequestScheduler(
+            self.config, self.blocks, [EOS], CONTEXT, kv_switch_tokens=kv_switch_tokens
+        )
+        self.model = FakeModel(num_blocks, block_tokens, kv_switch_tokens)
         self.requests: dict[str, EngineRequest] = {}
         self.sequences: dict[str, Sequence] = {}
         self.output: dict[str, list[int]] = {}
@@ -160,6 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_batch_tokens=st.integers(1, 12),
         max_running=st.integers(1, 6),
         admission=st.sampled_from(["past_future", "aggressive", "conservative"]),
+        kv_switch_tokens=st.sampled_from([None, 3, 6, 10]),
     )
     def start(self, num_blocks: int, block_tokens: int, reuse: bool, **config: object) -> None:
         self.harness = Harness(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,13 @@ def test_a_model_that_cannot_be_served_is_final(tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_crashes_are_followed_by_a_limited_number_of_restarts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGKILL, "SIGKILL, perhaps for lack of memory"), (signal.SIGBUS, "SIGBUS, as when a")],
+)
+def test_crashes_are_followed_by_a_limited_number_of_restarts(
+    number: int, said: str, tmp_path: Path
+) -> None:
     async def main() -> None:
         link, supervisor = await started(tmp_path, config_of(tmp_path / "any", restarts=2))
         seen: list[int] = []
@@ -59,9 +66,9 @@ def test_crashes_are_followed_by_a_limited_number_of_restarts(tmp_path: Path) ->
             await until(lambda: supervisor.pid is not None and supervisor.pid not in seen)
             assert supervisor.pid is not None
             seen.append(supervisor.pid)
-            os.kill(supervisor.pid, 9)
+            os.kill(supervisor.pid, number)
         reason = await supervisor.wait_failed()
-        assert "SIGKILL" in reason
+        assert said in reason
         assert "2 times" in reason
         assert len(set(seen)) == 3
         await supervisor.stop()

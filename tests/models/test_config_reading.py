@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ from moeserve.core import ConfigError, ModelError
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.registry import FAMILIES, load_model
 from moeserve.models.rope import inverse_frequencies
-from moeserve.models.spec import AttentionSpec, MlaSpec, ModelSpec, MoeFfnSpec, YarnScaling
+from moeserve.models.spec import (
+    AttentionSpec,
+    LongRopeScaling,
+    MlaSpec,
+    ModelSpec,
+    MoeFfnSpec,
+    YarnScaling,
+)
 
 # What the hub's config.json of these models says (their model cards and technical reports).
 MIXTRAL_8X7B = {
@@ -209,6 +217,26 @@ def _shrunk(config: Any) -> Any:
     return config
 
 
+LONG = {
+    "type": "longrope",
+    "original_max_position_embeddings": 4096,
+    "short_factor": [1.0] * 64,
+    "long_factor": [2] * 64,
+}
+
+
+def test_long_rope_as_phi_3_has_it() -> None:
+    """The original context beside max_position_embeddings, whose ratio gives the amplitude."""
+    outside = {name: value for name, value in LONG.items() if name.startswith(("type", "s", "l"))}
+    config = MIXTRAL_8X7B | {"rope_scaling": outside, "original_max_position_embeddings": 4096}
+    spec = FAMILIES["mixtral"].spec(config)
+    assert spec.kv_switch_tokens == 4096
+    scaling = spec.layers[0].attention.rope.scaling
+    assert isinstance(scaling, LongRopeScaling)
+    assert scaling.long_factors == (2.0,) * 64
+    assert scaling.attention_factor == math.sqrt(1 + math.log(32768 / 4096) / math.log(4096))
+
+
 @pytest.mark.parametrize(
     ("base", "change", "named"),
     [
@@ -236,7 +264,15 @@ def _shrunk(config: Any) -> Any:
             "high_freq_factor: 4",
         ),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
-        ("mixtral", {"rope_scaling": {"type": "longrope", "factor": 2}}, "type: 'longrope'"),
+        ("mixtral", {"rope_scaling": {"type": "spiral", "factor": 2}}, "type: 'spiral'"),
+        ("mixtral", {"rope_scaling": {"type": "longrope"}}, "original_max_position_embeddings"),
+        (
+            "mixtral",
+            {"rope_scaling": LONG | {"short_factor": [1.0]}},
+            "short_factor.*numbers above",
+        ),
+        ("mixtral", {"rope_scaling": LONG | {"long_factor": [1, "2"]}}, "long_factor.*numbers"),
+        ("mixtral", {"rope_scaling": LONG | {"long_mscale": 1.2}}, "rope_scaling.*long_mscale=1.2"),
         ("mixtral", {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor: missing"),
         ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2, "x": 1}}, "rope_scaling.*x=1"),
         ("mixtral", {"rope_scaling": 3}, "rope_scaling: 3"),

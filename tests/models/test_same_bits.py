@@ -49,7 +49,7 @@ def test_attention_of_a_row(shape: tuple[int, ...], dtype: str) -> None:
     layout = AttentionLayout(heads, group, width, window)
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        span = Span(0, stop - start, stop, places[:stop])
+        span = Span(0, stop - start, stop, places[:stop], stop)
         tiles = attention_tiles([span], layout, num_tokens, kind)
         return attend(queries[start:stop], kv, tiles, value_start, key**-0.5, sinks)
 

@@ -59,7 +59,8 @@ class Runner:
             token_ids += sequence.token_ids[start:stop]
             positions += range(start, stop)
             writes.append(slots[start:])
-            spans.append(Span(row, row + num_tokens, stop, slots.to(device)))
+            length = len(sequence.token_ids)
+            spans.append(Span(row, row + num_tokens, stop, slots.to(device), length))
             sequence.num_computed = stop
         batch = ForwardBatch(
             token_ids=torch.tensor(token_ids, device=device),

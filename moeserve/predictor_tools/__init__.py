@@ -1,0 +1,1 @@
+"""Tools that watch a model route: train and evaluate predictors, record routing."""

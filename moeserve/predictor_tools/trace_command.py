@@ -1,0 +1,152 @@
+"""`moeserve trace`: records a model's routing, of a text that is given or of answers to prompts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moeserve.cli_options import add_flags, read_flags
+from moeserve.config import (
+    BUNDLED_MODEL,
+    EngineConfig,
+    ExpertConfig,
+    KvConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
+from moeserve.core import ConfigError, EngineRequest, RequestError, SamplingParams
+from moeserve.engine.engine import Engine
+from moeserve.models.packed_model import config_sha256
+from moeserve.models.registry import LoadedModel
+from moeserve.predictor_tools.model_runs import WindowRunner, loaded_model, observed
+from moeserve.predictor_tools.texts import read_texts, token_windows
+from moeserve.predictor_tools.trace import RoutingRecorder
+from moeserve.predictor_tools.train_command import RUN_SETTINGS
+from moeserve.progress import LoadingBar
+from moeserve.text.tokenizer import Tokenizer
+
+DEFAULT_TOKENS = 16_384
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=str(BUNDLED_MODEL),
+        metavar="MODEL",
+        help="directory or hub id (default: the bundled model)",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="text files, or directories of .txt, .md and .py files, run in windows",
+    )
+    source.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a prompt per line, answered by the model"
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, help="npz file to write")
+    parser.add_argument(
+        "--tokens", type=int, default=DEFAULT_TOKENS, help="with --text: most tokens (%(default)s)"
+    )
+    parser.add_argument(
+        "--window", type=int, default=512, help="with --text: tokens of a sequence (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, help="with --prompts: per answer (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="with --prompts (%(default)s: greedy)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="with --prompts (%(default)s)")
+    add_flags(parser, ModelConfig, ExpertConfig, only=RUN_SETTINGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the file, says what is in it. Raises ConfigError, ModelError, RequestError."""
+    if not args.out.parent.is_dir():
+        raise ConfigError(f"out: there is no directory {args.out.parent}", field="out")
+    config, experts = read_flags(ModelConfig, args), read_flags(ExpertConfig, args)
+    with LoadingBar() as bar, loaded_model(config, experts, bar) as loaded:
+        sizes = {n: ffn.experts.num_experts for n, ffn in loaded.spec.moe_layers.items()}
+        if not sizes:
+            raise ConfigError("trace: the model has no MoE layer", field="model")
+        recorder = RoutingRecorder(sizes)
+        with observed(loaded, recorder):
+            if args.text is not None:
+                texts = read_texts(args.text)
+                _run_text(loaded, texts, recorder, args.window, args.tokens, bar)
+            else:
+                _answer(loaded, config, experts, _prompts(args.prompts), recorder, args, bar)
+        recorder.save(args.out, config_sha256(loaded.path))
+    arrays = recorder.arrays()
+    shape = " x ".join(map(str, arrays["ids"].shape))
+    print(f"{args.out}: {shape} ids, {len(arrays['lens'])} sequences", file=sys.stderr)
+    return 0
+
+
+def _run_text(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    recorder: RoutingRecorder,
+    window_tokens: int,
+    max_tokens: int,
+    progress: Callable[[str, float], None],
+) -> None:
+    end = loaded.eos_token_ids[0] if loaded.eos_token_ids else None
+    length = min(window_tokens, loaded.context_tokens)
+    windows = token_windows(Tokenizer.load(loaded.path), texts, end, length, max_tokens)
+    runner = WindowRunner(loaded, length)
+    for start in range(0, len(windows), runner.windows_per_step):
+        together = windows[start : start + runner.windows_per_step]
+        runner.run(together)
+        for window in together:
+            recorder.end_sequence(window.tolist())
+        progress("running the text", (start + len(together)) / len(windows))
+
+
+def _prompts(path: Path) -> list[str]:
+    prompts = [line for line in read_texts([path])[0].splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"prompts: {path} has no line with text", field="prompts")
+    return prompts
+
+
+def _answer(
+    loaded: LoadedModel,
+    config: ModelConfig,
+    experts: ExpertConfig,
+    prompts: Sequence[str],
+    recorder: RoutingRecorder,
+    args: argparse.Namespace,
+    progress: Callable[[str, float], None],
+) -> None:
+    """One request at a time, so that rows come in the order of tokens."""
+    engine_config = EngineConfig(
+        model=config,
+        kv=KvConfig(prefix_reuse=False),  # reused tokens would not run through the layers
+        scheduler=SchedulerConfig(max_running=1),
+        experts=experts,
+    )
+    engine = Engine(engine_config, loaded)
+    tokenizer = Tokenizer.load(loaded.path)
+    params = SamplingParams(
+        max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed
+    )
+    for number, prompt in enumerate(prompts):
+        tokens = tokenizer.encode(prompt)
+        request = EngineRequest(request_id=str(number), token_ids=tokens, params=params)
+        engine.add(request)
+        generated: list[int] = []
+        while engine.has_work:
+            for delta in engine.step():
+                generated += delta.token_ids
+                if delta.error is not None:
+                    raise RequestError(f"prompts: line {number + 1}: {delta.error}")
+        # The last token was chosen and has not been through the layers.
+        recorder.end_sequence([*tokens, *generated[:-1]])
+        progress("answering", (number + 1) / len(prompts))
