@@ -172,9 +172,7 @@ class PackedExperts:
     ) -> Ticket:
         """As run, but returns at once. All arrays and self must live until it is done."""
 
-def sum_pairs(
-    runtime: Runtime, pairs: _Array, ids: _Array, weights: _Array, out: _Array
-) -> None:
+def sum_pairs(runtime: Runtime, pairs: _Array, ids: _Array, weights: _Array, out: _Array) -> None:
     """out [T, H]: the bits that `PackedExperts.run` gives, from the outputs of its pairs.
 
     pairs: [T * K, H] float32, what each of ids [T, K] int64 gives for its token; weights [T, K].
@@ -182,6 +180,71 @@ def sum_pairs(
 
 def rms_norm(runtime: Runtime, x: _Array, weight: _Array, eps: float, out: _Array) -> None:
     """out = x / sqrt(mean(x^2) + eps) * weight, row by row."""
+
+class Router:
+    """The gate of one MoE layer; see router.h. score: a number of `RouterScore` there."""
+
+    def __init__(
+        self,
+        gate: PackedMatrix,
+        top_k: int,
+        score: int,
+        float32_logits: bool,
+        normalize: bool,
+        normalize_eps: float,
+        scale: float,
+        num_groups: int,
+        top_groups: int,
+        group_top2: bool,
+        correction: _Array | None,
+        round_weights: bool,
+    ) -> None: ...
+    def run(self, runtime: Runtime, x: _Array, ids: _Array, weights: _Array) -> None:
+        """Fills ids [T, K] int64 and weights [T, K] float32 for x [T, H]."""
+
+class AttentionLayer:
+    """Norm and grouped attention of one decoder layer; see decoder.h.
+
+    head_norm: [kv_heads or 1, G + 1, D] float32, flattened. sinks: [kv_heads, G], flattened.
+    """
+
+    def __init__(
+        self,
+        norm_weight: _Array,
+        norm_eps: float,
+        qkv: PackedMatrix,
+        output: PackedMatrix,
+        num_kv_heads: int,
+        group_heads: int,
+        head_dim: int,
+        head_norm: _Array | None,
+        norm_together: bool,
+        head_norm_eps: float,
+        clip: float,
+        scale: float,
+        window: int,
+        sinks: _Array | None,
+    ) -> None: ...
+    def run(
+        self,
+        runtime: Runtime,
+        spans: AttentionSpans,
+        x: _Array,
+        cosine: _Array,
+        sine: _Array,
+        entries: _Array,
+        write_slots: _Array,
+    ) -> None:
+        """x [T, H] += attention of its norm; writes kv. Arguments as of attend, prepare_grouped."""
+
+class ExpertLayer:
+    """Norm, router and experts of one decoder layer, all experts in memory; see decoder.h."""
+
+    def __init__(
+        self, norm_weight: _Array, norm_eps: float, router: Router, experts: PackedExperts
+    ) -> None: ...
+    def run(self, runtime: Runtime, x: _Array) -> None:
+        """x [T, H] += the chosen experts of its norm."""
 
 class AttentionSpans:
     """The rows of a step, sequence by sequence; keeps the arrays of slots alive.

@@ -24,11 +24,11 @@ class NativeLinear:
         self._out_dtype = out_dtype
         self._runtime = weight.runtime
         held_bias = None if bias is None else bias.float().contiguous().numpy()
-        self._matrix = _native.PackedMatrix(weight.layout, weight.data, held_bias)
+        self.matrix = _native.PackedMatrix(weight.layout, weight.data, held_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape[0], self._num_outputs, dtype=self._out_dtype or x.dtype)
-        self._matrix.run(self._runtime, x, out)
+        self.matrix.run(self._runtime, x, out)
         return out
 
 
@@ -53,9 +53,9 @@ class NativeRmsNorm:
     def __init__(self, runtime: NativeRuntime, weight: Tensor, eps: float) -> None:
         self._runtime = runtime.handle
         self.weight = weight.float().contiguous()
-        self._eps = eps
+        self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=x.dtype)
-        _native.rms_norm(self._runtime, x, self.weight, self._eps, out)
+        _native.rms_norm(self._runtime, x, self.weight, self.eps, out)
         return out

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from moeserve.core import ModelError, Routing
 from moeserve.cpu_backend.linear import make_linear
+from moeserve.cpu_backend.native_linear import NativeLinear
+from moeserve.cpu_backend.native_router import NativeRouter
 from moeserve.cpu_backend.packing import PackedWeight
 
 SCORES = ("softmax", "sigmoid", "softmax_topk")
@@ -109,9 +111,15 @@ class Router:
         self._linear = make_linear(weight, bias)
         correction = weights.correction_bias
         self._correction = None if correction is None else correction.to(torch.float32)
+        #: all of it in one call, where the weight is packed
+        self.native: NativeRouter | None = None
+        if isinstance(self._linear, NativeLinear):
+            self.native = _native_router(spec, self._linear, self._correction)
 
     def __call__(self, x: Tensor) -> Routing:
         spec = self.spec
+        if self.native is not None:
+            return self.native(x)
         logits = self._linear(x.float() if spec.float32_logits else x)  # [T, E]
         if spec.score == "softmax_topk":
             # Chosen before float32, so that ties of rounded logits fall as in the reference.
@@ -173,6 +181,23 @@ class Router:
         best = group_scores.topk(spec.top_groups, dim=-1).indices  # [T, top_groups]
         outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, best, False)
         return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+def _native_router(spec: RouterSpec, gate: NativeLinear, correction: Tensor | None) -> NativeRouter:
+    return NativeRouter(
+        gate,
+        top_k=spec.top_k,
+        score=spec.score,
+        float32_logits=spec.float32_logits,
+        normalize=spec.normalize,
+        normalize_eps=spec.normalize_eps,
+        scale=spec.scale,
+        num_groups=spec.num_groups,
+        top_groups=spec.top_groups,
+        group_top2=spec.group_score == "top2_sum",
+        correction=correction,
+        round_weights=spec.round_weights,
+    )
 
 
 def _check_shapes(spec: RouterSpec, weights: RouterWeights) -> None:

@@ -20,6 +20,9 @@ constexpr moeserve::Kernels make_table(const char *name) {
   table.gated = gated;
   table.accumulate = accumulate;
   table.rms_norm = rms_norm;
+  table.add = add;
+  table.softmax = softmax;
+  table.sigmoid = sigmoid_row;
   table.read_all = read_all;
   table.multiply_add_f32 = multiply_add_f32;
   table.multiply_add_bf16 = multiply_add_bf16;

@@ -90,6 +90,12 @@ struct Kernels {
   void (*rms_norm)(Dtype dtype, const void *x, const float *weight, float eps, void *out,
                    int count);
 
+  // x += y, in dtype.
+  void (*add)(Dtype dtype, void *x, const void *y, int count);
+  // In place: e^x over their sum; 1 / (1 + e^-x).
+  void (*softmax)(float *x, int count);
+  void (*sigmoid)(float *x, int count);
+
   // For measuring the machine: see row_kernels.h.
   float (*read_all)(const std::uint8_t *data, std::size_t num_bytes);
   float (*multiply_add_f32)(std::int64_t rounds);

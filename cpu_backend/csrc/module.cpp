@@ -13,4 +13,5 @@ NB_MODULE(_native, m) {
   moeserve::bind_packing(m);
   moeserve::bind_products(m);
   moeserve::bind_attention(m);
+  moeserve::bind_decoder(m);
 }

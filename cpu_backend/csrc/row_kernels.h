@@ -233,6 +233,40 @@ void rms_norm(Dtype dtype, const void *x, const float *weight, float eps, void *
   }
 }
 
+void add(Dtype dtype, void *x, const void *y, int count) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store_as(dtype, x, i, Vec::add(load_as(dtype, x, i), load_as(dtype, y, i)));
+  }
+  if (i < count) {
+    const std::int64_t left = count - i;
+    store_tail(dtype, x, i, left,
+               Vec::add(load_tail(dtype, x, i, left), load_tail(dtype, y, i, left)));
+  }
+}
+
+// Sums lane by lane, the lanes behind the end left out: NaN and infinities go where they go in the
+// plain formula.
+void softmax(float *x, int count) {
+  float largest = x[0];
+  for (int i = 1; i < count; ++i) largest = x[i] > largest || x[i] != x[i] ? x[i] : largest;
+  float sum = 0.0f;
+  for (int i = 0; i < count; i += kLanes) {
+    const int lanes = count - i < kLanes ? count - i : kLanes;
+    alignas(64) float e[kLanes];
+    Vec::store(e, exp(Vec::sub(load_tail(Dtype::kF32, x, i, lanes), Vec::set1(largest))));
+    for (int lane = 0; lane < lanes; ++lane) sum += x[i + lane] = e[lane];
+  }
+  for (int i = 0; i < count; ++i) x[i] /= sum;
+}
+
+void sigmoid_row(float *x, int count) {
+  for (std::int64_t i = 0; i < count; i += kLanes) {
+    const std::int64_t lanes = count - i < kLanes ? count - i : kLanes;
+    store_tail(Dtype::kF32, x, i, lanes, sigmoid(load_tail(Dtype::kF32, x, i, lanes)));
+  }
+}
+
 // -- the limits of the machine, for comparison
 // ------------------------------------------------------
 

@@ -18,6 +18,8 @@ struct Workspace {
   RowBuffer hidden;  // between an expert's two products
   Scratch activated;
   Scratch sums;
+  Scratch logits;                                  // under router_mutex
+  Scratch normed, projected, mixed, ids, weights;  // of half a decoder layer, under half_mutex
   std::vector<Scratch> per_thread;
 };
 
@@ -29,6 +31,8 @@ struct Runtime {
 
   const Kernels &kernels;
   std::mutex mutex;  // held by whoever uses the workspace
+  // Of calls that are made of others: taken before `mutex`, the last named first.
+  std::mutex router_mutex, half_mutex;
   Workspace workspace;
   ThreadPool pool;  // last, so that it goes first: until then, submitted work uses the others
 };

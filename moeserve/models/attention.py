@@ -36,25 +36,25 @@ class Attention:
         self.layout = AttentionLayout(
             spec.num_kv_heads, spec.heads_per_kv_head, spec.kv_shape[1], spec.window
         )
-        self._weights = weights
-        self._heads = GroupedHeads(
+        self.weights = weights
+        self.heads = GroupedHeads(
             spec.rope.dim,
             None if weights.qk_norm is None else HeadNorm(spec.qk_norm, weights.qk_norm, norm_eps),
             spec.clip_qkv,
         )
         self._value = range(spec.head_dim, 2 * spec.head_dim)
-        self._sinks = None if weights.sinks is None else weights.sinks.float().contiguous()
+        self.sinks = None if weights.sinks is None else weights.sinks.float().contiguous()
 
     def __call__(self, x: Tensor, step: StepContext, kv: KvLayer) -> Tensor:
         """x: [T, H] -> [T, H]; writes the kv of the rows."""
-        spec, weights = self.spec, self._weights
+        spec, weights = self.spec, self.weights
         group = spec.heads_per_kv_head
         qkv = weights.qkv(x).view(len(x), spec.num_kv_heads, group + 2, spec.head_dim)
         step.attention.prepare_grouped(
-            qkv, self._heads, step.turns[spec.rope], kv, step.kv_write_slots
+            qkv, self.heads, step.turns[spec.rope], kv, step.kv_write_slots
         )
         mixed = step.attention.attend(
-            qkv[:, :, :group], kv, self.layout, self._value, spec.scale, self._sinks
+            qkv[:, :, :group], kv, self.layout, self._value, spec.scale, self.sinks
         )
         return weights.output(mixed.flatten(1))
 

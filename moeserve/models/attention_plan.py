@@ -210,7 +210,7 @@ class NativeAttention(AttentionPlan):
 
     def __init__(self, handle: _native.Runtime, spans: _native.AttentionSpans) -> None:
         self._handle = handle
-        self._spans = spans
+        self.spans = spans
 
     @staticmethod
     def planner(runtime: NativeRuntime) -> Planner:
@@ -266,7 +266,7 @@ class NativeAttention(AttentionPlan):
         out = queries.new_empty(*queries.shape[:3], len(value))
         _native.attend(
             self._handle,
-            self._spans,
+            self.spans,
             queries,
             kv.entries,
             value.start,

@@ -20,6 +20,7 @@ from moeserve.experts.runtime import ExpertRuntime
 from moeserve.models.attention import Attention, AttentionWeights, LatentAttention, MlaWeights
 from moeserve.models.attention_plan import NativeAttention, TorchAttention
 from moeserve.models.layers import GatedFfn, RmsNorm, RowFunction, SharedExpert
+from moeserve.models.native_layer import FusedHalves, fuse_attention, fuse_experts
 from moeserve.models.spec import (
     AttentionSpec,
     DenseFfnSpec,
@@ -84,12 +85,15 @@ def _build_layer(
         attention: Attention | LatentAttention = _build_latent(layer.attention, weights, runtime)
     else:
         attention = _build_grouped(layer.attention, weights, spec.norm_eps)
-    return DecoderLayer(
-        _norm(_tensor(weights, "attention_norm"), spec.norm_eps, runtime),
-        attention,
-        _norm(_tensor(weights, "ffn_norm"), spec.norm_eps, runtime),
-        ffn,
-    )
+    attention_norm = _norm(_tensor(weights, "attention_norm"), spec.norm_eps, runtime)
+    ffn_norm = _norm(_tensor(weights, "ffn_norm"), spec.norm_eps, runtime)
+    fused_experts = None
+    if isinstance(ffn, MoeFfn) and ffn.shared is None:
+        experts = weights["experts.gate_up"]
+        fused_experts = fuse_experts(runtime, ffn_norm, ffn.routed, experts)
+    fused_attention = fuse_attention(runtime.native, attention_norm, attention)
+    fused = FusedHalves(fused_attention, fused_experts)
+    return DecoderLayer(attention_norm, attention, ffn_norm, ffn, fused)
 
 
 def _tensor(weights: Mapping[str, Weight], name: str) -> Tensor:

@@ -13,6 +13,7 @@ from moeserve.models.attention_plan import Planner
 from moeserve.models.inputs import ForwardBatch
 from moeserve.models.kv_pool import KvLayer, KvPool
 from moeserve.models.layers import RowFunction, SharedExpert
+from moeserve.models.native_layer import FusedHalves
 from moeserve.models.rope import Rope
 from moeserve.models.spec import ModelSpec, RopeSpec
 from moeserve.models.step_context import AttentionLayout, StepContext
@@ -38,11 +39,20 @@ class DecoderLayer:
     attention: Attention | LatentAttention
     ffn_norm: RowFunction
     ffn: RowFunction | MoeFfn
+    fused: FusedHalves = FusedHalves()
 
     def __call__(self, x: Tensor, step: StepContext, kv: KvLayer) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), step, kv)
-        normed = self.ffn_norm(x)
+        """x: [T, H] -> [T, H]; may overwrite it."""
+        fused = self.fused
+        if fused.attention is not None:
+            fused.attention(x, step, kv)
+        else:
+            x = x + self.attention(self.attention_norm(x), step, kv)
         ffn = self.ffn
+        if fused.experts is not None and isinstance(ffn, MoeFfn) and not ffn.routed.observers:
+            fused.experts(x)
+            return x
+        normed = self.ffn_norm(x)
         return x + (ffn(normed, step.step) if isinstance(ffn, MoeFfn) else ffn(normed))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from moeserve.core import ModelError, Routing
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.packing import PackedWeight, PackFormat
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
 
 EXPERTS, TOP_K, HIDDEN = 24, 5, 64
@@ -108,10 +111,25 @@ def reference_router(case: Case, generator: torch.Generator) -> torch.nn.Module:
     return router
 
 
-def our_router(spec: RouterSpec, reference: torch.nn.Module) -> Router:
+def our_router(spec: RouterSpec, reference: torch.nn.Module, packed: bool = False) -> Router:
+    """packed: on the native kernels, all in one call."""
     tensors = {name: t.detach() for name, t in reference.state_dict().items()}
     correction = tensors.get("e_score_correction_bias")
-    return Router(spec, RouterWeights(tensors["weight"], tensors.get("bias"), correction))
+    weight: Tensor | PackedWeight = tensors["weight"]
+    if packed:
+        weight = pack(tensors["weight"])
+    return Router(spec, RouterWeights(weight, tensors.get("bias"), correction))
+
+
+@cache
+def native_runtime() -> NativeRuntime:
+    return NativeRuntime(2)
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    packed = PackedWeight(native_runtime().handle, tuple(weight.shape), PackFormat("float32"))
+    packed.put(torch.arange(len(weight)), weight.float())
+    return packed
 
 
 def dense(ids: Tensor, weights: Tensor) -> Tensor:
@@ -129,9 +147,10 @@ def check_form(routing: Routing, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 2, 131])
+@pytest.mark.parametrize("packed", [False, True], ids=["torch", "native"])
 @pytest.mark.parametrize("name", CASES)
 @torch.inference_mode()
-def test_equals_transformers(name: str, num_tokens: int, dtype: torch.dtype) -> None:
+def test_equals_transformers(name: str, packed: bool, num_tokens: int, dtype: torch.dtype) -> None:
     """With logits that are exact in every order of summation, so that only the rule is left.
 
     Input and weights are small integers over a power of two: there are many ties, which must fall
@@ -142,7 +161,9 @@ def test_equals_transformers(name: str, num_tokens: int, dtype: torch.dtype) -> 
     weight = torch.randint(-3, 4, (EXPERTS, HIDDEN), generator=generator)
     reference.get_parameter("weight").data = weight.to(dtype) / 16
     x = torch.randint(-3, 4, (num_tokens, HIDDEN), generator=generator).to(dtype) / 2
-    routing = our_router(CASES[name][3], reference)(x)
+    router = our_router(CASES[name][3], reference, packed)
+    assert (router.native is not None) == packed
+    routing = router(x)
     check_form(routing, num_tokens)
     _, weights, ids = reference(x)
     torch.testing.assert_close(
@@ -150,8 +171,27 @@ def test_equals_transformers(name: str, num_tokens: int, dtype: torch.dtype) -> 
     )
 
 
+@pytest.mark.parametrize("name", CASES)
 @torch.inference_mode()
-def test_group_limit_against_brute_force() -> None:
+def test_a_packed_router_sees_one_row_at_a_time(name: str) -> None:
+    _, generator = fresh_generators()
+    reference = reference_router(CASES[name], generator)
+    router = our_router(CASES[name][3], reference, packed=True)
+    x = torch.randn(37, HIDDEN, generator=generator).bfloat16()
+    x[5, 3] = torch.nan
+    whole = router(x)
+    assert ((whole.ids >= 0) & (whole.ids < EXPERTS)).all()
+    for row in range(len(x)):
+        alone = router(x[row : row + 1])
+        assert torch.equal(alone.ids[0], whole.ids[row])
+        torch.testing.assert_close(
+            alone.weights[0], whole.weights[row], rtol=0, atol=0, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["torch", "native"])
+@torch.inference_mode()
+def test_group_limit_against_brute_force(packed: bool) -> None:
     rng, generator = fresh_generators()
     for _ in range(50):
         groups = rng.choice([2, 3, 4, 6])
@@ -170,7 +210,8 @@ def test_group_limit_against_brute_force() -> None:
         correction = torch.randn(EXPERTS, generator=generator) - 2
         weight = torch.randn(EXPERTS, HIDDEN, generator=generator)
         x = torch.randn(3, HIDDEN, generator=generator)
-        routing = Router(spec, RouterWeights(weight, None, correction))(x)
+        gate = pack(weight) if packed else weight
+        routing = Router(spec, RouterWeights(gate, None, correction))(x)
         for row in range(3):
             scores = (x[row].double() @ weight.double().T).sigmoid()
             choice = (scores + correction.double()).tolist()

@@ -1,0 +1,263 @@
+// Routers and the halves of decoder layers as Python calls them.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+
+#include <cmath>
+#include <optional>
+
+#include "attention_arguments.h"
+#include "decoder.h"
+#include "packed_objects.h"
+
+namespace nb = nanobind;
+
+namespace moeserve {
+namespace {
+
+// An array of float32 [count] that is kept alive.
+const float *float_vector(const ConstArray &array, const char *name, std::size_t count) {
+  check_dtype<float>(array, name, "float32");
+  check_contiguous(array, name);
+  check_size(array, name, count);
+  return static_cast<const float *>(array.data());
+}
+
+class NativeRouter {
+ public:
+  NativeRouter(const PackedMatrix &gate, nb::object gate_owner, int top_k, int score,
+               bool float32_logits, bool normalize, float normalize_eps, float scale,
+               int num_groups, int top_groups, bool group_top2,
+               std::optional<ConstArray> correction, bool round_weights)
+      : gate_(gate), gate_owner_(std::move(gate_owner)), correction_(std::move(correction)) {
+    const int experts = gate.matrix().layout.rows;
+    if (score < 0 || score > 2) refuse("score", std::to_string(score) + " is none");
+    if (num_groups < 1 || experts % num_groups != 0) {
+      refuse("num_groups", std::to_string(num_groups) + " does not divide " +
+                               std::to_string(experts) + " experts");
+    }
+    if (top_groups < 1 || top_groups > num_groups) {
+      refuse("top_groups", std::to_string(top_groups) + "; 1 to " + std::to_string(num_groups));
+    }
+    const int reach = experts / num_groups * top_groups;
+    if (top_k < 1 || top_k > reach) {
+      refuse("top_k", std::to_string(top_k) + "; 1 to " + std::to_string(reach));
+    }
+    rule_ = {experts,        top_k,      static_cast<RouterScore>(score),
+             float32_logits, normalize,  normalize_eps,
+             scale,          num_groups, top_groups,
+             group_top2,     nullptr,    round_weights};
+    if (correction_) {
+      rule_.correction =
+          float_vector(*correction_, "correction", static_cast<std::size_t>(experts));
+    }
+  }
+
+  const RouterRule &rule() const { return rule_; }
+  const Matrix &gate() const { return gate_.matrix(); }
+
+  void run(Runtime &runtime, const Tensor &x, const Tensor &ids, const Tensor &weights) const {
+    const Dtype dtype = float_dtype(x, "x");
+    check_rows(x, "x", -1, gate().layout.cols);
+    const auto rows = static_cast<std::int64_t>(x.shape(0));
+    check_dtype<std::int64_t>(ids, "ids", "int64");
+    check_contiguous(ids, "ids");
+    check_rows(ids, "ids", rows, rule_.top_k);
+    check_dtype<float>(weights, "weights", "float32");
+    check_contiguous(weights, "weights");
+    check_rows(weights, "weights", rows, rule_.top_k);
+    if (rows == 0) return;
+    const std::int64_t stride = rows > 1 ? x.stride(0) : 0;
+    const nb::gil_scoped_release release;
+    route(runtime, gate(), rule_, dtype, x.data(), rows, stride,
+          static_cast<std::int64_t *>(ids.data()), static_cast<float *>(weights.data()));
+  }
+
+ private:
+  const PackedMatrix &gate_;
+  nb::object gate_owner_;
+  std::optional<ConstArray> correction_;
+  RouterRule rule_ = {};
+};
+
+Stream stream_of(const Tensor &x, int hidden) {
+  const Dtype dtype = float_dtype(x, "x");
+  check_rows(x, "x", -1, hidden);
+  check_contiguous(x, "x");
+  return {dtype, x.data(), static_cast<std::int64_t>(x.shape(0)), hidden};
+}
+
+class AttentionLayer {
+ public:
+  AttentionLayer(ConstArray norm_weight, float norm_eps, const PackedMatrix &qkv,
+                 const PackedMatrix &output, nb::object owners, int num_kv_heads, int group_heads,
+                 int head_dim, std::optional<ConstArray> head_norm, bool norm_together,
+                 float head_norm_eps, float clip, float scale, std::int64_t window,
+                 std::optional<ConstArray> sinks)
+      : norm_weight_(std::move(norm_weight)),
+        head_norm_(std::move(head_norm)),
+        sinks_(std::move(sinks)),
+        owners_(std::move(owners)),
+        hidden_(qkv.matrix().layout.cols) {
+    half_ = {
+        {float_vector(norm_weight_, "norm_weight", static_cast<std::size_t>(hidden_)), norm_eps},
+        &qkv.matrix(),
+        &output.matrix()};
+    if (num_kv_heads < 1 || group_heads < 1 || head_dim < 1) {
+      refuse("heads", "their numbers and sizes must be at least 1");
+    }
+    const std::int64_t of_qkv = std::int64_t{num_kv_heads} * (group_heads + 2) * head_dim;
+    const std::int64_t of_mixed = std::int64_t{num_kv_heads} * group_heads * head_dim;
+    if (qkv.matrix().layout.rows != of_qkv || output.matrix().layout.cols != of_mixed ||
+        output.matrix().layout.rows != hidden_) {
+      refuse("qkv, output", "their shapes do not fit the heads and each other");
+    }
+    if (!(clip > 0)) refuse("clip", "must be positive; infinite for none");
+    if (!std::isfinite(scale)) refuse("scale", "must be finite");
+    if (window < 0) refuse("window", std::to_string(window) + ", must not be negative");
+    heads_.num_kv_heads = call_.num_kv_heads = num_kv_heads;
+    heads_.group_heads = call_.group_heads = group_heads;
+    heads_.head_dim = call_.key_dim = call_.value_start = call_.value_dim = head_dim;
+    call_.width = 2 * head_dim;
+    call_.window = window;
+    call_.scale = scale;
+    heads_.norm_together = norm_together;
+    heads_.norm_eps = head_norm_eps;
+    heads_.clip = clip;
+    const auto one = static_cast<std::size_t>(group_heads + 1) * static_cast<std::size_t>(head_dim);
+    if (head_norm_) {
+      const bool shared = head_norm_->ndim() == 1 && head_norm_->shape(0) == one;
+      heads_.norm_weight = float_vector(
+          *head_norm_, "head_norm", shared ? one : one * static_cast<std::size_t>(num_kv_heads));
+      heads_.norm_stride = shared ? 0 : static_cast<std::int64_t>(one);
+    }
+    if (sinks_) {
+      call_.sinks =
+          float_vector(*sinks_, "sinks", static_cast<std::size_t>(num_kv_heads * group_heads));
+    }
+  }
+
+  void run(Runtime &runtime, const AttentionSpans &spans, const Tensor &x, const Tensor &cosine,
+           const Tensor &sine, const Tensor &entries, const Tensor &write_slots) const {
+    const Stream stream = stream_of(x, hidden_);
+    if (stream.num_rows != spans.num_rows()) {
+      refuse("x", std::to_string(stream.num_rows) + " rows, but the spans have " +
+                      std::to_string(spans.num_rows()));
+    }
+    check_dtype_as(entries, "entries", stream.dtype, "x");
+    check_dims(entries, "entries", 3);
+    check_shape(entries, "entries", {size(entries, 0), call_.num_kv_heads, call_.width});
+    check_contiguous(entries, "entries");
+    if (spans.num_slots() > size(entries, 0)) {
+      refuse("spans", "slot " + std::to_string(spans.num_slots() - 1) + " is not within 0.." +
+                          std::to_string(size(entries, 0) - 1));
+    }
+    GroupedHeads heads = heads_;
+    AttentionCall call = call_;
+    heads.dtype = call.dtype = stream.dtype;
+    heads.turns = turns_of(cosine, sine, stream.num_rows, heads.head_dim);
+    heads.entries = entries.data();
+    call.entries = entries.data();
+    heads.slots = slots(write_slots, "write_slots", stream.num_rows, size(entries, 0));
+    const nb::gil_scoped_release release;
+    if (stream.num_rows > 0) run_attention(runtime, half_, stream, heads, call, spans.spans());
+  }
+
+ private:
+  ConstArray norm_weight_;
+  std::optional<ConstArray> head_norm_, sinks_;
+  nb::object owners_;
+  int hidden_;
+  AttentionHalf half_ = {};
+  GroupedHeads heads_ = {};
+  AttentionCall call_ = {};
+};
+
+class ExpertLayer {
+ public:
+  ExpertLayer(ConstArray norm_weight, float norm_eps, const NativeRouter &router,
+              const PackedExperts &experts, nb::object owners)
+      : norm_weight_(std::move(norm_weight)), owners_(std::move(owners)) {
+    const int hidden = router.gate().layout.cols;
+    if (experts.experts().gate_up.cols != hidden ||
+        experts.experts().records.size() != static_cast<std::size_t>(router.rule().num_experts)) {
+      refuse("experts", "their number or their shape does not fit the router");
+    }
+    half_ = {
+        {float_vector(norm_weight_, "norm_weight", static_cast<std::size_t>(hidden)), norm_eps},
+        &router.gate(),
+        router.rule(),
+        &experts.experts()};
+  }
+
+  void run(Runtime &runtime, const Tensor &x) const {
+    const Stream stream = stream_of(x, half_.gate->layout.cols);
+    const auto &records = half_.experts->records;
+    for (std::size_t expert = 0; expert < records.size(); ++expert) {
+      if (records[expert] == nullptr) {
+        refuse("experts", "expert " + std::to_string(expert) + " has no record");
+      }
+    }
+    const nb::gil_scoped_release release;
+    if (stream.num_rows > 0) run_expert_half(runtime, half_, stream);
+  }
+
+ private:
+  ConstArray norm_weight_;
+  nb::object owners_;
+  ExpertHalf half_ = {};
+};
+
+}  // namespace
+
+void bind_decoder(nb::module_ &m) {
+  nb::class_<NativeRouter>(m, "Router", "The gate of one MoE layer; see router.h.")
+      .def(
+          "__init__",
+          [](NativeRouter *self, nb::object gate, int top_k, int score, bool float32_logits,
+             bool normalize, float normalize_eps, float scale, int num_groups, int top_groups,
+             bool group_top2, std::optional<ConstArray> correction, bool round_weights) {
+            new (self) NativeRouter(nb::cast<const PackedMatrix &>(gate), gate, top_k, score,
+                                    float32_logits, normalize, normalize_eps, scale, num_groups,
+                                    top_groups, group_top2, std::move(correction), round_weights);
+          },
+          nb::arg("gate"), nb::arg("top_k"), nb::arg("score"), nb::arg("float32_logits"),
+          nb::arg("normalize"), nb::arg("normalize_eps"), nb::arg("scale"), nb::arg("num_groups"),
+          nb::arg("top_groups"), nb::arg("group_top2"), nb::arg("correction").none(),
+          nb::arg("round_weights"))
+      .def("run", &NativeRouter::run, nb::arg("runtime"), nb::arg("x"), nb::arg("ids"),
+           nb::arg("weights"), "Fills ids [T, K] int64 and weights [T, K] float32 for x [T, H].");
+  nb::class_<AttentionLayer>(m, "AttentionLayer", "Norm and grouped attention; see decoder.h.")
+      .def(
+          "__init__",
+          [](AttentionLayer *self, ConstArray norm_weight, float norm_eps, nb::object qkv,
+             nb::object output, int num_kv_heads, int group_heads, int head_dim,
+             std::optional<ConstArray> head_norm, bool norm_together, float head_norm_eps,
+             float clip, float scale, std::int64_t window, std::optional<ConstArray> sinks) {
+            new (self) AttentionLayer(
+                std::move(norm_weight), norm_eps, nb::cast<const PackedMatrix &>(qkv),
+                nb::cast<const PackedMatrix &>(output), nb::make_tuple(qkv, output), num_kv_heads,
+                group_heads, head_dim, std::move(head_norm), norm_together, head_norm_eps, clip,
+                scale, window, std::move(sinks));
+          },
+          nb::arg("norm_weight"), nb::arg("norm_eps"), nb::arg("qkv"), nb::arg("output"),
+          nb::arg("num_kv_heads"), nb::arg("group_heads"), nb::arg("head_dim"),
+          nb::arg("head_norm").none(), nb::arg("norm_together"), nb::arg("head_norm_eps"),
+          nb::arg("clip"), nb::arg("scale"), nb::arg("window"), nb::arg("sinks").none())
+      .def("run", &AttentionLayer::run, nb::arg("runtime"), nb::arg("spans"), nb::arg("x"),
+           nb::arg("cosine"), nb::arg("sine"), nb::arg("entries"), nb::arg("write_slots"),
+           "x [T, H] += attention of its norm; writes kv.");
+  nb::class_<ExpertLayer>(m, "ExpertLayer", "Norm, router and experts; see decoder.h.")
+      .def(
+          "__init__",
+          [](ExpertLayer *self, ConstArray norm_weight, float norm_eps, nb::object router,
+             nb::object experts) {
+            new (self) ExpertLayer(
+                std::move(norm_weight), norm_eps, nb::cast<const NativeRouter &>(router),
+                nb::cast<const PackedExperts &>(experts), nb::make_tuple(router, experts));
+          },
+          nb::arg("norm_weight"), nb::arg("norm_eps"), nb::arg("router"), nb::arg("experts"))
+      .def("run", &ExpertLayer::run, nb::arg("runtime"), nb::arg("x"),
+           "x [T, H] += the chosen experts of its norm.");
+}
+
+}  // namespace moeserve

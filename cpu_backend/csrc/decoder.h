@@ -1,0 +1,48 @@
+// The two halves of a decoder layer, each in one call: x += attention(norm(x)), and
+// x += experts(norm(x)). Between their parts stand the same roundings as between calls of the
+// parts, so that the result has the same bits.
+#pragma once
+
+#include "attention.h"
+#include "moe.h"
+#include "router.h"
+
+namespace moeserve {
+
+struct Norm {
+  const float *weight;  // [H]
+  float eps;
+};
+
+// The residual stream of a step, changed in place: [num_rows, hidden], contiguous.
+struct Stream {
+  Dtype dtype;
+  void *x;
+  std::int64_t num_rows;
+  int hidden;
+};
+
+// out = norm of the rows of x; strides in bytes.
+void rms_norm(Runtime &runtime, Dtype dtype, const Norm &norm, const void *x, std::int64_t x_bytes,
+              void *out, std::int64_t out_bytes, std::int64_t num_rows, int cols);
+
+struct AttentionHalf {
+  Norm norm;
+  const Matrix *qkv;
+  const Matrix *output;
+};
+
+// heads, call: complete but for what stands in the workspace (rows, queries, out).
+void run_attention(Runtime &runtime, const AttentionHalf &half, const Stream &stream,
+                   GroupedHeads heads, AttentionCall call, const std::vector<AttentionSpan> &spans);
+
+struct ExpertHalf {
+  Norm norm;
+  const Matrix *gate;
+  RouterRule rule;
+  const Experts *experts;
+};
+
+void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream);
+
+}  // namespace moeserve

@@ -1,0 +1,115 @@
+"""Halves of decoder layers in one native call each: x += attention(norm(x)), x += experts(norm(x)).
+
+Calls from Python cost a decode step more than their number suggests, because weights that stream
+through the caches leave Python's own memory cold. Bits are those of the separate calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moeserve.cache.expert_cache import Tier
+from moeserve.cpu_backend import _native
+from moeserve.cpu_backend.native_linear import NativeLinear, NativeRmsNorm
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.experts.layer import MoELayer
+from moeserve.experts.runtime import ExpertRuntime
+from moeserve.experts.schedule.intra_layer import ResidentPlacement
+from moeserve.models.attention import Attention
+from moeserve.models.attention_plan import NativeAttention
+from moeserve.models.kv_pool import KvLayer
+from moeserve.models.layers import RowFunction
+from moeserve.models.spec import RopeSpec
+from moeserve.models.step_context import StepContext
+from moeserve.predictors.none import NonePredictor
+
+
+class FusedAttention:
+    """Adds attention of the normed rows to x [T, H], in place."""
+
+    def __init__(
+        self, runtime: NativeRuntime, layer: _native.AttentionLayer, rope: RopeSpec
+    ) -> None:
+        self._runtime = runtime.handle
+        self._layer = layer
+        self._rope = rope
+
+    def __call__(self, x: Tensor, step: StepContext, kv: KvLayer) -> None:
+        plan = step.attention
+        assert isinstance(plan, NativeAttention), "native layers have native plans"
+        cosine, sine = step.turns[self._rope]
+        self._layer.run(self._runtime, plan.spans, x, cosine, sine, kv.entries, step.kv_write_slots)
+
+
+class FusedExperts:
+    """Adds the routed experts of the normed rows to x [T, H], in place."""
+
+    def __init__(self, runtime: NativeRuntime, layer: _native.ExpertLayer) -> None:
+        self._runtime = runtime.handle
+        self._layer = layer
+
+    def __call__(self, x: Tensor) -> None:
+        self._layer.run(self._runtime, x)
+
+
+@dataclass(frozen=True)
+class FusedHalves:
+    """None: that half is computed part by part."""
+
+    attention: FusedAttention | None = None
+    experts: FusedExperts | None = None
+
+
+def fuse_attention(
+    runtime: NativeRuntime | None, norm: RowFunction, attention: object
+) -> FusedAttention | None:
+    """Grouped attention with packed weights; None for any other."""
+    if runtime is None or not isinstance(attention, Attention):
+        return None
+    weights, spec, heads = attention.weights, attention.spec, attention.heads
+    qkv, output = weights.qkv, weights.output
+    packed = isinstance(qkv, NativeLinear) and isinstance(output, NativeLinear)
+    if not packed or not isinstance(norm, NativeRmsNorm):
+        return None
+    assert isinstance(qkv, NativeLinear)
+    assert isinstance(output, NativeLinear)
+    head_norm = heads.norm
+    layer = _native.AttentionLayer(
+        norm.weight.numpy(),
+        norm.eps,
+        qkv.matrix,
+        output.matrix,
+        spec.num_kv_heads,
+        spec.heads_per_kv_head,
+        spec.head_dim,
+        None if head_norm is None else head_norm.float_weight.flatten().numpy(),
+        head_norm is not None and head_norm.together,
+        0.0 if head_norm is None else head_norm.eps,
+        float("inf") if heads.clip is None else heads.clip,
+        spec.scale,
+        spec.window or 0,
+        None if attention.sinks is None else attention.sinks.flatten().numpy(),
+    )
+    return FusedAttention(runtime, layer, spec.rope)
+
+
+def fuse_experts(
+    runtime: ExpertRuntime, norm: RowFunction, routed: MoELayer, experts: object
+) -> FusedExperts | None:
+    """Experts that are all in memory, with nobody to place, fetch or predict them; else None."""
+    router = routed.router.native
+    resident = (
+        runtime.cache.tier is Tier.HOST
+        and isinstance(runtime.intra, ResidentPlacement)
+        and isinstance(runtime.predictor, NonePredictor)
+    )
+    native = runtime.native
+    if native is None or router is None or not resident:
+        return None
+    if not isinstance(norm, NativeRmsNorm) or not isinstance(experts, PackedExperts):
+        return None
+    layer = _native.ExpertLayer(norm.weight.numpy(), norm.eps, router.handle, experts.native)
+    return FusedExperts(native, layer)
