@@ -23,10 +23,12 @@ from moeserve.experts.disk_tier import build_disk_tier, check_num_slots
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, ResidentPlacement
 from moeserve.experts.supply import ExpertSupply, ResidentSupply
+from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.gates import LayerGate
 from moeserve.predictors.none import NonePredictor
 from moeserve.predictors.registry import make_predictor
+from moeserve.stats import ExpertStats
 
 CountUse = Callable[[int, Routing, int], LayerUse]
 #: told (layer, x [T, H], routing) of every layer that runs
@@ -39,6 +41,7 @@ class ExpertRuntime:
 
     native: kernels and threads of the native backend, where weights on the CPU are packed for it.
     observers: called by every layer with what it is asked; to be appended to by recorders.
+    watch: how long experts are computed, and the timeline of a step.
     count_use: (layer, routing, number of experts) to what schedulers and policies look at.
     notes: what was chosen and why, for ModelInfo.notes.
     """
@@ -55,6 +58,7 @@ class ExpertRuntime:
     count_use: CountUse
     notes: dict[str, str]
     observers: list[Observer] = field(default_factory=list)
+    watch: Watch = field(default_factory=Watch)
 
     def with_predictor(self, read_gates: Callable[[], Sequence[LayerGate]]) -> ExpertRuntime:
         """The runtime with the predictor that its config names. read_gates: of all MoE layers.
@@ -80,14 +84,39 @@ class ExpertRuntime:
 
         Raises ConfigError where that leaves none for experts.
         """
-        budget = self.config.host_memory_bytes
-        if budget is None or not isinstance(self.supply, DiskSupply):
-            return
+        if self.config.host_memory_bytes is not None and isinstance(self.supply, DiskSupply):
+            self.resize_host_memory(self.config.host_memory_bytes, other_bytes)
+
+    def resize_host_memory(self, budget_bytes: int, other_bytes: int) -> None:
+        """Makes the host tier as large as a budget allows; may be called between two steps.
+
+        budget_bytes: for experts and for `other_bytes`, which must be in memory besides. Raises
+        ConfigError where that leaves no room for two experts, or where all are resident anyway;
+        MemoryError where the system has no such memory.
+        """
+        if not isinstance(self.supply, DiskSupply):
+            raise ConfigError(
+                "host_memory: all experts are resident, there is nothing to be resized",
+                field="host_memory_bytes",
+                hint="serve a model written by `moeserve pack` with --host-memory",
+            )
         slot_bytes = self.supply.slots.slot_bytes
-        num_slots = min((budget - other_bytes) // slot_bytes, self.cache.numbers.total)
-        check_num_slots(num_slots, slot_bytes, self.config, other_bytes)
+        num_slots = min((budget_bytes - other_bytes) // slot_bytes, self.cache.numbers.total)
+        check_num_slots(num_slots, slot_bytes, budget_bytes, other_bytes)
         self.supply.resize(num_slots)
         self.notes["experts"] = describe_slots(self.cache, slot_bytes)
+
+    def stats(self) -> ExpertStats:
+        """What caches, transfers and experts have done so far."""
+        caches, links = self.supply.stats()
+        numbers = self.cache.numbers
+        return ExpertStats(
+            layers=list(numbers.layers),
+            num_experts=list(numbers.sizes),
+            cpu_busy_s=[self.watch.cpu_s[layer] for layer in numbers.layers],
+            caches=caches,
+            links=links,
+        )
 
     def check_integrity(self) -> None:
         """AssertionError where the books of what stands where do not agree."""
@@ -126,7 +155,8 @@ def build_expert_runtime(
                 field="cpu_backend",
                 hint="choose --cpu-backend native",
             )
-        tier = build_disk_tier(config, specs, on_disk, choice.native)
+        watch = Watch()
+        tier = build_disk_tier(config, specs, on_disk, choice.native, watch.timeline)
         notes |= tier.notes
         notes["experts"] = describe_slots(tier.cache, tier.supply.slots.slot_bytes)
         return ExpertRuntime(
@@ -141,6 +171,7 @@ def build_expert_runtime(
             predictor=NonePredictor(),
             count_use=count_use,
             notes=notes,
+            watch=watch,
         )
     tier_name = Tier.HOST if device.type == "cpu" else Tier.DEVICE
     cache = resident_cache(tier_name, num_experts, ResidentPolicy())

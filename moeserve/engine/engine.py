@@ -32,8 +32,10 @@ from moeserve.engine.request_scheduler import RequestScheduler
 from moeserve.engine.sampler import Sampler, SampleRow, score
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.registry import LoadedModel, load_model
+from moeserve.stats import ExpertStats
 
 GIB = 1 << 30
+EXPERT_STATS_S = 1.0
 NOT_A_NUMBER = "the model produced NaN for this prompt; --check-weights finds broken weights"
 log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
@@ -59,14 +61,17 @@ class Engine:
             loaded.context_tokens,
             kv_switch_tokens=loaded.spec.kv_switch_tokens,
         )
-        kv_bytes = num_blocks * KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
-        loaded.runtime.fit_host_memory(loaded.resident_bytes + kv_bytes)
+        block_bytes = KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
+        self.kv_bytes = num_blocks * block_bytes
+        loaded.runtime.fit_host_memory(loaded.resident_bytes + self.kv_bytes)
         loaded.notes.update(loaded.runtime.notes)
         kv = KvPool(loaded.spec, num_blocks, block_tokens, loaded.dtype, loaded.device)
         self.runner = ModelRunner(loaded.model, kv, block_tokens, loaded.device)
         self.sampler = Sampler(loaded.spec.vocab_size, loaded.eos_token_ids, loaded.device)
         self._num_steps = 0
         self._step_s = 0.0
+        self._expert_stats: ExpertStats | None = None
+        self._expert_stats_due_s = 0.0
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -146,8 +151,17 @@ class Engine:
         return self._ended(deltas)
 
     def stats(self) -> EngineStats:
+        """Those of experts are collected at most once per second, and when there is no work."""
+        now_s = time.monotonic()
+        if now_s >= self._expert_stats_due_s or not self.has_work:
+            self._expert_stats = self.loaded.runtime.stats()
+            self._expert_stats_due_s = now_s + EXPERT_STATS_S
         return msgspec.structs.replace(
-            self.scheduler.stats(), num_steps=self._num_steps, step_s=self._step_s
+            self.scheduler.stats(),
+            num_steps=self._num_steps,
+            step_s=self._step_s,
+            kv_bytes=self.kv_bytes,
+            experts=self._expert_stats,
         )
 
     def check_integrity(self) -> None:
