@@ -29,6 +29,7 @@ MAX_JSON_BYTES = 64 * 1024 * 1024  # the index of a 256-expert model has about 1
 NAMES_IN_ERROR = 10
 SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")  # a plain name: no way out of the directory
 
+FETCH_AGAIN = "the file is damaged or incomplete; fetch it again"
 CONVERT_PICKLE = (
     "loading a pickle runs code from the file; where you trust it, convert it once: "
     "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) with transformers"
@@ -60,9 +61,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
+        raise ModelError(f"{path}: not JSON: {error}", hint=FETCH_AGAIN) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ModelError(
+            f"{path}: expected a JSON object, found {type(value).__name__}", hint=FETCH_AGAIN
+        )
     return value
 
 
@@ -205,14 +208,16 @@ def _no_weights(path: Path) -> ModelError:
             hint="GGUF is not supported; use the safetensors checkpoint it was made from",
         )
     found = list_names(names) if names else "an empty directory"
-    return ModelError(f"{path}: {expected}, found {found}")
+    return ModelError(
+        f"{path}: {expected}, found {found}", hint="name the directory that holds the model"
+    )
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard file name, as the index says; all shards are there."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index}: weight_map: expected an object of file names")
+        raise ModelError(f"{index}: weight_map: expected an object of file names", hint=FETCH_AGAIN)
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
             raise ModelError(
