@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moeserve.core import ModelError
-from moeserve.models.safetensors_file import SafetensorsFile, TensorEntry
+from moeserve.models.safetensors_file import FETCH_AGAIN, SafetensorsFile, TensorEntry
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,7 +29,6 @@ MAX_JSON_BYTES = 64 * 1024 * 1024  # the index of a 256-expert model has about 1
 NAMES_IN_ERROR = 10
 SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")  # a plain name: no way out of the directory
 
-FETCH_AGAIN = "the file is damaged or incomplete; fetch it again"
 CONVERT_PICKLE = (
     "loading a pickle runs code from the file; where you trust it, convert it once: "
     "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) with transformers"
