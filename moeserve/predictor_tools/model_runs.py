@@ -67,7 +67,7 @@ class WindowRunner:
         count, length = windows.shape
         slots = torch.arange(count * length).view(count, length).to(self._loaded.device)
         spans = [
-            Span(number * length, (number + 1) * length, length, own)
+            Span(number * length, (number + 1) * length, length, own, length)
             for number, own in enumerate(slots)
         ]
         batch = ForwardBatch(

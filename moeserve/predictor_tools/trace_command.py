@@ -23,7 +23,7 @@ from moeserve.models.registry import LoadedModel
 from moeserve.predictor_tools.model_runs import WindowRunner, loaded_model, observed
 from moeserve.predictor_tools.texts import read_texts, token_windows
 from moeserve.predictor_tools.trace import RoutingRecorder
-from moeserve.predictor_tools.train_command import RUN_SETTINGS
+from moeserve.predictor_tools.train_command import RUN_SETTINGS, check_numbers
 from moeserve.progress import LoadingBar
 from moeserve.text.tokenizer import Tokenizer
 
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file, says what is in it. Raises ConfigError, ModelError, RequestError."""
+    check_numbers(args, tokens=1, window=1)
     if not args.out.parent.is_dir():
         raise ConfigError(f"out: there is no directory {args.out.parent}", field="out")
     config, experts = read_flags(ModelConfig, args), read_flags(ExpertConfig, args)
