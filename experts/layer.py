@@ -6,12 +6,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moeserve.cache.expert_cache import Tier
 from moeserve.core import ExpertSpec, ExpertWeights, Routing
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.torch_grouped import GroupedExperts
 from moeserve.experts.executor import Executor
+from moeserve.experts.device_supply import DeviceSupply
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
+from moeserve.experts.hybrid_executor import HybridExecutor
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
 
@@ -30,7 +31,11 @@ class MoELayer:
     """The routed experts of one layer. Shared experts are an ordinary FFN beside it."""
 
     def __init__(
-        self, layer: int, router: Router, executor: Executor, runtime: ExpertRuntime
+        self,
+        layer: int,
+        router: Router,
+        executor: Executor | HybridExecutor,
+        runtime: ExpertRuntime,
     ) -> None:
         self.layer = layer
         self.router: Routes = router
@@ -54,6 +59,7 @@ class MoELayer:
         use = self.count_use(self.layer, routing, self.router.spec.num_experts)
         self.cache.observe(use)
         placement = self.intra.place(use, self.cache.residency(self.layer))
+        self.supply.collect()
         with self.supply.acquire(placement) as supplied:
             # Reads for later layers begin behind this layer's own, and beside its work.
             self.inter.prefetch(self.predictor.predict(self.layer, x, routing), protect=placement)
@@ -74,7 +80,7 @@ def build_moe_layer(
     """
     check_expert_weights(expert_spec, expert_weights, layer)
     router = Router(router_spec, router_weights)
-    if runtime.cache.tier is Tier.DEVICE:
+    if runtime.device.type != "cpu":
         assert isinstance(expert_weights, ExpertWeights), "packed weights are for the CPU"
         first_slot = min(runtime.cache.slots(layer).slots)
         device = GroupedExperts(expert_spec, expert_weights, first_slot)
@@ -83,3 +89,7 @@ def build_moe_layer(
     if isinstance(expert_weights, PackedExperts):
         runtime.add_layer(layer, expert_weights)
     return MoELayer(layer, router, Executor(runtime.backend, None, runtime.watch), runtime)
+    if isinstance(runtime.supply, DeviceSupply):
+        assert isinstance(runtime.backend, NativeBackend), "device and CPU share the native kernels"
+        hybrid = HybridExecutor(runtime.backend, runtime.supply.device, runtime.watch)
+        return MoELayer(layer, router, hybrid, runtime)

@@ -18,6 +18,7 @@ from moeserve.cpu_backend.choice import BackendChoice, choose_backend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.cpu_backend.torch_backend import TorchBackend
+from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import build_disk_tier, check_num_slots
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
@@ -72,7 +73,52 @@ class ExpertRuntime:
         depth = self.config.prefetch_depth
         predictor = make_predictor(self.config.predictor, num_experts, depth, gates)
         self.notes["predictor"] = f"{self.config.predictor}, {depth} layers ahead at most"
-        return replace(self, predictor=predictor)
+        inter = self.inter
+        if isinstance(self.supply, DiskSupply) and isinstance(self.intra, SimulatedPlacement):
+            supply = self.supply
+            inter = WatchedPrefetch(
+                self.cache, self.intra, supply.begin_prefetch, supply.busy_s, depth
+            )
+        return replace(self, predictor=predictor, inter=inter)
+
+    def with_device(self, layers: Mapping[int, PackedExperts], rest_bytes: int) -> ExpertRuntime:
+        """The runtime with an emulated device over host memory, as its config has it.
+
+        layers: the experts of each MoE layer. rest_bytes: all other weights. Raises ConfigError.
+        """
+        assert self.native is not None, "an emulated device computes with the native kernels"
+        if isinstance(self.supply, DiskSupply):
+            raise ConfigError(
+                "device: emulated over experts on disk is not implemented",
+                field="device",
+                hint="leave out --host-memory",
+            )
+        tier = build_device_tier(self.config, layers, self.native, rest_bytes)
+        return replace(
+            self,
+            cache=tier.cache,
+            supply=tier.supply,
+            intra=tier.intra,
+            inter=tier.inter,
+            count_use=count_use,
+            notes=self.notes | tier.notes,
+        )
+
+    def with_workers(self, identity: WorkerIdentity) -> ExpertRuntime:
+        """The runtime with the workers that its config names, all of which are there; as it is
+        where there are none. Raises ConfigError."""
+        if not self.config.workers:
+            return self
+        pool = WorkerPool(self.config, identity, max(self.cache.numbers.counts))
+        try:
+            pool.start()
+        except ConfigError:
+            pool.close()
+            raise
+        self.notes["workers"] = pool.describe()
+        resident = isinstance(self.supply, ResidentSupply)
+        intra = UsedPlacement() if resident else self.intra
+        return replace(self, workers=pool, count_use=LocalUse(pool), intra=intra)
 
     def add_layer(self, layer: int, experts: PackedExperts) -> None:
         """Where experts stay on disk: their records are put into slots from now on."""

@@ -38,6 +38,9 @@ class ExpertSupply(ABC):
         Raises CacheError where there are too few slots, StoreError where a record cannot be read.
         """
 
+    def collect(self) -> None:  # noqa: B027 - where nothing moves, nothing arrives
+        """Takes what has arrived meanwhile."""
+
     def check_integrity(self) -> None:  # noqa: B027 - where there are no books, nothing is wrong
         """AssertionError where the books do not agree. Called when the engine is idle."""
 

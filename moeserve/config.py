@@ -63,7 +63,10 @@ class ModelConfig:
     revision: str | None = setting(None, "hub revision (branch, tag or commit)")
     offline: bool = setting(False, "never reach the network")
     dtype: str = setting("auto", "auto (what config.json says), float32, bfloat16, float16")
-    device: str = setting("cpu", "cpu, cuda or cuda:N")
+    device: str = setting(
+        "cpu",
+        "cpu, cuda or cuda:N; emulated: experts as on a device that is not there, at its speed",
+    )
     quantize: str = setting(
         "none", "none, int8 or int4: the weights of products on the CPU, rounded as they are read"
     )
@@ -88,9 +91,11 @@ class ModelConfig:
                 field="quantize_group",
             )
         index = self.device.removeprefix("cuda:")
-        if self.device not in ("cpu", "cuda") and not (index != self.device and index.isdigit()):
+        known = self.device in ("cpu", "cuda", "emulated")
+        if not known and not (index != self.device and index.isdigit()):
             raise ConfigError(
-                f"device: {self.device!r} is not one of cpu, cuda, cuda:N", field="device"
+                f"device: {self.device!r} is not one of cpu, cuda, cuda:N, emulated",
+                field="device",
             )
         if self.context_tokens is not None:
             _at_least("context_tokens", self.context_tokens, 1)
@@ -185,7 +190,11 @@ class ExpertConfig:
         _one_of("predictor", self.predictor, PREDICTORS)
         if self.host_memory_bytes is not None and self.host_slots is not None:
             raise ConfigError("host_memory_bytes and host_slots contradict each other; give one")
-        if not self.is_tiered:
+        if self.device_memory_bytes is not None and self.device_slots is not None:
+            raise ConfigError(
+                "device_memory_bytes and device_slots contradict each other; give one"
+            )
+        if not self.is_tiered and not self.has_device_slots:
             for name, default in (("policy", "auto"), ("predictor", "none")):
                 value = getattr(self, name)
                 if value not in (default, "resident"):
@@ -194,9 +203,30 @@ class ExpertConfig:
                         field=name,
                         hint="give --host-memory, or leave it out",
                     )
-        for name, least in (("host_memory_bytes", 1), ("host_slots", 2), ("disk_threads", 1)):
+        for name, least in (
+            ("host_memory_bytes", 1),
+            ("host_slots", 2),
+            ("disk_threads", 1),
+            ("device_memory_bytes", 1),
+            ("device_slots", 1),
+        ):
             value = getattr(self, name)
             if value is not None:
+    device_memory_bytes: int | None = setting(
+        None, "--device emulated: memory for experts there; the others run on the CPU or are copied"
+    )
+    device_slots: int | None = setting(
+        None, "exact number of experts on the device, instead of device_memory_bytes"
+    )
+    device_profile: str = setting(
+        "rtx4090-pcie4",
+        "--device emulated: the machine whose device and link are emulated: a profile's file, or "
+        "the name of one that comes with the package",
+    )
+    emulate_cpu: bool = setting(
+        False,
+        "--device emulated: the CPU's time follows from the profile, too, so that its ratios hold",
+    )
                 _at_least(name, value, least)
         _at_least("prefetch_depth", self.prefetch_depth, 0)
         if self.num_threads is not None:
@@ -260,6 +290,11 @@ class ZmqConfig:
         None, "endpoint to bind; default: ipc socket in the runtime directory"
     )
     curve_dir: Path | None = setting(
+    @property
+    def has_device_slots(self) -> bool:
+        """Whether some of the experts have copies on a device."""
+        return self.device_memory_bytes is not None or self.device_slots is not None
+
         None, "directory made by `moeserve keygen`; needed for TCP beyond loopback"
     )
     heartbeat_s: float = setting(2.0, "seconds between heartbeats")
@@ -270,6 +305,38 @@ class ZmqConfig:
     max_in_flight: int = setting(256, "requests one client may have in flight")
 
     def __post_init__(self) -> None:
+    def __post_init__(self) -> None:
+        check_device(self.model, self.experts)
+
+
+def check_device(model: ModelConfig, experts: ExpertConfig) -> None:
+    """ConfigError for settings of an emulated device without one, or one without settings."""
+    if model.device == "emulated" and not experts.has_device_slots:
+        raise ConfigError(
+            "device: emulated: how many experts have room there?",
+            field="device",
+            hint="give --device-memory or --device-slots",
+        )
+    if model.device == "emulated" and experts.cpu_backend not in ("auto", "native"):
+        raise ConfigError(
+            f"cpu_backend: {experts.cpu_backend}: an emulated device computes with native kernels",
+            field="cpu_backend",
+            hint="choose --cpu-backend native",
+        )
+    if model.device != "emulated":
+        for name, default in (
+            ("device_memory_bytes", None),
+            ("device_slots", None),
+            ("device_profile", ExpertConfig.device_profile),
+            ("emulate_cpu", False),
+        ):
+            if getattr(experts, name) != default:
+                raise ConfigError(
+                    f"{name}: it is for an emulated device, and device is {model.device}",
+                    field=name,
+                    hint="give --device emulated, or leave it out",
+                )
+
         _at_least("heartbeat_s", self.heartbeat_s, 0.01)
         if self.peer_timeout_s < 2 * self.heartbeat_s:
             raise ConfigError(

@@ -70,6 +70,22 @@ def expert_gates(spec: ModelSpec, weights: Mapping[str, Weight]) -> list[LayerGa
 
 
 def _build_layer(
+def routed_experts(spec: ModelSpec, weights: Mapping[str, Weight]) -> dict[int, PackedExperts]:
+    """The packed experts of every MoE layer."""
+    found = {}
+    for index in spec.moe_layers:
+        experts = weights[f"layers.{index}.experts.gate_up"]
+        assert isinstance(experts, PackedExperts), "experts are packed on the native backend only"
+        found[index] = experts
+    return found
+
+
+def rest_bytes(weights: Mapping[str, Weight]) -> int:
+    """Weights that every token needs: all but the routed experts."""
+    rest = {id(w): w for name, w in weights.items() if ".experts." not in name}
+    return sum(weight.nbytes for weight in rest.values())
+
+
     spec: ModelSpec,
     index: int,
     layer: LayerSpec,

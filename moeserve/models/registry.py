@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +27,12 @@ from moeserve.models import (
     qwen3,
     qwen3_moe,
 )
-from moeserve.models.builder import build_transformer, expert_gates
+from moeserve.models.builder import (
+    build_transformer,
+    expert_gates,
+    rest_bytes,
+    routed_experts,
+)
 from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_model_config
 from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
@@ -116,7 +121,10 @@ def load_model(
     found = find_model(config)
     spec = found.spec
     context_tokens = _context_tokens(config, spec)
-    device = _device(config.device)
+    emulated = config.device == "emulated"
+    device = _device("cpu" if emulated else config.device)
+    if emulated:  # the native kernels compute what the device would
+        expert_config = replace(expert_config, cpu_backend="native")
     experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
     resident_bytes = 0
     files: tuple[OpenFile, ...] = ()
@@ -153,6 +161,8 @@ def load_model(
             read = read_checkpoint(
                 checkpoint, found, config, dtype, device, native, HeapMemory(), progress
             )
+    if emulated:
+        runtime = runtime.with_device(routed_experts(spec, read.weights), rest_bytes(read.weights))
     runtime = runtime.with_predictor(lambda: expert_gates(spec, read.weights))
     notes = runtime.notes | found.notes | read.notes
     generation = read_generation_config(found.path)
