@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from moeserve.core import ExpertSpec, ExpertWeights, Routing
+from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.torch_grouped import GroupedExperts
 from moeserve.experts.executor import Executor

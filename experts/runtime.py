@@ -73,13 +73,7 @@ class ExpertRuntime:
         depth = self.config.prefetch_depth
         predictor = make_predictor(self.config.predictor, num_experts, depth, gates)
         self.notes["predictor"] = f"{self.config.predictor}, {depth} layers ahead at most"
-        inter = self.inter
-        if isinstance(self.supply, DiskSupply) and isinstance(self.intra, SimulatedPlacement):
-            supply = self.supply
-            inter = WatchedPrefetch(
-                self.cache, self.intra, supply.begin_prefetch, supply.busy_s, depth
-            )
-        return replace(self, predictor=predictor, inter=inter)
+        return replace(self, predictor=predictor)
 
     def with_device(self, layers: Mapping[int, PackedExperts], rest_bytes: int) -> ExpertRuntime:
         """The runtime with an emulated device over host memory, as its config has it.
@@ -103,22 +97,6 @@ class ExpertRuntime:
             count_use=count_use,
             notes=self.notes | tier.notes,
         )
-
-    def with_workers(self, identity: WorkerIdentity) -> ExpertRuntime:
-        """The runtime with the workers that its config names, all of which are there; as it is
-        where there are none. Raises ConfigError."""
-        if not self.config.workers:
-            return self
-        pool = WorkerPool(self.config, identity, max(self.cache.numbers.counts))
-        try:
-            pool.start()
-        except ConfigError:
-            pool.close()
-            raise
-        self.notes["workers"] = pool.describe()
-        resident = isinstance(self.supply, ResidentSupply)
-        intra = UsedPlacement() if resident else self.intra
-        return replace(self, workers=pool, count_use=LocalUse(pool), intra=intra)
 
     def add_layer(self, layer: int, experts: PackedExperts) -> None:
         """Where experts stay on disk: their records are put into slots from now on."""
