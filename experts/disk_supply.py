@@ -57,11 +57,9 @@ class DiskSupply(ExpertSupply):
             next(groups)  # up to where the first wave's reads have begun
             yield Supplied(self.cache.slots(placement.layer), groups)
 
-    def prefetch(self, keys: Sequence[ExpertKey], protect: Placement) -> int:
-        """Begins to read, most wanted first, as far as slots can be had. Returns how many."""
-        loads = self.cache.prefetch(keys, protect)
+    def begin_prefetch(self, loads: tuple[Load, ...]) -> None:
+        """Begins to read what the cache has given slots on a guess."""
         self._begin(loads, Urgency.PREFETCH)
-        return len(loads)
 
     def collect(self) -> None:
         """Takes what has arrived meanwhile, and returns memory that is no longer to be used."""
@@ -81,6 +79,10 @@ class DiskSupply(ExpertSupply):
         change = self.cache.resize(num_slots)
         self.slots.grow(1 + max(change.added, default=-1))
         self._give_back(change.given_up)
+
+    def busy_s(self) -> float:
+        """Seconds for which anything was being read so far."""
+        return self.transfers.stats.busy_s
 
     def stats(self) -> tuple[list[CacheStats], list[LinkStats]]:
         return (
