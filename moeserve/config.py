@@ -138,11 +138,20 @@ class SchedulerConfig:
     history_requests: int = setting(
         1000, "finished requests whose output lengths past_future remembers"
     )
+    decode_group: int | None = setting(
+        None, "most decodes in a step, chosen to want the same experts; default: all of them"
+    )
+    decode_wait_steps: int = setting(
+        4, "with decode_group: steps that a decode may be left out in a row, if turns allow"
+    )
 
     def __post_init__(self) -> None:
         _one_of("admission", self.admission, ("past_future", "aggressive", "conservative"))
         for name in ("max_batch_tokens", "max_running", "max_waiting", "history_requests"):
             _at_least(name, getattr(self, name), 1)
+        if self.decode_group is not None:
+            _at_least("decode_group", self.decode_group, 1)
+        _at_least("decode_wait_steps", self.decode_wait_steps, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
