@@ -37,7 +37,7 @@ from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_
 from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
 from moeserve.models.open_file import OpenFile
-from moeserve.models.packed_model import PackedModel, is_packed
+from moeserve.models.packed_model import PackedModel, is_packed, worker_identity
 from moeserve.models.read_weights import (
     DTYPES,
     FoundModel,
@@ -128,6 +128,8 @@ def load_model(
     experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
     resident_bytes = 0
     files: tuple[OpenFile, ...] = ()
+    if expert_config.workers:
+        _check_workers(config, is_packed(found.path))
     if is_packed(found.path):
         check_packed_settings(config, device)
         tiered = expert_config.is_tiered
@@ -145,6 +147,9 @@ def load_model(
             on_disk = memory.records if isinstance(memory, ResidentPart) else None
             runtime = build_expert_runtime(expert_config, experts, device, dtype, True, on_disk)
             read = read_packed(packed, memory, found, config, runtime.native)
+            if runtime.native is not None:
+                integers, isa = config.quantize_activations, runtime.native.isa
+                runtime = runtime.with_workers(worker_identity(packed, integers, isa))
             resident_bytes = memory.num_bytes if isinstance(memory, ResidentPart) else 0
     else:
         if expert_config.is_tiered:
@@ -180,6 +185,21 @@ def load_model(
         resident_bytes=resident_bytes,
         files=files,
     )
+
+
+def _check_workers(config: ModelConfig, packed: bool) -> None:
+    if config.device != "cpu":
+        raise ConfigError(
+            f"workers: they are for --device cpu, and device is {config.device}",
+            field="workers",
+            hint="leave out --worker",
+        )
+    if not packed:
+        raise ConfigError(
+            f"workers: the experts of {config.model} cannot be read one by one",
+            field="workers",
+            hint=f"run `moeserve pack {config.model} OUT` once and serve OUT",
+        )
 
 
 def _context_tokens(config: ModelConfig, spec: ModelSpec) -> int:
