@@ -48,6 +48,7 @@ class MoELayer:
         self.inter = runtime.inter
         self.predictor = runtime.predictor
         self.observers = runtime.observers
+        self.timeline = runtime.watch.timeline
 
     def forward(self, x: Tensor, step: int) -> Tensor:
         """x [T, H] to the weighted sum of each row's experts, [T, H], same dtype.
@@ -55,15 +56,19 @@ class MoELayer:
         step: number of the engine's step, for traces.
         """
         routing = self.router(x)
+        self.timeline.lap("router", layer=self.layer)
         for observe in self.observers:
             observe(self.layer, x, routing)
         use = self.count_use(self.layer, routing, self.router.spec.num_experts)
         self.cache.observe(use)
         placement = self.intra.place(use, self.cache.residency(self.layer))
         self.supply.collect()
+        self.timeline.lap("place", layer=self.layer)
         with self.supply.acquire(placement) as supplied:
+            self.timeline.lap("acquire", layer=self.layer)
             # Reads for later layers begin behind this layer's own, and beside its work.
             self.inter.prefetch(self.predictor.predict(self.layer, x, routing), protect=placement)
+            self.timeline.lap("predict and prefetch", layer=self.layer)
             return self.executor.run(x, routing, placement, supplied)
 
 

@@ -37,6 +37,14 @@ class Timeline:
         self.recording = False
         self._spans: list[Span] = []
         self._num_dropped = 0
+        self._lap_s = 0.0
+
+    def lap(self, name: str, **details: Any) -> None:
+        """What the engine's thread did since its last lap, or since `start`."""
+        if self.recording:
+            now_s = time.perf_counter()
+            self.add_here(name, self._lap_s, now_s, **details)
+            self._lap_s = now_s
 
     def span(self, name: str, **details: Any) -> AbstractContextManager[None]:
         """`with timeline.span("router", layer=3):` on the track of this thread."""
@@ -53,11 +61,13 @@ class Timeline:
 
     def add_here(self, name: str, start_s: float, end_s: float, **details: Any) -> None:
         """As `add`, on the track of this thread."""
-        self.add(name, threading.current_thread().name, start_s, end_s, **details)
+        if self.recording:
+            self.add(name, threading.current_thread().name, start_s, end_s, **details)
 
     def start(self) -> None:
         """Forgets what was recorded before."""
         self._spans, self._num_dropped = [], 0
+        self._lap_s = time.perf_counter()
         self.recording = True
 
     def stop(self) -> Recording:

@@ -68,6 +68,7 @@ class Engine:
         kv = KvPool(loaded.spec, num_blocks, block_tokens, loaded.dtype, loaded.device)
         self.runner = ModelRunner(loaded.model, kv, block_tokens, loaded.device)
         self.sampler = Sampler(loaded.spec.vocab_size, loaded.eos_token_ids, loaded.device)
+        self.timeline = loaded.runtime.watch.timeline
         self._num_steps = 0
         self._step_s = 0.0
         self._expert_stats: ExpertStats | None = None
@@ -136,7 +137,9 @@ class Engine:
         this engine computes could be trusted.
         """
         started_s = time.perf_counter()
+        self.timeline.lap("between steps")
         batch = self.scheduler.schedule(time.time())
+        self.timeline.lap("schedule")
         if batch is None:
             return self._ended(self.scheduler.drain_events())
         self.loaded.check_files()
@@ -144,16 +147,24 @@ class Engine:
             output = self.runner.forward(batch)
         except StoreError as error:
             return self._ended(self._fail_batch(batch, error))
+        self.timeline.lap("final norm")
         result, failed = self._sample(batch, output)
+        self.timeline.lap("head and sampler")
         deltas = failed + self.scheduler.commit(batch, result, time.time())
+        self.timeline.lap("commit")
         self._num_steps += 1
-        self._step_s += time.perf_counter() - started_s
+        ended_s = time.perf_counter()
+        self._step_s += ended_s - started_s
+        self.timeline.add_here("step", started_s, ended_s, step=batch.step)
         return self._ended(deltas)
 
-    def stats(self) -> EngineStats:
-        """Those of experts are collected at most once per second, and when there is no work."""
+    def stats(self, fresh: bool = False) -> EngineStats:
+        """Those of experts are collected at most once per second while there is work.
+
+        fresh: collects them now.
+        """
         now_s = time.monotonic()
-        if now_s >= self._expert_stats_due_s or not self.has_work:
+        if fresh or now_s >= self._expert_stats_due_s or not self.has_work:
             self._expert_stats = self.loaded.runtime.stats()
             self._expert_stats_due_s = now_s + EXPERT_STATS_S
         return msgspec.structs.replace(
@@ -163,6 +174,21 @@ class Engine:
             kv_bytes=self.kv_bytes,
             experts=self._expert_stats,
         )
+
+    def resize_host_memory(self, budget_bytes: int) -> None:
+        """Gives experts what a budget leaves beside weights of every token and kv.
+
+        Between two steps; raises ConfigError where that is not enough, or experts need none.
+        """
+        runtime = self.loaded.runtime
+        try:
+            runtime.resize_host_memory(budget_bytes, self.loaded.resident_bytes + self.kv_bytes)
+        except MemoryError as error:
+            raise ConfigError(
+                f"host_memory: the system has no {budget_bytes} bytes: {error}",
+                field="host_memory_bytes",
+            ) from error
+        self.loaded.notes.update(runtime.notes)
 
     def check_integrity(self) -> None:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""

@@ -54,6 +54,7 @@ def build_transformer(
         _norm(_tensor(weights, "norm"), spec.norm_eps, runtime),
         make_linear(head, out_dtype=torch.float32),
         TorchAttention.plan if runtime.native is None else NativeAttention.planner(runtime.native),
+        runtime.watch.timeline,
     )
 
 
@@ -109,7 +110,8 @@ def rest_bytes(weights: Mapping[str, Weight]) -> int:
         fused_experts = fuse_experts(runtime, ffn_norm, ffn.routed, experts)
     fused_attention = fuse_attention(runtime.native, attention_norm, attention)
     fused = FusedHalves(fused_attention, fused_experts)
-    return DecoderLayer(attention_norm, attention, ffn_norm, ffn, fused)
+    timeline = runtime.watch.timeline
+    return DecoderLayer(attention_norm, attention, ffn_norm, ffn, index, timeline, fused)
 
 
 def _tensor(weights: Mapping[str, Weight], name: str) -> Tensor:
