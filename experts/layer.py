@@ -10,10 +10,11 @@ from moeserve.core import ExpertSpec, ExpertWeights, Routing
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.torch_grouped import GroupedExperts
-from moeserve.experts.executor import Executor
 from moeserve.experts.device_supply import DeviceSupply
-from moeserve.experts.router import Router, RouterSpec, RouterWeights
+from moeserve.experts.executor import Executor
 from moeserve.experts.hybrid_executor import HybridExecutor
+from moeserve.experts.remote import RemoteExecutor
+from moeserve.experts.router import Router, RouterSpec, RouterWeights
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
 
@@ -50,6 +51,11 @@ class MoELayer:
         self.observers = runtime.observers
         self.timeline = runtime.watch.timeline
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody records its routing, or forces it: then it runs in its parts."""
+        return bool(self.observers) or not isinstance(self.router, Router)
+
     def forward(self, x: Tensor, step: int) -> Tensor:
         """x [T, H] to the weighted sum of each row's experts, [T, H], same dtype.
 
@@ -59,10 +65,10 @@ class MoELayer:
         self.timeline.lap("router", layer=self.layer)
         for observe in self.observers:
             observe(self.layer, x, routing)
+        self.supply.collect()
         use = self.count_use(self.layer, routing, self.router.spec.num_experts)
         self.cache.observe(use)
         placement = self.intra.place(use, self.cache.residency(self.layer))
-        self.supply.collect()
         self.timeline.lap("place", layer=self.layer)
         with self.supply.acquire(placement) as supplied:
             self.timeline.lap("acquire", layer=self.layer)
@@ -94,8 +100,14 @@ def build_moe_layer(
     runtime.backend.add_layer(layer, expert_spec, expert_weights)
     if isinstance(expert_weights, PackedExperts):
         runtime.add_layer(layer, expert_weights)
-    return MoELayer(layer, router, Executor(runtime.backend, None, runtime.watch), runtime)
     if isinstance(runtime.supply, DeviceSupply):
         assert isinstance(runtime.backend, NativeBackend), "device and CPU share the native kernels"
         hybrid = HybridExecutor(runtime.backend, runtime.supply.device, runtime.watch)
         return MoELayer(layer, router, hybrid, runtime)
+    executor = Executor(runtime.backend, None, runtime.watch)
+    if runtime.workers is not None:
+        assert isinstance(runtime.backend, NativeBackend), "workers compute with native kernels"
+        executor = RemoteExecutor(
+            runtime.backend, runtime.workers, runtime.supply, runtime.cache, runtime.watch
+        )
+    return MoELayer(layer, router, executor, runtime)

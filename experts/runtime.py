@@ -18,11 +18,18 @@ from moeserve.cpu_backend.choice import BackendChoice, choose_backend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.cpu_backend.torch_backend import TorchBackend
+from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import build_disk_tier, check_num_slots
+from moeserve.experts.prefetch import PredictorInNeed, WatchedPrefetch
+from moeserve.experts.remote import LocalPredictor, LocalUse, UsedPlacement
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
-from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, ResidentPlacement
+from moeserve.experts.schedule.intra_layer import (
+    IntraLayerScheduler,
+    ResidentPlacement,
+    SimulatedPlacement,
+)
 from moeserve.experts.supply import ExpertSupply, ResidentSupply
 from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Predictor
@@ -30,6 +37,7 @@ from moeserve.predictors.gates import LayerGate
 from moeserve.predictors.none import NonePredictor
 from moeserve.predictors.registry import make_predictor
 from moeserve.stats import ExpertStats
+from moeserve.worker_messages import WorkerIdentity
 
 CountUse = Callable[[int, Routing, int], LayerUse]
 #: told (layer, x [T, H], routing) of every layer that runs
@@ -44,6 +52,7 @@ class ExpertRuntime:
     observers: called by every layer with what it is asked; to be appended to by recorders.
     watch: how long experts are computed, and the timeline of a step.
     count_use: (layer, routing, number of experts) to what schedulers and policies look at.
+    workers: processes that compute some of the experts; None where none are named.
     notes: what was chosen and why, for ModelInfo.notes.
     """
 
@@ -60,6 +69,7 @@ class ExpertRuntime:
     notes: dict[str, str]
     observers: list[Observer] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
+    workers: WorkerPool | None = None
 
     def with_predictor(self, read_gates: Callable[[], Sequence[LayerGate]]) -> ExpertRuntime:
         """The runtime with the predictor that its config names. read_gates: of all MoE layers.
@@ -72,8 +82,17 @@ class ExpertRuntime:
         num_experts = {gate.layer: gate.num_experts for gate in gates}
         depth = self.config.prefetch_depth
         predictor = make_predictor(self.config.predictor, num_experts, depth, gates)
+        if self.workers is not None:
+            predictor = LocalPredictor(predictor, self.workers)
         self.notes["predictor"] = f"{self.config.predictor}, {depth} layers ahead at most"
-        return replace(self, predictor=predictor)
+        inter = self.inter
+        if isinstance(self.supply, DiskSupply) and isinstance(self.intra, SimulatedPlacement):
+            supply = self.supply
+            predictor = PredictorInNeed(predictor, self.cache)
+            inter = WatchedPrefetch(
+                self.cache, self.intra, supply.begin_prefetch, supply.busy_s, depth
+            )
+        return replace(self, predictor=predictor, inter=inter)
 
     def with_device(self, layers: Mapping[int, PackedExperts], rest_bytes: int) -> ExpertRuntime:
         """The runtime with an emulated device over host memory, as its config has it.
@@ -97,6 +116,22 @@ class ExpertRuntime:
             count_use=count_use,
             notes=self.notes | tier.notes,
         )
+
+    def with_workers(self, identity: WorkerIdentity) -> ExpertRuntime:
+        """The runtime with the workers that its config names, all of which are there; as it is
+        where there are none. Raises ConfigError."""
+        if not self.config.workers:
+            return self
+        pool = WorkerPool(self.config, identity, max(self.cache.numbers.sizes))
+        try:
+            pool.start()
+        except ConfigError:
+            pool.close()
+            raise
+        self.notes["workers"] = pool.describe()
+        resident = isinstance(self.supply, ResidentSupply)
+        intra = UsedPlacement() if resident else self.intra
+        return replace(self, workers=pool, count_use=LocalUse(pool), intra=intra)
 
     def add_layer(self, layer: int, experts: PackedExperts) -> None:
         """Where experts stay on disk: their records are put into slots from now on."""
@@ -145,10 +180,14 @@ class ExpertRuntime:
     def check_integrity(self) -> None:
         """AssertionError where the books of what stands where do not agree."""
         self.supply.check_integrity()
+        if self.workers is not None:
+            self.workers.check_integrity()
 
     def close(self) -> None:
         self.supply.close()
         self.backend.close()
+        if self.workers is not None:
+            self.workers.close()
 
 
 def build_expert_runtime(
