@@ -184,6 +184,18 @@ def _trace(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _worker_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.worker.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _worker(args: argparse.Namespace) -> int:
+    from moeserve.worker.command import run
+
+    return run(args)
+
+
 def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or hub id (default: the bundled model)"
@@ -204,6 +216,7 @@ COMMANDS = {
     ),
     "trace": Command("record which experts a model takes", _trace_arguments, _trace),
     "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
+    "worker": Command("compute a part of a model's experts", _worker_arguments, _worker),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
 }
 
