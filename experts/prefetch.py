@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moeserve.cache.expert_cache import ExpertCache
 from moeserve.cache.types import Load
-from moeserve.core import Placement
+from moeserve.core import Placement, Routing
 from moeserve.experts.schedule.inter_layer import ImpactPrefetch, InterLayerScheduler
 from moeserve.experts.schedule.intra_layer import SimulatedPlacement
-from moeserve.predictors.base import Prediction
+from moeserve.predictors.base import Prediction, Predictor
 from moeserve.predictors.usefulness import PrefetchUsefulness
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NOTHING = Prediction()
 #: calls after which the link's load is looked at again
 REVIEW_CALLS = 256
 
@@ -92,3 +100,23 @@ class WatchedPrefetch(InterLayerScheduler):
             share = min(1.0, (busy_s - busy_then_s) / (now_s - then_s))
             self.usefulness.break_even = 0.5 * share
         self._reviewed = (now_s, busy_s)
+
+
+class PredictorInNeed(Predictor):
+    """Predicts while there is something to fetch; where all experts have come in, it costs nothing.
+
+    A predictor that learns from what it sees misses those steps.
+    """
+
+    def __init__(self, predictor: Predictor, cache: ExpertCache) -> None:
+        self.name = predictor.name
+        self._predictor = predictor
+        self._cache = cache
+
+    def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
+        self._predictor.begin_step(previous_rows)
+
+    def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
+        if self._cache.holds_everything:
+            return NOTHING
+        return self._predictor.predict(layer, x, routing)

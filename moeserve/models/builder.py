@@ -70,7 +70,6 @@ def expert_gates(spec: ModelSpec, weights: Mapping[str, Weight]) -> list[LayerGa
     return gates
 
 
-def _build_layer(
 def routed_experts(spec: ModelSpec, weights: Mapping[str, Weight]) -> dict[int, PackedExperts]:
     """The packed experts of every MoE layer."""
     found = {}
@@ -87,6 +86,7 @@ def rest_bytes(weights: Mapping[str, Weight]) -> int:
     return sum(weight.nbytes for weight in rest.values())
 
 
+def _build_layer(
     spec: ModelSpec,
     index: int,
     layer: LayerSpec,
