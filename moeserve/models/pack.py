@@ -174,7 +174,8 @@ class PackWriter:
                 mapping = mmap.mmap(file.fileno(), num_bytes)
         except OSError as error:
             raise ModelError(
-                f"{self.path.parent}: no room for {name} of {num_bytes} bytes: {error.strerror}"
+                f"{self.path.parent}: no room for {name} of {num_bytes} bytes: {error.strerror}",
+                hint="free that much, or name a directory on another disk",
             ) from error
         self._mappings.append(mapping)
         return mapping
@@ -228,7 +229,7 @@ def _check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: exists and is not empty", hint="name a new directory")
     if not out.parent.is_dir():
-        raise ModelError(f"{out.parent}: no such directory")
+        raise ModelError(f"{out.parent}: no such directory", hint="make it first")
 
 
 @contextmanager
@@ -243,7 +244,10 @@ def _directory(out: Path) -> Iterator[Path]:
         os.rename(path, out)
         _sync(out.parent)
     except OSError as error:
-        raise ModelError(f"{out}: cannot be written: {error.strerror}") from error
+        raise ModelError(
+            f"{out}: cannot be written: {error.strerror}",
+            hint="name a directory that you may write to, on a disk with room",
+        ) from error
     finally:
         shutil.rmtree(path, ignore_errors=True)
 
