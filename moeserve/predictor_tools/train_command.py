@@ -78,7 +78,7 @@ def check_numbers(args: argparse.Namespace, **least: int) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = ResidualShape()
-    add_text_arguments(parser, default_tokens=1_000_000)
+    add_text_arguments(parser, default_tokens=1_200_000)
     parser.add_argument(
         "-o", "--out", type=Path, help=f"file to write (default: {FILE_NAME} beside the model)"
     )
