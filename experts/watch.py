@@ -20,7 +20,7 @@ class Watch:
         self.cpu_s: dict[int, float] = defaultdict(float)
 
     def computing(self, layer: int, experts: Sequence[int] | None = None) -> Computing:
-        """`with watch.computing(layer, experts):` around work on the CPU. None: all wanted ones."""
+        """`with watch.computing(layer, experts):` around work on the CPU. None: all."""
         return Computing(self, layer, experts)
 
 
@@ -41,5 +41,5 @@ class Computing:
         watch.cpu_s[layer] += end_s - self._start_s
         if watch.timeline.recording:
             watch.timeline.add_here(
-                "experts", self._start_s, end_s, layer=layer, experts=self._experts or "all wanted"
+                "experts", self._start_s, end_s, layer=layer, experts=self._experts
             )

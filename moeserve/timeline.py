@@ -31,20 +31,24 @@ class Span(NamedTuple):
 
 
 class Timeline:
-    """Records spans between `start` and `stop`. Threads may add spans at any time."""
+    """Records spans between `start` and `stop`. Threads may add spans at any time.
+
+    lap_s: the end of the last lap, so that a span around laps begins and ends exactly with them:
+    spans of one track must lie inside each other, or beside.
+    """
 
     def __init__(self) -> None:
         self.recording = False
         self._spans: list[Span] = []
         self._num_dropped = 0
-        self._lap_s = 0.0
+        self.lap_s = 0.0
 
     def lap(self, name: str, **details: Any) -> None:
         """What the engine's thread did since its last lap, or since `start`."""
         if self.recording:
             now_s = time.perf_counter()
-            self.add_here(name, self._lap_s, now_s, **details)
-            self._lap_s = now_s
+            self.add_here(name, self.lap_s, now_s, **details)
+            self.lap_s = now_s
 
     def span(self, name: str, **details: Any) -> AbstractContextManager[None]:
         """`with timeline.span("router", layer=3):` on the track of this thread."""
@@ -67,7 +71,7 @@ class Timeline:
     def start(self) -> None:
         """Forgets what was recorded before."""
         self._spans, self._num_dropped = [], 0
-        self._lap_s = time.perf_counter()
+        self.lap_s = time.perf_counter()
         self.recording = True
 
     def stop(self) -> Recording:

@@ -136,8 +136,9 @@ class Engine:
         Raises ModelError where a file that weights are mapped from was changed: nothing more that
         this engine computes could be trusted.
         """
-        started_s = time.perf_counter()
         self.timeline.lap("between steps")
+        started_s = time.perf_counter()
+        begun_s = self.timeline.lap_s
         batch = self.scheduler.schedule(time.time())
         self.timeline.lap("schedule")
         if batch is None:
@@ -153,9 +154,8 @@ class Engine:
         deltas = failed + self.scheduler.commit(batch, result, time.time())
         self.timeline.lap("commit")
         self._num_steps += 1
-        ended_s = time.perf_counter()
-        self._step_s += ended_s - started_s
-        self.timeline.add_here("step", started_s, ended_s, step=batch.step)
+        self._step_s += time.perf_counter() - started_s
+        self.timeline.add_here("step", begun_s, self.timeline.lap_s, step=batch.step)
         return self._ended(deltas)
 
     def stats(self, fresh: bool = False) -> EngineStats:
