@@ -119,6 +119,11 @@ class ExpertCache:
             self._layer_slots[layer] = found
         return found
 
+    @property
+    def holds_everything(self) -> bool:
+        """Whether every expert has a slot: nothing is left to be fetched."""
+        return self._pool.capacity - self._pool.num_free >= self.numbers.total
+
     def num_obtainable(self, protect: Placement) -> int:
         """Slots that a fetch can have without taking what a lease or `protect` names."""
         return self.num_free + len(self._evictable(protect))

@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 
 from moeserve.cache.expert_cache import Load
 from moeserve.cache.tiers.source import ExpertSource, StoreError
+from moeserve.cache.transfer_stats import TransferStats
 from moeserve.core import ExpertKey
+from moeserve.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -45,21 +47,6 @@ class Arrival:
     load: Load
     urgency: Urgency
     error: StoreError | None = None
-
-
-@dataclass
-class TransferStats:
-    """Since the start. busy_s: at least one chunk was on its way. stall_s: somebody waited."""
-
-    demand_bytes: int = 0
-    prefetch_bytes: int = 0
-    num_demands: int = 0
-    num_prefetches: int = 0
-    num_promoted: int = 0
-    num_failed: int = 0
-    num_retries: int = 0
-    busy_s: float = 0.0
-    stall_s: float = 0.0
 
 
 @dataclass(eq=False)
@@ -94,9 +81,11 @@ class Transfers:
         slot: Callable[[int], NDArray[np.uint8]],
         num_threads: int,
         chunk_bytes: int,
+        timeline: Timeline | None = None,
     ) -> None:
         """slot: the memory of a slot by its number, at least as long as a record."""
         self.stats = TransferStats()
+        self.timeline = timeline or Timeline()
         self._source = source
         self._slot = slot
         self._chunk_bytes = chunk_bytes
@@ -159,8 +148,11 @@ class Transfers:
             arrivals, self._finished = self._finished, []
             return arrivals
 
-    def wait(self) -> list[Arrival]:
-        """As `finished`, but waits until there is something. Something must be on its way."""
+    def wait(self, layer: int | None = None) -> list[Arrival]:
+        """As `finished`, but waits until there is something. Something must be on its way.
+
+        layer: whose step waits.
+        """
         begun = time.perf_counter()
         with self._changed:
             assert self._active or self._finished, "nothing is on its way"
@@ -168,8 +160,14 @@ class Transfers:
                 if not self._changed.wait(STALL_WARNING_S):
                     self._warn_of_stall()
             arrivals, self._finished = self._finished, []
-        self.stats.stall_s += time.perf_counter() - begun
+        with self._changed:
+            self.stats.waited(layer, time.perf_counter() - begun)
         return arrivals
+
+    def snapshot(self) -> TransferStats:
+        """The statistics as they are now, all of one moment."""
+        with self._changed:
+            return self.stats.copy()
 
     def is_active(self, key: ExpertKey) -> bool:
         return key in self._active
@@ -227,7 +225,10 @@ class Transfers:
         return None
 
     def _read(self, copy: _Copy, start: int, stop: int) -> None:
-        self._source.read(copy.load.key, start, copy.record[start:stop])
+        layer, expert = copy.load.key
+        urgency = copy.urgency.name.lower()
+        with self.timeline.span("read", urgency=urgency, layer=layer, expert=expert, start=start):
+            self._source.read(copy.load.key, start, copy.record[start:stop])
 
     def _put_back(self, copy: _Copy, num_bytes: int, error: StoreError | None) -> None:
         with self._changed:
@@ -241,17 +242,19 @@ class Transfers:
             copy.error = self._attempt(partial(self._source.check, copy.load.key, copy.record))
         with self._changed:
             self._in_flight -= 1
-            if self._in_flight == 0:
-                self.stats.busy_s += time.perf_counter() - self._busy_since
-            if copy.urgency is Urgency.DEMAND:
-                self.stats.demand_bytes += num_bytes
-            else:
-                self.stats.prefetch_bytes += num_bytes
+            self._count(copy, num_bytes)
             if complete:
                 del self._active[copy.load.key]
                 self.stats.num_failed += copy.error is not None
                 self._finished.append(Arrival(copy.load, copy.urgency, copy.error))
                 self._changed.notify_all()
+
+    def _count(self, copy: _Copy, num_bytes: int) -> None:
+        """Called with the lock held, when a chunk has arrived."""
+        now_s = time.perf_counter()
+        demanded = copy.urgency is Urgency.DEMAND
+        self.stats.arrived(copy.load.key.layer, num_bytes, demanded, now_s - self._busy_since)
+        self._busy_since = now_s
 
     def _attempt(self, work: Callable[[], None]) -> StoreError | None:
         """Does the work, again where the system reports an error that may pass."""

@@ -7,31 +7,28 @@ sizes that kernels get wrong, take some milliseconds.
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.cpu_backend import _native
+from moeserve.cpu_backend.packing import PackFormat
 
 #: outputs, inputs: whole and cut-off panels, chunks, groups and tiles
 SHAPES = ((16, 64), (70, 203), (33, 384))
 ROWS = (1, 3, 17, 33)
-#: number of a format in packed.h, group, zero points, weight only
-Kind: TypeAlias = tuple[int, int, bool, bool]
-KINDS: tuple[Kind, ...] = (
-    (0, 0, False, False),
-    (1, 0, False, False),
-    (2, 0, False, False),
-    (2, 0, False, True),
-    (3, 32, False, False),
-    (3, 64, True, False),
-    (3, 32, True, True),
-    (4, 0, False, False),
-    (4, 0, False, True),
-    (5, 0, False, False),
+#: one of each way to compute
+FORMATS = (
+    PackFormat("float32"),
+    PackFormat("bfloat16"),
+    PackFormat("int8"),
+    PackFormat("int8", weight_only=True),
+    PackFormat("int4", 32),
+    PackFormat("int4", 64, zero_points=True),
+    PackFormat("int4", 32, zero_points=True, weight_only=True),
+    PackFormat("mxfp4"),
+    PackFormat("mxfp4", weight_only=True),
+    PackFormat("fp8"),
 )
-BF16, MXFP4, FP8 = 1, 4, 5
 #: of the largest output. Levels add in the same order; fused and unfused, bf16 pairs and single
 #: products differ in rounding only, and rows go through bf16 on a level that has such products.
 TOLERANCE = 1e-5
@@ -45,30 +42,35 @@ def wrong_products(name: str) -> list[str]:
     plain = _native.Runtime("scalar", 1)
     wrong: list[str] = []
     for outputs, inputs in SHAPES:
-        for kind in KINDS:
-            cols = inputs // 32 * 32 if kind[0] == MXFP4 else inputs  # it comes in blocks of 32
+        for form in FORMATS:
+            cols = inputs // 32 * 32 if form.name == "mxfp4" else inputs  # it comes in blocks of 32
             x = generator.standard_normal((max(ROWS), cols), dtype=np.float32)
-            matrix = _random_matrix(plain, kind, outputs, cols, generator)
-            limit = BF16_ROWS_TOLERANCE if kind[0] == BF16 else TOLERANCE
+            matrix = _random_matrix(plain, form, outputs, cols, generator)
+            limit = BF16_ROWS_TOLERANCE if form.name == "bfloat16" else TOLERANCE
             for rows in ROWS:
                 error = _difference(matrix, level, plain, x[:rows], outputs)
                 if not error <= limit:  # NaN is wrong, too
-                    wrong.append(f"format {kind}, [{outputs}, {cols}], {rows} rows: {error:.1e}")
+                    shape = f"[{outputs}, {cols}], {rows} rows"
+                    wrong.append(f"{form.describe()}, {shape}: {error:.1e}")
     return wrong
 
 
 def _random_matrix(
-    runtime: _native.Runtime, kind: Kind, outputs: int, cols: int, generator: np.random.Generator
+    runtime: _native.Runtime,
+    form: PackFormat,
+    outputs: int,
+    cols: int,
+    generator: np.random.Generator,
 ) -> _native.PackedMatrix:
-    layout = _native.Layout(kind[0], outputs, cols, *kind[1:])
+    layout = form.layout(outputs, cols)
     data = _native.allocate(layout.num_bytes)
     rows = np.arange(outputs)
-    if kind[0] == MXFP4:
+    if form.name == "mxfp4":
         codes = generator.integers(0, 256, (outputs, cols // 2), dtype=np.uint8)
         exponents = generator.integers(122, 130, (outputs, cols // 32), dtype=np.uint8)
         _native.pack_codes(runtime, layout, data, rows, codes, exponents)
-    elif kind[0] == FP8:
-        magnitudes = generator.integers(0, 0x50, (outputs, cols), dtype=np.uint8)  # to 2^4, no NaN
+    elif form.name == "fp8":
+        magnitudes = generator.integers(0, 0x50, (outputs, cols), dtype=np.uint8)  # below 8
         signs = generator.integers(0, 2, (outputs, cols), dtype=np.uint8) << 7
         scales = generator.random((outputs, -(-cols // 128)), dtype=np.float32) + 0.1
         _native.pack_codes(runtime, layout, data, rows, magnitudes | signs, scales)

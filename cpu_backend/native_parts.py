@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.cpu_backend import _native
@@ -29,21 +30,27 @@ class NativeParts(ExpertParts):
         self._pair_ids = ids.view(-1, 1)  # [T * K, 1]
         self._pair_numbers = self._pair_ids[:, 0].numpy()
         # Zeros: an expert that the job leaves out adds nothing.
-        self._pairs = torch.zeros(len(self._pair_ids), job.x.shape[1])  # [T * K, H]
+        self.pairs = torch.zeros(len(self._pair_ids), job.x.shape[1])  # [T * K, H]
 
-    def add(self, experts: Sequence[int]) -> None:
+    def add(self, experts: Sequence[int], stored: _native.PackedExperts | None = None) -> None:
+        """stored: the same experts as they stand elsewhere; None: where the backend has them."""
         chosen = torch.from_numpy(np.flatnonzero(np.isin(self._pair_numbers, experts)))  # [P]
         if not len(chosen):
             return
         ids = self._pair_ids[chosen]
         rows = self._job.x[chosen // self._top_k]  # [P, H]
         out = torch.empty(len(chosen), rows.shape[1])
-        self._experts.run(self._runtime, rows, ids, torch.ones(len(chosen), 1), None, out)
-        self._pairs[chosen] = out
+        source = self._experts if stored is None else stored
+        source.run(self._runtime, rows, ids, torch.ones(len(chosen), 1), None, out)
+        self.pairs[chosen] = out
+
+    def put(self, pairs: NDArray[np.int64], results: Tensor) -> None:
+        """What was computed elsewhere: results [P, H] float32 for pairs [P], numbered t * K + k."""
+        self.pairs[torch.from_numpy(pairs)] = results
 
     def total(self) -> Tensor:
         job = self._job
         out = torch.empty(job.x.shape, dtype=job.out_dtype)
         weights = job.routing.weights.contiguous()
-        _native.sum_pairs(self._runtime, self._pairs, self._ids, weights, out)
+        _native.sum_pairs(self._runtime, self.pairs, self._ids, weights, out)
         return out

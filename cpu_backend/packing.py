@@ -186,6 +186,10 @@ class PackedExperts:
         """What one expert takes, in whole pages."""
         return _expert_layouts(spec, gate_up_form, down_form)[2].record_bytes
 
+    def without_records(self) -> _native.PackedExperts:
+        """The same experts, to be told by `set_record` where else their records stand."""
+        return _expert_layouts(self.spec, self.gate_up_form, self.down_form)[2]
+
     @property
     def nbytes(self) -> int:
         return int(self.records.nbytes)

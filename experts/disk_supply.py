@@ -14,7 +14,9 @@ from moeserve.cache.transfer import Arrival, Transfers, Urgency
 from moeserve.cache.types import CacheError, ExpertState, Load
 from moeserve.core import ExpertKey, Placement
 from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.experts.stats import cache_stats, link_stats
 from moeserve.experts.supply import ExpertSupply, Group, Supplied
+from moeserve.stats import CacheStats, LinkStats
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class DiskSupply(ExpertSupply):
         self, cache: ExpertCache, store: DiskStore, slots: HostSlots, transfers: Transfers
     ) -> None:
         """transfers: from that store into those slots."""
+        self.timeline = transfers.timeline
         self.cache = cache
         self.slots = slots
         self.transfers = transfers
@@ -54,16 +57,16 @@ class DiskSupply(ExpertSupply):
             next(groups)  # up to where the first wave's reads have begun
             yield Supplied(self.cache.slots(placement.layer), groups)
 
-    def prefetch(self, keys: Sequence[ExpertKey], protect: Placement) -> int:
-        """Begins to read, most wanted first, as far as slots can be had. Returns how many."""
-        loads = self.cache.prefetch(keys, protect)
+    def begin_prefetch(self, loads: tuple[Load, ...]) -> None:
+        """Begins to read what the cache has given slots on a guess."""
         self._begin(loads, Urgency.PREFETCH)
-        return len(loads)
 
     def collect(self) -> None:
-        """Takes what has arrived meanwhile."""
+        """Takes what has arrived meanwhile, and returns memory that is no longer to be used."""
         for arrival in self.transfers.finished():
             self._take(arrival)
+        if given_up := self.cache.take_given_up():
+            self._give_back(given_up)
 
     def resize(self, num_slots: int) -> None:
         """More or fewer slots, at once as far as they are not in use, the rest when they are free.
@@ -77,9 +80,18 @@ class DiskSupply(ExpertSupply):
         self.slots.grow(1 + max(change.added, default=-1))
         self._give_back(change.given_up)
 
+    def busy_s(self) -> float:
+        """Seconds for which anything was being read so far."""
+        return self.transfers.stats.busy_s
+
+    def stats(self) -> tuple[list[CacheStats], list[LinkStats]]:
+        return (
+            [cache_stats(self.cache, self.slots.slot_bytes)],
+            [link_stats(self.cache.tier, self.cache.numbers, self.transfers.snapshot())],
+        )
+
     def check_integrity(self) -> None:
         self.collect()
-        self._give_back(self.cache.take_given_up())
         self.cache.check_integrity()
         self.transfers.check_integrity()
         for key, slot in self._places.items():
@@ -127,7 +139,7 @@ class DiskSupply(ExpertSupply):
         while not (now or present or self.cache.num_obtainable(kept)) and absent:
             if not self.transfers.num_active:
                 raise CacheError(f"layer {layer}: none of {self.cache.num_slots} slots can be had")
-            self._take_all(self.transfers.wait())
+            self._take_all(self.transfers.wait(layer))
         count = self.cache.num_obtainable(kept)
         return present + absent[:count], absent[count:]
 
@@ -143,7 +155,8 @@ class DiskSupply(ExpertSupply):
                 yield tuple(ready)
                 self.collect()
             else:
-                self._take_all(self.transfers.wait())
+                with self.timeline.span("stall", layer=layer, experts=missing):
+                    self._take_all(self.transfers.wait(layer))
 
     def _state(self, layer: int, expert: int) -> ExpertState:
         return self.cache.state(ExpertKey(layer, expert))

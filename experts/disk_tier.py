@@ -18,6 +18,7 @@ from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.schedule.cost_model import CostModel, Curve
 from moeserve.experts.schedule.intra_layer import FetchOrder
+from moeserve.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def build_disk_tier(
     specs: Mapping[int, ExpertSpec],
     records: Mapping[ExpertKey, DiskRecord],
     native: NativeRuntime,
+    timeline: Timeline,
 ) -> DiskTier:
     """records: of every expert of the layers in `specs`.
 
@@ -51,12 +53,12 @@ def build_disk_tier(
     num_slots = config.host_slots or min(
         len(records), (config.host_memory_bytes or 0) // slot_bytes
     )
-    check_num_slots(num_slots, slot_bytes, config)
+    check_num_slots(num_slots, slot_bytes, config.host_memory_bytes)
     store = DiskStore(records)
     tuning = tune_disk(store, slot_bytes, CHUNK_BYTES)
     num_threads = config.disk_threads or tuning.num_threads
     slots = HostSlots(slot_bytes, num_slots)
-    transfers = Transfers(store, slots.__getitem__, num_threads, CHUNK_BYTES)
+    transfers = Transfers(store, slots.__getitem__, num_threads, CHUNK_BYTES, timeline)
     num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
     policy = "lru" if config.policy == "auto" else config.policy
     cache = ExpertCache(Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts))
@@ -92,14 +94,14 @@ def roofline(num_bytes: int, spec: ExpertSpec, read_rate: float, dot_rate: float
 
 
 def check_num_slots(
-    num_slots: int, slot_bytes: int, config: ExpertConfig, other_bytes: int = 0
+    num_slots: int, slot_bytes: int, budget_bytes: int | None, other_bytes: int = 0
 ) -> None:
     """ConfigError unless there is room for two experts, which is enough for any batch."""
     if num_slots >= 2:
         return
     least = other_bytes + 2 * slot_bytes
     raise ConfigError(
-        f"host_memory: {config.host_memory_bytes} bytes; the weights of every token and kv take"
+        f"host_memory: {budget_bytes} bytes; the weights of every token and kv take"
         f" {other_bytes}, and two experts {2 * slot_bytes}: at least {least}",
         field="host_memory_bytes",
         hint="raise --host-memory, lower --kv-bytes, or pack the model with fewer bits",

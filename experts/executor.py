@@ -10,14 +10,18 @@ from moeserve.core import Placement, Routing
 from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
 from moeserve.experts.device.torch_grouped import GroupedExperts
 from moeserve.experts.supply import Group, Supplied
+from moeserve.experts.watch import Watch
 
 
 class Executor:
     """One layer's expert work. `device` is None where the layer has no experts on a device."""
 
-    def __init__(self, backend: CpuBackend, device: GroupedExperts | None) -> None:
+    def __init__(
+        self, backend: CpuBackend, device: GroupedExperts | None, watch: Watch | None = None
+    ) -> None:
         self._backend = backend
         self._device = device
+        self._watch = watch or Watch()
 
     def run(self, x: Tensor, routing: Routing, placement: Placement, supplied: Supplied) -> Tensor:
         """x [T, H] to the weighted sum of each row's experts, [T, H] in the dtype of x.
@@ -40,8 +44,11 @@ class Executor:
     def _on_cpu(self, job: ExpertJob, placement: Placement, groups: Iterator[Group]) -> Tensor:
         """Everything in one call where it is there, which gives the same as part by part."""
         if not placement.fetch_first:
-            return self._backend.run(job)
+            with self._watch.computing(job.layer):
+                return self._backend.run(job)
         parts = self._backend.in_parts(job)
         for experts in groups:
-            parts.add(experts)
-        return parts.total()
+            with self._watch.computing(job.layer, experts):
+                parts.add(experts)
+        with self._watch.computing(job.layer, ()):
+            return parts.total()

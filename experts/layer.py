@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
-from moeserve.cache.expert_cache import Tier
-from moeserve.core import ExpertSpec, ExpertWeights
+from moeserve.core import ExpertSpec, ExpertWeights, Routing
+from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.torch_grouped import GroupedExperts
+from moeserve.experts.device_supply import DeviceSupply
 from moeserve.experts.executor import Executor
+from moeserve.experts.hybrid_executor import HybridExecutor
+from moeserve.experts.remote import RemoteExecutor
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
+
+
+class Routes(Protocol):
+    """What a layer needs of its router."""
+
+    @property
+    def spec(self) -> RouterSpec: ...
+
+    def __call__(self, x: Tensor) -> Routing:
+        """x [T, H] to each row's experts."""
 
 
 class MoELayer:
     """The routed experts of one layer. Shared experts are an ordinary FFN beside it."""
 
     def __init__(
-        self, layer: int, router: Router, executor: Executor, runtime: ExpertRuntime
+        self,
+        layer: int,
+        router: Router,
+        executor: Executor | HybridExecutor,
+        runtime: ExpertRuntime,
     ) -> None:
         self.layer = layer
-        self.router = router
+        self.router: Routes = router
         self.executor = executor
         self.cache = runtime.cache
         self.supply = runtime.supply
@@ -30,6 +49,12 @@ class MoELayer:
         self.inter = runtime.inter
         self.predictor = runtime.predictor
         self.observers = runtime.observers
+        self.timeline = runtime.watch.timeline
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody records its routing, or forces it: then it runs in its parts."""
+        return bool(self.observers) or not isinstance(self.router, Router)
 
     def forward(self, x: Tensor, step: int) -> Tensor:
         """x [T, H] to the weighted sum of each row's experts, [T, H], same dtype.
@@ -37,14 +62,19 @@ class MoELayer:
         step: number of the engine's step, for traces.
         """
         routing = self.router(x)
+        self.timeline.lap("router", layer=self.layer)
         for observe in self.observers:
             observe(self.layer, x, routing)
+        self.supply.collect()
         use = self.count_use(self.layer, routing, self.router.spec.num_experts)
         self.cache.observe(use)
         placement = self.intra.place(use, self.cache.residency(self.layer))
+        self.timeline.lap("place", layer=self.layer)
         with self.supply.acquire(placement) as supplied:
+            self.timeline.lap("acquire", layer=self.layer)
             # Reads for later layers begin behind this layer's own, and beside its work.
             self.inter.prefetch(self.predictor.predict(self.layer, x, routing), protect=placement)
+            self.timeline.lap("predict and prefetch", layer=self.layer)
             return self.executor.run(x, routing, placement, supplied)
 
 
@@ -62,12 +92,22 @@ def build_moe_layer(
     """
     check_expert_weights(expert_spec, expert_weights, layer)
     router = Router(router_spec, router_weights)
-    if runtime.cache.tier is Tier.DEVICE:
+    if runtime.device.type != "cpu":
         assert isinstance(expert_weights, ExpertWeights), "packed weights are for the CPU"
         first_slot = min(runtime.cache.slots(layer).slots)
         device = GroupedExperts(expert_spec, expert_weights, first_slot)
-        return MoELayer(layer, router, Executor(runtime.backend, device), runtime)
+        return MoELayer(layer, router, Executor(runtime.backend, device, runtime.watch), runtime)
     runtime.backend.add_layer(layer, expert_spec, expert_weights)
     if isinstance(expert_weights, PackedExperts):
         runtime.add_layer(layer, expert_weights)
-    return MoELayer(layer, router, Executor(runtime.backend, None), runtime)
+    if isinstance(runtime.supply, DeviceSupply):
+        assert isinstance(runtime.backend, NativeBackend), "device and CPU share the native kernels"
+        hybrid = HybridExecutor(runtime.backend, runtime.supply.device, runtime.watch)
+        return MoELayer(layer, router, hybrid, runtime)
+    executor = Executor(runtime.backend, None, runtime.watch)
+    if runtime.workers is not None:
+        assert isinstance(runtime.backend, NativeBackend), "workers compute with native kernels"
+        executor = RemoteExecutor(
+            runtime.backend, runtime.workers, runtime.supply, runtime.cache, runtime.watch
+        )
+    return MoELayer(layer, router, executor, runtime)

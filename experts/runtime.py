@@ -18,15 +18,26 @@ from moeserve.cpu_backend.choice import BackendChoice, choose_backend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.cpu_backend.torch_backend import TorchBackend
+from moeserve.cpu_backend.worker_pool import WorkerPool
+from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import build_disk_tier, check_num_slots
+from moeserve.experts.prefetch import PredictorInNeed, WatchedPrefetch
+from moeserve.experts.remote import LocalPredictor, LocalUse, UsedPlacement
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
-from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, ResidentPlacement
+from moeserve.experts.schedule.intra_layer import (
+    IntraLayerScheduler,
+    ResidentPlacement,
+    SimulatedPlacement,
+)
 from moeserve.experts.supply import ExpertSupply, ResidentSupply
+from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.gates import LayerGate
 from moeserve.predictors.none import NonePredictor
 from moeserve.predictors.registry import make_predictor
+from moeserve.stats import ExpertStats
+from moeserve.worker_messages import WorkerIdentity
 
 CountUse = Callable[[int, Routing, int], LayerUse]
 #: told (layer, x [T, H], routing) of every layer that runs
@@ -39,7 +50,9 @@ class ExpertRuntime:
 
     native: kernels and threads of the native backend, where weights on the CPU are packed for it.
     observers: called by every layer with what it is asked; to be appended to by recorders.
+    watch: how long experts are computed, and the timeline of a step.
     count_use: (layer, routing, number of experts) to what schedulers and policies look at.
+    workers: processes that compute some of the experts; None where none are named.
     notes: what was chosen and why, for ModelInfo.notes.
     """
 
@@ -55,6 +68,8 @@ class ExpertRuntime:
     count_use: CountUse
     notes: dict[str, str]
     observers: list[Observer] = field(default_factory=list)
+    watch: Watch = field(default_factory=Watch)
+    workers: WorkerPool | None = None
 
     def with_predictor(self, read_gates: Callable[[], Sequence[LayerGate]]) -> ExpertRuntime:
         """The runtime with the predictor that its config names. read_gates: of all MoE layers.
@@ -67,8 +82,56 @@ class ExpertRuntime:
         num_experts = {gate.layer: gate.num_experts for gate in gates}
         depth = self.config.prefetch_depth
         predictor = make_predictor(self.config.predictor, num_experts, depth, gates)
+        if self.workers is not None:
+            predictor = LocalPredictor(predictor, self.workers)
         self.notes["predictor"] = f"{self.config.predictor}, {depth} layers ahead at most"
-        return replace(self, predictor=predictor)
+        inter = self.inter
+        if isinstance(self.supply, DiskSupply) and isinstance(self.intra, SimulatedPlacement):
+            supply = self.supply
+            predictor = PredictorInNeed(predictor, self.cache)
+            inter = WatchedPrefetch(
+                self.cache, self.intra, supply.begin_prefetch, supply.busy_s, depth
+            )
+        return replace(self, predictor=predictor, inter=inter)
+
+    def with_device(self, layers: Mapping[int, PackedExperts], rest_bytes: int) -> ExpertRuntime:
+        """The runtime with an emulated device over host memory, as its config has it.
+
+        layers: the experts of each MoE layer. rest_bytes: all other weights. Raises ConfigError.
+        """
+        assert self.native is not None, "an emulated device computes with the native kernels"
+        if isinstance(self.supply, DiskSupply):
+            raise ConfigError(
+                "device: emulated over experts on disk is not implemented",
+                field="device",
+                hint="leave out --host-memory",
+            )
+        tier = build_device_tier(self.config, layers, self.native, rest_bytes)
+        return replace(
+            self,
+            cache=tier.cache,
+            supply=tier.supply,
+            intra=tier.intra,
+            inter=tier.inter,
+            count_use=count_use,
+            notes=self.notes | tier.notes,
+        )
+
+    def with_workers(self, identity: WorkerIdentity) -> ExpertRuntime:
+        """The runtime with the workers that its config names, all of which are there; as it is
+        where there are none. Raises ConfigError."""
+        if not self.config.workers:
+            return self
+        pool = WorkerPool(self.config, identity, max(self.cache.numbers.sizes))
+        try:
+            pool.start()
+        except ConfigError:
+            pool.close()
+            raise
+        self.notes["workers"] = pool.describe()
+        resident = isinstance(self.supply, ResidentSupply)
+        intra = UsedPlacement() if resident else self.intra
+        return replace(self, workers=pool, count_use=LocalUse(pool), intra=intra)
 
     def add_layer(self, layer: int, experts: PackedExperts) -> None:
         """Where experts stay on disk: their records are put into slots from now on."""
@@ -80,22 +143,51 @@ class ExpertRuntime:
 
         Raises ConfigError where that leaves none for experts.
         """
-        budget = self.config.host_memory_bytes
-        if budget is None or not isinstance(self.supply, DiskSupply):
-            return
+        if self.config.host_memory_bytes is not None and isinstance(self.supply, DiskSupply):
+            self.resize_host_memory(self.config.host_memory_bytes, other_bytes)
+
+    def resize_host_memory(self, budget_bytes: int, other_bytes: int) -> None:
+        """Makes the host tier as large as a budget allows; may be called between two steps.
+
+        budget_bytes: for experts and for `other_bytes`, which must be in memory besides. Raises
+        ConfigError where that leaves no room for two experts, or where all are resident anyway;
+        MemoryError where the system has no such memory.
+        """
+        if not isinstance(self.supply, DiskSupply):
+            raise ConfigError(
+                "host_memory: all experts are resident, there is nothing to be resized",
+                field="host_memory_bytes",
+                hint="serve a model written by `moeserve pack` with --host-memory",
+            )
         slot_bytes = self.supply.slots.slot_bytes
-        num_slots = min((budget - other_bytes) // slot_bytes, self.cache.numbers.total)
-        check_num_slots(num_slots, slot_bytes, self.config, other_bytes)
+        num_slots = min((budget_bytes - other_bytes) // slot_bytes, self.cache.numbers.total)
+        check_num_slots(num_slots, slot_bytes, budget_bytes, other_bytes)
         self.supply.resize(num_slots)
         self.notes["experts"] = describe_slots(self.cache, slot_bytes)
+
+    def stats(self) -> ExpertStats:
+        """What caches, transfers and experts have done so far."""
+        caches, links = self.supply.stats()
+        numbers = self.cache.numbers
+        return ExpertStats(
+            layers=list(numbers.layers),
+            num_experts=list(numbers.sizes),
+            cpu_busy_s=[self.watch.cpu_s[layer] for layer in numbers.layers],
+            caches=caches,
+            links=links,
+        )
 
     def check_integrity(self) -> None:
         """AssertionError where the books of what stands where do not agree."""
         self.supply.check_integrity()
+        if self.workers is not None:
+            self.workers.check_integrity()
 
     def close(self) -> None:
         self.supply.close()
         self.backend.close()
+        if self.workers is not None:
+            self.workers.close()
 
 
 def build_expert_runtime(
@@ -126,7 +218,8 @@ def build_expert_runtime(
                 field="cpu_backend",
                 hint="choose --cpu-backend native",
             )
-        tier = build_disk_tier(config, specs, on_disk, choice.native)
+        watch = Watch()
+        tier = build_disk_tier(config, specs, on_disk, choice.native, watch.timeline)
         notes |= tier.notes
         notes["experts"] = describe_slots(tier.cache, tier.supply.slots.slot_bytes)
         return ExpertRuntime(
@@ -141,6 +234,7 @@ def build_expert_runtime(
             predictor=NonePredictor(),
             count_use=count_use,
             notes=notes,
+            watch=watch,
         )
     tier_name = Tier.HOST if device.type == "cpu" else Tier.DEVICE
     cache = resident_cache(tier_name, num_experts, ResidentPolicy())

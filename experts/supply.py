@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from moeserve.cache.expert_cache import ExpertCache
 from moeserve.cache.types import LayerSlots
 from moeserve.core import Placement
+from moeserve.stats import CacheStats, LinkStats
 
 Group = tuple[int, ...]
 
@@ -37,8 +38,15 @@ class ExpertSupply(ABC):
         Raises CacheError where there are too few slots, StoreError where a record cannot be read.
         """
 
+    def collect(self) -> None:  # noqa: B027 - where nothing moves, nothing arrives
+        """Takes what has arrived meanwhile."""
+
     def check_integrity(self) -> None:  # noqa: B027 - where there are no books, nothing is wrong
         """AssertionError where the books do not agree. Called when the engine is idle."""
+
+    def stats(self) -> tuple[list[CacheStats], list[LinkStats]]:
+        """Of the tiers that hold fewer experts than there are, fastest first."""
+        return [], []
 
     def close(self) -> None:  # noqa: B027 - as above
         """Ends threads and lets go of files. May be called twice."""

@@ -136,6 +136,18 @@ def _keygen(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ctl_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.ctl.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _ctl(args: argparse.Namespace) -> int:
+    from moeserve.ctl.command import run
+
+    return run(args)
+
+
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     from moeserve.doctor.command import add_arguments
 
@@ -184,6 +196,18 @@ def _trace(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _worker_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.worker.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _worker(args: argparse.Namespace) -> int:
+    from moeserve.worker.command import run
+
+    return run(args)
+
+
 def _model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or hub id (default: the bundled model)"
@@ -195,6 +219,7 @@ COMMANDS = {
     "generate": Command("continue one prompt and exit", _generate_arguments, _generate),
     "chat": Command("talk to a model, here or on a server", _chat_arguments, _chat),
     "request": Command("send one prompt to a server over ZeroMQ", _request_arguments, _request),
+    "ctl": Command("look at a running server, or change it", _ctl_arguments, _ctl),
     "doctor": Command("what this machine has and what is in the way", _doctor_arguments, _doctor),
     "calibrate": Command(
         "measure this machine for the layer scheduler", _calibrate_arguments, _calibrate
@@ -204,6 +229,7 @@ COMMANDS = {
     ),
     "trace": Command("record which experts a model takes", _trace_arguments, _trace),
     "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
+    "worker": Command("compute a part of a model's experts", _worker_arguments, _worker),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
 }
 

@@ -50,6 +50,8 @@ FLAG_NAMES = {
     "endpoint": "zmq",
     "allowed_hosts": "allowed-host",
     "host_memory_bytes": "host-memory",
+    "device_memory_bytes": "device-memory",
+    "workers": "worker",
 }
 
 

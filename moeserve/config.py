@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeserve.core import ConfigError
+from moeserve.endpoints import is_loopback, tcp_host
 
 CPU_BACKENDS = ("auto", "native", "torch", "ipex")
 POLICIES = ("auto", "resident", "lru", "lfu", "mrs", "least_stale", "score")
@@ -52,6 +53,22 @@ def _host_name(name: str, value: str) -> None:
         ) from None
 
 
+def _worker_endpoint(endpoint: str, has_keys: bool) -> None:
+    if endpoint.startswith("ipc:///"):
+        return
+    if not endpoint.startswith("tcp://"):
+        raise ConfigError(
+            f"workers: {endpoint!r} is neither ipc:///PATH nor tcp://HOST:PORT", field="workers"
+        )
+    if not is_loopback(tcp_host(endpoint)) and not has_keys:
+        raise ConfigError(
+            f"workers: {endpoint} is beyond this machine and there are no CURVE keys",
+            field="workers",
+            hint="run `moeserve keygen DIR` at the worker, copy client.key_secret and server.key, "
+            "and give --worker-curve-dir",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which model, in what precision, on what device."""
@@ -63,7 +80,10 @@ class ModelConfig:
     revision: str | None = setting(None, "hub revision (branch, tag or commit)")
     offline: bool = setting(False, "never reach the network")
     dtype: str = setting("auto", "auto (what config.json says), float32, bfloat16, float16")
-    device: str = setting("cpu", "cpu, cuda or cuda:N")
+    device: str = setting(
+        "cpu",
+        "cpu, cuda or cuda:N; emulated: experts as on a device that is not there, at its speed",
+    )
     quantize: str = setting(
         "none", "none, int8 or int4: the weights of products on the CPU, rounded as they are read"
     )
@@ -88,9 +108,11 @@ class ModelConfig:
                 field="quantize_group",
             )
         index = self.device.removeprefix("cuda:")
-        if self.device not in ("cpu", "cuda") and not (index != self.device and index.isdigit()):
+        known = self.device in ("cpu", "cuda", "emulated")
+        if not known and not (index != self.device and index.isdigit()):
             raise ConfigError(
-                f"device: {self.device!r} is not one of cpu, cuda, cuda:N", field="device"
+                f"device: {self.device!r} is not one of cpu, cuda, cuda:N, emulated",
+                field="device",
             )
         if self.context_tokens is not None:
             _at_least("context_tokens", self.context_tokens, 1)
@@ -133,11 +155,20 @@ class SchedulerConfig:
     history_requests: int = setting(
         1000, "finished requests whose output lengths past_future remembers"
     )
+    decode_group: int | None = setting(
+        None, "most decodes in a step, chosen to want the same experts; default: all of them"
+    )
+    decode_wait_steps: int = setting(
+        4, "with decode_group: steps that a decode may be left out in a row, if turns allow"
+    )
 
     def __post_init__(self) -> None:
         _one_of("admission", self.admission, ("past_future", "aggressive", "conservative"))
         for name in ("max_batch_tokens", "max_running", "max_waiting", "history_requests"):
             _at_least(name, getattr(self, name), 1)
+        if self.decode_group is not None:
+            _at_least("decode_group", self.decode_group, 1)
+        _at_least("decode_wait_steps", self.decode_wait_steps, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +202,21 @@ class ExpertConfig:
     disk_threads: int | None = setting(
         None, "threads that read experts from disk; default: as many as read fastest, measured"
     )
+    device_memory_bytes: int | None = setting(
+        None, "--device emulated: memory for experts there; the others run on the CPU or are copied"
+    )
+    device_slots: int | None = setting(
+        None, "exact number of experts on the device, instead of device_memory_bytes"
+    )
+    device_profile: str = setting(
+        "rtx4090-pcie4",
+        "--device emulated: the machine whose device and link are emulated: a profile's file, or "
+        "the name of one that comes with the package",
+    )
+    emulate_cpu: bool = setting(
+        False,
+        "--device emulated: the CPU's time follows from the profile, too, so that its ratios hold",
+    )
     num_threads: int | None = setting(
         None, "compute threads of the engine; default: the cores this process may use"
     )
@@ -179,13 +225,32 @@ class ExpertConfig:
         100, "microseconds that a compute thread without work looks for more before it sleeps"
     )
 
+    workers: tuple[str, ...] = setting(
+        (),
+        "endpoint of a `moeserve worker`, which computes the experts that it holds; repeatable; "
+        "takes a model written by `moeserve pack`",
+    )
+    worker_curve_dir: str | None = setting(
+        None, "directory with client.key_secret and server.key, for workers beyond loopback"
+    )
+    worker_heartbeat_s: float = setting(1.0, "seconds between heartbeats to a worker")
+    worker_timeout_s: float = setting(5.0, "a worker silent for that long is gone")
+    worker_job_s: float = setting(
+        60.0, "a worker that computes one layer for longer is gone, although it answers heartbeats"
+    )
+    worker_start_s: float = setting(30.0, "seconds to wait for all workers at the start")
+
     def __post_init__(self) -> None:
         _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
         _one_of("policy", self.policy, POLICIES)
         _one_of("predictor", self.predictor, PREDICTORS)
         if self.host_memory_bytes is not None and self.host_slots is not None:
             raise ConfigError("host_memory_bytes and host_slots contradict each other; give one")
-        if not self.is_tiered:
+        if self.device_memory_bytes is not None and self.device_slots is not None:
+            raise ConfigError(
+                "device_memory_bytes and device_slots contradict each other; give one"
+            )
+        if not self.is_tiered and not self.has_device_slots:
             for name, default in (("policy", "auto"), ("predictor", "none")):
                 value = getattr(self, name)
                 if value not in (default, "resident"):
@@ -194,7 +259,13 @@ class ExpertConfig:
                         field=name,
                         hint="give --host-memory, or leave it out",
                     )
-        for name, least in (("host_memory_bytes", 1), ("host_slots", 2), ("disk_threads", 1)):
+        for name, least in (
+            ("host_memory_bytes", 1),
+            ("host_slots", 2),
+            ("disk_threads", 1),
+            ("device_memory_bytes", 1),
+            ("device_slots", 1),
+        ):
             value = getattr(self, name)
             if value is not None:
                 _at_least(name, value, least)
@@ -202,11 +273,27 @@ class ExpertConfig:
         if self.num_threads is not None:
             _at_least("num_threads", self.num_threads, 1)
         _at_least("spin_us", self.spin_us, 0)
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        for endpoint in self.workers:
+            _worker_endpoint(endpoint, self.worker_curve_dir is not None)
+            if self.workers.count(endpoint) > 1:
+                raise ConfigError(f"workers: {endpoint} is named twice", field="workers")
+        _at_least("worker_heartbeat_s", self.worker_heartbeat_s, 0.01)
+        _at_least("worker_timeout_s", self.worker_timeout_s, 2 * self.worker_heartbeat_s)
+        _at_least("worker_job_s", self.worker_job_s, 0.01)
+        _at_least("worker_start_s", self.worker_start_s, 0.01)
 
     @property
     def is_tiered(self) -> bool:
         """Whether memory for experts is limited."""
         return self.host_memory_bytes is not None or self.host_slots is not None
+
+    @property
+    def has_device_slots(self) -> bool:
+        """Whether some of the experts have copies on a device."""
+        return self.device_memory_bytes is not None or self.device_slots is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +304,38 @@ class EngineConfig:
     kv: KvConfig = field(default_factory=KvConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     experts: ExpertConfig = field(default_factory=ExpertConfig)
+
+    def __post_init__(self) -> None:
+        check_device(self.model, self.experts)
+
+
+def check_device(model: ModelConfig, experts: ExpertConfig) -> None:
+    """ConfigError for settings of an emulated device without one, or one without settings."""
+    if model.device == "emulated" and not experts.has_device_slots:
+        raise ConfigError(
+            "device: emulated: how many experts have room there?",
+            field="device",
+            hint="give --device-memory or --device-slots",
+        )
+    if model.device == "emulated" and experts.cpu_backend not in ("auto", "native"):
+        raise ConfigError(
+            f"cpu_backend: {experts.cpu_backend}: an emulated device computes with native kernels",
+            field="cpu_backend",
+            hint="choose --cpu-backend native",
+        )
+    if model.device != "emulated":
+        for name, default in (
+            ("device_memory_bytes", None),
+            ("device_slots", None),
+            ("device_profile", ExpertConfig.device_profile),
+            ("emulate_cpu", False),
+        ):
+            if getattr(experts, name) != default:
+                raise ConfigError(
+                    f"{name}: it is for an emulated device, and device is {model.device}",
+                    field=name,
+                    hint="give --device emulated, or leave it out",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from moeserve.stats import ExpertStats
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -274,12 +276,13 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Gauges and counters of the engine since its start."""
+    """Gauges and counters of the engine since its start. experts: at most a second older."""
 
     num_running: int = 0
     num_waiting: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
+    kv_bytes: int = 0  # memory of all kv blocks
     prefix_cached_blocks: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0
@@ -289,6 +292,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int = 0
     step_s: float = 0.0
     extra: dict[str, float] = {}
+    experts: ExpertStats | None = None
 
 
 def unknown_fields(given: Mapping[str, object], known: set[str]) -> list[str]:

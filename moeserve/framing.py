@@ -12,6 +12,12 @@ from typing import Any, Final
 
 import msgspec
 
+from moeserve.control_messages import (
+    ControlRequest,
+    EngineAnswer,
+    EngineControl,
+    EngineControlEnd,
+)
 from moeserve.core import ErrorCode, MoeserveError
 from moeserve.messages import FromClient, FromEngine, Message, ToEngine
 
@@ -170,15 +176,17 @@ class Wire:
 
 def client_server_wire(max_bytes: int) -> Wire:
     """The gateway's side of the client wire."""
-    return Wire(CLIENT_VERSION, FromClient, max_bytes)
+    return Wire(CLIENT_VERSION, FromClient | ControlRequest, max_bytes)
 
 
 ENGINE_MAX_BYTES: Final = 1 << 30
 
 
 def engine_side_wire() -> Wire:
-    return Wire(ENGINE_VERSION, ToEngine, ENGINE_MAX_BYTES, max_items=None)
+    incoming = ToEngine | EngineControl | EngineControlEnd
+    return Wire(ENGINE_VERSION, incoming, ENGINE_MAX_BYTES, max_items=None)
 
 
 def gateway_side_wire() -> Wire:
-    return Wire(ENGINE_VERSION, FromEngine, ENGINE_MAX_BYTES, max_items=None)
+    incoming = FromEngine | EngineAnswer
+    return Wire(ENGINE_VERSION, incoming, ENGINE_MAX_BYTES, max_items=None)

@@ -18,29 +18,36 @@ HALF_LIFE_TOKENS = 2048
 #: observations' worth of belief in the first guess, per bin
 PRIOR = 8.0
 LEAST_CHANCE = 1e-4
+#: score of an expert that the row cannot choose, instead of -inf, which has no margin to -inf
+OUT_OF_REACH = np.float32(-1e30)
 
 
-def margins(scores: Scores, top_k: int) -> Scores:
+def spread_of(scores: Scores) -> float:
+    """The unit of margins: the standard deviation of scores [..., E] within their rows, of those in
+    reach."""
+    finite = np.where(scores > OUT_OF_REACH, scores, np.nan)
+    return float(np.nanmean(np.nanstd(finite, axis=-1))) + 1e-12
+
+
+def margins(scores: Scores, top_k: int, unit: float | Scores) -> Scores:
     """[..., E] scores to how far each stands above the border between the k chosen and the others,
-    in units of the row's own spread."""
-    num_experts = scores.shape[-1]
-    if top_k == num_experts:
+    in units. All finite; see OUT_OF_REACH."""
+    border = scores.shape[-1] - top_k
+    if border == 0:
         return np.full_like(scores, np.inf)
-    border = num_experts - top_k
-    # Out of reach, as by groups, is -inf: such scores say nothing about the spread.
-    finite = np.where(np.isfinite(scores), scores, np.nan) if np.isneginf(scores).any() else scores
-    spread = np.nanstd(finite, axis=-1, keepdims=True) + 1e-12
     parted = np.partition(scores, (border - 1, border), axis=-1)
-    least, most = parted[..., border, None], parted[..., border - 1, None]
-    middle = np.where(np.isneginf(most), least, (least + most) / 2)
-    result: Scores = (scores - middle) / spread
+    middle = (parted[..., border - 1 : border] + parted[..., border : border + 1]) * np.float32(0.5)
+    result: Scores = (scores - middle) / unit
     return result
 
 
-def bins_of(scores: Scores, top_k: int) -> Bins:
+def bins_of(scores: Scores, top_k: int, unit: float | Scores) -> Bins:
     """[..., E] scores to the number of the bin that their margin falls in."""
-    place = margins(scores, top_k) * BINS_PER_UNIT + NUM_BINS // 2
-    return np.clip(place, 0, NUM_BINS - 1).astype(np.intp)
+    place = margins(scores, top_k, unit)
+    place *= BINS_PER_UNIT
+    place += NUM_BINS // 2
+    bounded = np.minimum(np.maximum(place, 0, out=place), NUM_BINS - 1, out=place)
+    return bounded.astype(np.intp)
 
 
 class Calibration:

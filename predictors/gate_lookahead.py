@@ -8,7 +8,6 @@ while serving: what a score is worth differs by layer and distance.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +16,14 @@ from torch import Tensor
 
 from moeserve.core import Routing
 from moeserve.predictors.base import Chances, Prediction, Predictor, any_row
-from moeserve.predictors.calibration import Bins, Calibration, Scores, bins_of
+from moeserve.predictors.calibration import (
+    OUT_OF_REACH,
+    Bins,
+    Calibration,
+    Scores,
+    bins_of,
+    spread_of,
+)
 from moeserve.predictors.gates import (
     LayerGate,
     MakeProduct,
@@ -32,37 +38,51 @@ from moeserve.predictors.layers import LayerRing
 CALIBRATE_EVERY = 8
 
 
-@dataclass(frozen=True)
 class View:
-    """What one layer sees of the next ones: one product for all of them.
+    """What one layer sees of the next ones: one product for all of them."""
 
-    product: [T, H] to [T, D * E], the logits of D targets.
-    """
+    def __init__(
+        self,
+        targets: tuple[LayerGate, ...],
+        product: RowProduct,
+        calibrations: tuple[Calibration, ...],
+    ) -> None:
+        """product: [T, H] to [T, D * E], the logits of D targets."""
+        self.targets = targets
+        self.calibrations = calibrations
+        self._product = product
+        self._plain = all(target.ranking is None for target in targets)
+        self._top_k = targets[0].top_k
+        self._units: Scores | None = None  # [D, 1, 1], of the first scores that were seen
 
-    targets: tuple[LayerGate, ...]
-    product: RowProduct
-    calibrations: tuple[Calibration, ...]
+    def bins(self, x: Tensor) -> Bins:
+        """[T, H] to [D, T, E]: the bins that the targets' scores fall in."""
+        scores = self._scores(x)
+        if self._units is None:
+            units = [spread_of(each) for each in scores]
+            self._units = np.array(units, np.float32)[:, None, None]
+        return bins_of(scores, self._top_k, self._units)
 
-    def scores(self, x: Tensor) -> Scores:
+    def _scores(self, x: Tensor) -> Scores:
         """[T, H] to [D, T, E] that the targets' routers would rank by."""
-        logits = self.product(x).float().view(len(x), len(self.targets), -1).transpose(0, 1)
-        if any(target.ranking is not None for target in self.targets):
-            ranked = [
-                each if target.ranking is None else target.ranking(each)
-                for each, target in zip(logits, self.targets, strict=True)
-            ]
-            logits = torch.stack(ranked)
-        scores: Scores = logits.cpu().numpy()
-        return scores
+        logits = self._product(x)
+        if not self._plain:
+            each = zip(
+                self.targets, logits.unflatten(1, (len(self.targets), -1)).unbind(1), strict=True
+            )
+            ranked = [t.ranking(part) if t.ranking else part for t, part in each]
+            logits = torch.cat([part.float() for part in ranked], dim=1)
+            logits = logits.clamp_(min=float(OUT_OF_REACH))
+        scores: Scores = logits.float().cpu().numpy()
+        by_target: Scores = scores.reshape(len(x), len(self.targets), -1).swapaxes(0, 1)
+        return by_target
 
 
 class GatePredictor(Predictor):
     """What gate predictors share: scores by one product, chances by calibration, rows combined."""
 
-    def __init__(self, ring: LayerRing, top_k: int, views: Mapping[int, View]) -> None:
+    def __init__(self, views: Mapping[int, View]) -> None:
         """views: by the layer they look from; layers without one predict nothing."""
-        self._ring = ring
-        self._top_k = top_k
         self._views = views
         self._step = 0
         self._layer = -1
@@ -79,7 +99,7 @@ class GatePredictor(Predictor):
         view = self._views.get(layer)
         if view is None or len(x) == 0:
             return Prediction()
-        bins = bins_of(view.scores(x), self._top_k)  # [D, T, E]
+        bins = view.bins(x)
         if self._step % CALIBRATE_EVERY == 0:
             for target, seen in zip(view.targets, bins, strict=True):
                 self._seen[layer, target.layer] = seen
@@ -93,7 +113,7 @@ class GatePredictor(Predictor):
         view = self._views.get(layer)
         if view is None:
             return {}
-        bins = bins_of(view.scores(x), self._top_k)
+        bins = view.bins(x)
         each = zip(view.targets, view.calibrations, bins, strict=True)
         return {target.layer: calibration.chances(seen) for target, calibration, seen in each}
 
@@ -126,7 +146,7 @@ class GateLookahead(GatePredictor):
             for layer in ring.layers
             if ring.ahead(layer)
         }
-        super().__init__(ring, gates[0].top_k, views)
+        super().__init__(views)
 
 
 def lookahead_view(

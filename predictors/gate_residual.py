@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear, silu
 
 from moeserve.core import Routing
 from moeserve.predictors.base import Chances, Prediction, Predictor, any_row
@@ -26,11 +25,24 @@ from moeserve.predictors.gates import LayerGate, check_gates
 from moeserve.predictors.residual_weights import ResidualWeights, TrainedPredictor
 from moeserve.predictors.row_links import RowLinks
 
+Rows = NDArray[np.float32]
+Ids = NDArray[np.int64]
+#: below it, e^-x is too large for float32
+SMALLEST = np.float32(-80)
+
 
 def unit_state(x: Tensor) -> Tensor:
     """[T, H] in any dtype to float32 rows whose root mean square is one."""
     rows = x.float()
     return rows * torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + 1e-12)
+
+
+def unit_rows(x: Tensor) -> Rows:
+    """As `unit_state`, in numpy."""
+    rows: Rows = x.float().cpu().numpy()
+    squares = np.einsum("th,th->t", rows, rows)[:, None]
+    unit: Rows = rows / np.sqrt(squares / rows.shape[1] + 1e-12)
+    return unit
 
 
 def unit_weights(weights: Tensor) -> Tensor:
@@ -42,55 +54,77 @@ def unit_weights(weights: Tensor) -> Tensor:
 class View:
     """The trained weights of one layer, its products with the state put together into one.
 
-    behind: the weights of the layer before, whose `past_next` is of this layer's states; own: None
-    for the last layer, which looks at nothing.
+    In numpy: of a few rows, each of torch's calls takes longer than what it computes.
     """
 
     def __init__(self, own: ResidualWeights | None, behind: ResidualWeights | None) -> None:
-        self.own = own
+        """own: None for the last layer, which looks at nothing. behind: the weights of the layer
+        before, whose `past_next` is of this layer's states."""
         parts = []
+        self.looks = own is not None
+        self._outputs = self._rank = 0
         if own is not None:
             hidden = own.past.shape[1]
-            self._chosen = torch.cat([own.linear[:, hidden:], own.here[:, hidden:]]).T.contiguous()
+            self._num_experts = own.num_experts
+            self._outputs, self._rank = len(own.linear), len(own.here)
             parts = [own.linear[:, :hidden], own.here[:, :hidden], own.past]
+            # [E, D * E + R]: what an expert's weight alone adds
+            self._chosen = _array(torch.cat([own.linear[:, hidden:], own.here[:, hidden:]]).T)
+            self._bias = _array(torch.cat([own.bias, own.context_bias]))
+            self._context_out = _array(own.context_out)
+            self._expert_in = _array(own.expert_in)
+            self._expert_bias = _array(own.expert_bias)
+            self._expert_out = _array(own.expert_out)
         if behind is not None:
             parts.append(behind.past_next)
-        self._state = torch.cat(parts)  # [D * E + 2 * R (+ R), H]
-        self._sizes = [len(part) for part in parts]
+        self._state = _array(torch.cat(parts).T)  # [H, D * E + 2 * R (+ R)]
 
-    def products(self, state: Tensor) -> list[Tensor]:
-        """[T, H] to [T, D * E], [T, R], [T, R] of this layer and [T, R] of the one before."""
-        return list(linear(state, self._state).split(self._sizes, dim=1))
+    def products(self, state: Rows) -> tuple[Rows, Rows, Rows]:
+        """[T, H] to [T, D * E + R], outputs and context of these rows; [T, R], for the context of
+        the rows that follow them; [T, R], the same for the layer before ([T, 0] if there is none).
+        """
+        products = state @ self._state
+        near, far = self._outputs + self._rank, self._outputs + 2 * self._rank
+        return products[:, :near], products[:, near:far], products[:, far:]
 
-    def logits(
-        self,
-        state: Tensor,
-        direct: Tensor,
-        context: Tensor,
-        routing: Routing,
-    ) -> Tensor:
-        """[T, D * E]. direct, context: the products, what is known of the past added to context."""
-        own = self.own
-        assert own is not None, "the last layer looks at nothing"
-        ids, weights = routing.ids.cpu(), unit_weights(routing.weights.cpu())
-        chosen = (self._chosen[ids] * weights[..., None]).sum(dim=1)  # [T, D * E + R]
-        outputs = direct.shape[1]
-        inner = silu(context + chosen[:, outputs:] + own.context_bias)
-        total = direct + chosen[:, :outputs] + own.bias + inner @ own.context_out
-        return total + self._expert_part(own, state, ids, weights)
+    def chances(self, state: Rows, near: Rows, ids: Ids, weights: Rows) -> Chances:
+        """[T, D * E]. near: of `products`, with what is known of the past added. ids, weights: [T,
+        K], unit weights."""
+        total = near + self._bias
+        total += np.matmul(weights[:, None], self._chosen[ids])[:, 0]
+        logits = total[:, : self._outputs]
+        logits += _silu(total[:, self._outputs :]) @ self._context_out
+        logits += self._expert_part(state, ids, weights)
+        chances: Chances = 1 / (1 + np.exp(-logits))
+        return chances
 
-    @staticmethod
-    def _expert_part(own: ResidualWeights, state: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def _expert_part(self, state: Rows, ids: Ids, weights: Rows) -> Rows:
         """[T, D * E] of the chosen experts' hidden layers."""
-        if ids.numel() < own.num_experts:  # a few rows: only what they chose
-            inner = (own.expert_in[ids] @ state[:, None, :, None])[..., 0]  # [T, K, U]
-            inner = silu(inner + own.expert_bias[ids]) * weights[..., None]
-            return (inner[..., None, :] @ own.expert_out[ids])[..., 0, :].sum(dim=1)
-        inner = linear(state, own.expert_in.flatten(0, 1), own.expert_bias.flatten())
-        inner = silu(inner).unflatten(1, own.expert_bias.shape)  # [T, E, U]
-        dense = torch.zeros(len(state), own.num_experts).scatter_(1, ids, weights)
-        out: Tensor = (inner * dense[..., None]).flatten(1) @ own.expert_out.flatten(0, 1)
+        if ids.size <= self._num_experts:  # a few rows: only what they chose
+            inner = np.matmul(self._expert_in[ids], state[:, None, :, None])[..., 0]  # [T, K, U]
+            inner = _silu(inner + self._expert_bias[ids]) * weights[..., None]
+            each = np.matmul(inner[..., None, :], self._expert_out[ids])  # [T, K, 1, D * E]
+            total: Rows = each[..., 0, :].sum(axis=1)
+            return total
+        experts, units, hidden = self._expert_in.shape
+        inner = state @ self._expert_in.reshape(-1, hidden).T
+        inner = _silu(inner.reshape(-1, experts, units) + self._expert_bias)
+        dense = np.zeros((len(state), experts), np.float32)
+        np.put_along_axis(dense, ids, weights, axis=1)
+        inner *= dense[..., None]
+        out: Rows = inner.reshape(len(state), -1) @ self._expert_out.reshape(experts * units, -1)
         return out
+
+
+def _array(tensor: Tensor) -> Rows:
+    array: Rows = tensor.contiguous().numpy()
+    return array
+
+
+def _silu(x: Rows) -> Rows:
+    # exp of a very negative number's opposite is inf, and x / inf the 0 that it should be
+    result: Rows = x / (1 + np.exp(-np.maximum(x, SMALLEST)))
+    return result
 
 
 class GateResidual(Predictor):
@@ -120,10 +154,10 @@ class GateResidual(Predictor):
         }
         self._links = RowLinks()
         #: [T, R] by layer, of the last and the running step: parts of the next row's context
-        self._last: dict[int, Tensor] = {}
-        self._last_next: dict[int, Tensor] = {}
-        self._now: dict[int, Tensor] = {}
-        self._now_next: dict[int, Tensor] = {}
+        self._last: dict[int, Rows] = {}
+        self._last_next: dict[int, Rows] = {}
+        self._now: dict[int, Rows] = {}
+        self._now_next: dict[int, Rows] = {}
         self._layer = sys.maxsize  # whatever layer comes first begins a step
 
     def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
@@ -144,25 +178,30 @@ class GateResidual(Predictor):
         view = self._views.get(layer)
         if view is None:
             return {}
-        state = unit_state(x.cpu())
-        products = view.products(state)
-        if view.own is None:
-            self._now_next[layer] = products[0]
+        state = unit_rows(x)
+        near, self._now[layer], self._now_next[layer] = view.products(state)
+        if not view.looks:
             return {}
-        direct, context, self._now[layer], *rest = products
-        if rest:
-            self._now_next[layer] = rest[0]
-        for past in (self._last.get(layer), self._last_next.get(self._after[layer])):
-            if past is not None:
-                context = context.index_add(0, torch.from_numpy(self._links.rows), past)
-        chances = view.logits(state, direct, context, routing).sigmoid()
-        each = chances.unflatten(1, (-1, self._num_experts)).unbind(1)
-        return {n: part.numpy() for n, part in zip(self._ahead[layer], each, strict=False)}
+        near = self._with_past(layer, near)
+        ids: Ids = routing.ids.cpu().numpy()
+        weights = routing.weights.float().cpu().numpy()
+        weights = weights / (weights.mean(axis=1, keepdims=True) + 1e-12)
+        each = view.chances(state, near, ids, weights).reshape(len(x), -1, self._num_experts)
+        return {ahead: each[:, n] for n, ahead in enumerate(self._ahead[layer])}
+
+    def _with_past(self, layer: int, near: Rows) -> Rows:
+        """Adds to the context of each row what the token before it left."""
+        past, past_next = self._last.get(layer), self._last_next.get(self._after[layer])
+        if past is None or past_next is None or len(past) == 0:
+            return near
+        rank = past.shape[1]
+        near[self._links.rows, -rank:] += past + past_next
+        return near
 
     def _turn(self, num_rows: int) -> None:
         """The running step becomes the last one, of which only what goes on is kept."""
         self._links.turn(num_rows)
-        before = torch.from_numpy(self._links.before)
+        before = self._links.before
         self._last = {layer: part[before] for layer, part in self._now.items()}
         self._last_next = {layer: part[before] for layer, part in self._now_next.items()}
         self._now, self._now_next = {}, {}

@@ -119,7 +119,8 @@ class TrainedPredictor:
         }
         try:
             written = path.with_name(path.name + ".partial")
-            save_file(tensors, written, metadata={"format": FORMAT, "version": str(VERSION)})
+            # One entry: the order of several is not the same in every run.
+            save_file(tensors, written, metadata={"format": f"{FORMAT} {VERSION}"})
             written.replace(path)
             written = about_path(path).with_name(about_path(path).name + ".partial")
             written.write_text(json.dumps(about, indent=1) + "\n")

@@ -29,7 +29,7 @@ from moeserve.predictors.residual_weights import (
 BATCH_ROWS = 1024
 RATE = 8e-3
 WARM_UP_SHARE = 0.3
-EPOCHS = 5
+EPOCHS = 2
 #: of the rows, for so many the past is hidden, as it is at the start of a text and in a prompt
 HIDDEN_PAST = 0.05
 

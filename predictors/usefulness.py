@@ -101,6 +101,7 @@ class PrefetchUsefulness:
             raise ConfigError(
                 f"prefetch depth: {max_depth}; allowed: 0 or more layers", field="prefetch_depth"
             )
+        self.max_depth = max_depth
         self._break_even = _checked(break_even)
         self._step_of = dict.fromkeys(layers, -1)
         self._switches = {

@@ -44,6 +44,10 @@ class Policy(ABC):
     def evicted(self, number: int) -> None:
         """The expert has lost its slot."""
 
+    def by_preference(self, numbers: Numbers) -> Numbers:
+        """The experts in the order in which they should get slots."""
+        return numbers
+
     @abstractmethod
     def victims(
         self, candidates: Numbers, count: int, incoming: Numbers | None = None
@@ -57,7 +61,13 @@ class Policy(ABC):
 
 
 class RankedPolicy(Policy):
-    """A policy that gives every expert a number: its worth. The least goes first."""
+    """A policy that gives every expert a number: its worth. The least goes first.
+
+    selective: worth is comparable between experts that are held and those that are not, so what
+    comes in by choice must be worth more than what goes. Otherwise it counts as worth its slot.
+    """
+
+    selective = False
 
     def __init__(self, numbers: ExpertNumbers) -> None:
         self.numbers = numbers
@@ -72,11 +82,18 @@ class RankedPolicy(Policy):
     def evicted(self, number: int) -> None:
         """Most policies remember experts that have lost their slot."""
 
+    def by_preference(self, numbers: Numbers) -> Numbers:
+        order = np.argsort(-self.worth(numbers), kind="stable")
+        return numbers[order]
+
     def victims(
         self, candidates: Numbers, count: int, incoming: Numbers | None = None
     ) -> list[int]:
-        """The least worth. A prefetch that was asked for counts as worth its slot."""
-        return least(candidates, self.worth(candidates), count)
+        chosen = least(candidates, self.worth(candidates), count)
+        if incoming is None or not self.selective:
+            return chosen
+        gains = self.worth(incoming[: len(chosen)]) > self.worth(np.array(chosen, np.int64))
+        return chosen[: len(chosen) if gains.all() else int(gains.argmin())]
 
 
 def least(candidates: Numbers, worth: NDArray[np.float64], count: int) -> list[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from math import inf
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,6 +14,15 @@ from moeserve.cache.expert_cache import Residency, Tier
 from moeserve.core import LayerUse, Placement
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.timeline import fill, run_as_fetched_us
+
+#: by layer: which of its experts are being copied, and how long that takes from now if it is done
+#: at once, each by itself, in microseconds
+Loading: TypeAlias = Callable[[int], Mapping[int, float]]
+
+
+def nothing_is_loading(layer: int) -> Mapping[int, float]:
+    """For a mover that does not say: experts on their way count as absent."""
+    return {}
 
 
 class IntraLayerScheduler(ABC):
@@ -57,10 +68,15 @@ class SimulatedPlacement(IntraLayerScheduler):
     def __init__(self, costs: Mapping[int, CostModel]) -> None:
         self.costs = costs
         self.rows_per_expert = 1
+        self.link_price_us = 0.0
         self.layer_us = lru_cache(maxsize=4096)(self._layer_us)
 
     def _layer_us(self, layer: int, num_resident: int, num_absent: int, rows: int) -> float:
         return self._simulate_us(self.costs[layer], (rows,) * num_resident, (rows,) * num_absent)
+
+    @abstractmethod
+    def fetch_us(self, layer: int) -> float:
+        """Time to move one expert of the layer into the tier."""
 
     @abstractmethod
     def _simulate_us(
@@ -83,18 +99,42 @@ class SimulatedPlacement(IntraLayerScheduler):
 
 
 class TimelinePlacement(SimulatedPlacement):
-    """Device over host: fills CPU, link and device so that the layer is over first (`fill`)."""
+    """Device over host: fills CPU, link and device so that the layer is over first (`fill`).
+
+    link_price_us: what a fetch must save to be worth the link; the inter-layer scheduler sets it.
+    """
+
+    def __init__(
+        self, costs: Mapping[int, CostModel], loading: Loading = nothing_is_loading
+    ) -> None:
+        """loading: what of a layer is on its way to the device."""
+        super().__init__(costs)
+        self._loading = loading
 
     def place(self, use: LayerUse, residency: Residency) -> Placement:
         resident, absent = self._split(use, residency)
-        costs = self.costs[use.layer]
-        m, k, _ = fill(costs, [-rows for rows, _ in resident], [-rows for rows, _ in absent])
+        coming = self._loading(use.layer) if absent else {}
+        loading_us: list[float] = []
+        if coming:  # first what arrives first
+            absent.sort(key=lambda entry: (coming.get(entry[1], inf), entry))
+            loading_us = [coming[e] for _, e in absent if e in coming]
+        m, k, _ = fill(
+            self.costs[use.layer],
+            [-rows for rows, _ in resident],
+            [-rows for rows, _ in absent],
+            loading_us,
+            self.link_price_us,
+        )
         return Placement(
             use.layer,
             on_device=tuple([e for _, e in resident[:m]]),
             fetch_first=tuple([e for _, e in absent[:k]]),
             on_cpu=tuple([e for _, e in resident[m:]] + [e for _, e in absent[k:]]),
         )
+
+    def fetch_us(self, layer: int) -> float:
+        costs = self.costs[layer]
+        return costs.transfer_us(costs.expert_bytes)
 
     def _simulate_us(
         self, costs: CostModel, resident: Sequence[int], absent: Sequence[int]
@@ -115,6 +155,10 @@ class FetchOrder(SimulatedPlacement):
             fetch_first=tuple([e for _, e in absent]),
             on_cpu=tuple([e for _, e in resident]),
         )
+
+    def fetch_us(self, layer: int) -> float:
+        costs = self.costs[layer]
+        return costs.disk_us(costs.expert_bytes)
 
     def _simulate_us(
         self, costs: CostModel, resident: Sequence[int], absent: Sequence[int]

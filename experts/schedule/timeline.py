@@ -32,11 +32,14 @@ def fill(
     costs: CostModel,
     resident: Sequence[int],
     absent: Sequence[int],
-    link_busy_us: float = 0.0,
+    loading_us: Sequence[float] = (),
+    link_price_us: float = 0.0,
 ) -> Fill:
     """The shortest of all fills in which the device takes the experts with most rows.
 
-    resident, absent: rows of each expert, falling. link_busy_us: until the link is free.
+    resident, absent: rows of each expert, falling. loading_us: the first of `absent` are on their
+    way already, and take so long from now, one after the other. link_price_us: what a fetch must
+    save, because the link has other things to do that save as much.
 
     HybriMoE (Zhong et al., arXiv 2504.05897, section on hybrid scheduling) fills the timelines
     earliest free first: the device takes the resident expert with most rows, the link the absent
@@ -59,17 +62,21 @@ def fill(
     cpu_start_us, device_start_us = costs.cpu_start_us, costs.device_start_us
     resident_device_us = [device[rows] for rows in resident]
     resident_cpu_us = [cpu[rows] for rows in resident]
-    num_resident, num_absent = len(resident), len(absent)
+    num_resident, num_absent, num_loading = len(resident), len(absent), len(loading_us)
 
     cpu_us = sum([cpu[rows] for rows in absent])  # what the CPU runs, without its start
     own_us = device_start_us + sum(resident_device_us)  # the device, before what is fetched
-    fetched_us, waiting_us, arrived_us = 0.0, 0.0, link_busy_us
+    fetched_us = waiting_us = arrived_us = price_us = 0.0
     m = num_resident
-    best = Fill(0, 0, inf)
+    best, best_us = Fill(0, 0, inf), inf
     for k in range(num_absent + 1):
         if k:
             rows = absent[k - 1]
-            arrived_us += fetch_us
+            if k > num_loading:
+                arrived_us += fetch_us
+                price_us += link_price_us
+            else:
+                arrived_us += loading_us[k - 1]
             waiting_us = max(waiting_us, arrived_us - fetched_us)
             fetched_us += device[rows]
             cpu_us -= cpu[rows]
@@ -84,14 +91,12 @@ def fill(
             if shorter_us >= makespan_us:
                 break
             makespan_us, own_us, cpu_us, m = shorter_us, fewer_us, more_us, m - 1
-        if makespan_us < best.makespan_us:
-            best = Fill(m, k, makespan_us)
+        if makespan_us + price_us < best_us:
+            best, best_us = Fill(m, k, makespan_us), makespan_us + price_us
     return best
 
 
-def run_as_fetched_us(
-    fetch_us: float, run_us: Sequence[float], busy_us: float, link_busy_us: float = 0.0
-) -> float:
+def run_as_fetched_us(fetch_us: float, run_us: Sequence[float], busy_us: float) -> float:
     """End of a processor that is busy first, then runs experts as they arrive, one by one.
 
     run_us: in the order of transfers. The largest first is best: this is a flow shop of two
@@ -101,7 +106,7 @@ def run_as_fetched_us(
     second is such an order. What the second machine has to do beforehand is a job that takes no
     time on the first, which Johnson's rule puts first.
     """
-    end_us, arrived_us = busy_us, link_busy_us
+    end_us, arrived_us = busy_us, 0.0
     for us in run_us:
         arrived_us += fetch_us
         end_us = max(end_us, arrived_us) + us
@@ -113,7 +118,6 @@ def makespan_us(
     on_cpu: Sequence[int],
     on_device: Sequence[int],
     fetched: Sequence[int],
-    link_busy_us: float = 0.0,
 ) -> float:
     """Length of a layer whose experts have so many rows each, for any placement: what `fill`
     minimises, step by step. fetched: in the order of transfers."""
@@ -123,4 +127,4 @@ def makespan_us(
     busy_us = costs.device_start_us + sum(costs.device_us(rows) for rows in on_device)
     fetch_us = costs.transfer_us(costs.expert_bytes)
     run_us = [costs.device_us(rows) for rows in fetched]
-    return max(cpu_us, run_as_fetched_us(fetch_us, run_us, busy_us, link_busy_us))
+    return max(cpu_us, run_as_fetched_us(fetch_us, run_us, busy_us))

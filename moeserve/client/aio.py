@@ -12,6 +12,7 @@ from typing import Any
 
 from moeserve.client import wire
 from moeserve.client.connection import Connection
+from moeserve.client.control import ControlCall, Reply
 from moeserve.client.endpoint import default_endpoint, load_keys
 from moeserve.client.types import (
     Answer,
@@ -62,7 +63,7 @@ class AsyncClient:
         self._keys = None if curve_dir is None else load_keys(curve_dir, curve_client)
         self._connection: Connection | None = None
         self._closed = False
-        self._streams: dict[str, AsyncStream] = {}
+        self._streams: dict[str, AsyncStream | ControlCall] = {}
         self._id_prefix = secrets.token_hex(6)
         self._numbers = itertools.count(1)
 
@@ -76,7 +77,10 @@ class AsyncClient:
         """Cancels what runs and disconnects. The client can not be used again."""
         self._closed = True
         for stream in list(self._streams.values()):
-            await stream.aclose()
+            if isinstance(stream, AsyncStream):
+                await stream.aclose()
+            else:
+                stream.fail(ClientError("the client was closed meanwhile", code="cancelled"))
         if self._connection is not None:
             await self._connection.close()
             self._connection = None
@@ -150,7 +154,21 @@ class AsyncClient:
             self._connection.start()
         return self._connection
 
-    async def _submit(self, stream: AsyncStream, frames: list[bytes]) -> None:
+    async def control(self, kind: str, **fields: Any) -> Reply:
+        """Sends a control request of docs/protocol.md, section 3; its answer. `Control` has a
+        method for each. When it is cancelled, the server stops what it recorded.
+        """
+        call = ControlCall(f"{self._id_prefix}-{next(self._numbers)}")
+        frames = wire.encode(kind, request_id=call.request_id, **fields)
+        await self._submit(call, frames)
+        try:
+            return await call.answer
+        finally:
+            self._forget(call.request_id)
+            if call.answer.cancelled():
+                self._send(wire.encode("cancel", request_id=call.request_id))
+
+    async def _submit(self, stream: AsyncStream | ControlCall, frames: list[bytes]) -> None:
         connection = self._connected()
         info = await connection.server(self.connect_timeout_s)
         size_bytes = sum(map(len, frames))
@@ -171,10 +189,12 @@ class AsyncClient:
     def _forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
 
-    def _take_message(self, header: wire.Header) -> None:
+    def _take_message(self, header: wire.Header, raw: list[bytes]) -> None:
         stream = self._streams.get(header.get("request_id", ""))
-        if stream is not None:  # else: late words about a request we gave up
+        if isinstance(stream, AsyncStream):
             stream.take(header)
+        elif stream is not None:  # else: late words about a request we gave up
+            stream.take(header, raw)
 
     def _take_loss(self, error: ClientError) -> None:
         for stream in list(self._streams.values()):

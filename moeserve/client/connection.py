@@ -28,7 +28,7 @@ _REFUSED: dict[int, str] = {
 class Connection:
     """Speaks to one endpoint from one event loop. ZeroMQ reconnects; this class starts anew then.
 
-    on_message: gets the header of every message about a request.
+    on_message: gets the header and the raw frames of every message about a request.
     on_lost: gets the reason whenever the server is gone; all requests are over then.
     """
 
@@ -36,7 +36,7 @@ class Connection:
         self,
         endpoint: str,
         keys: CurveKeys | None,
-        on_message: Callable[[wire.Header], None],
+        on_message: Callable[[wire.Header, list[bytes]], None],
         on_lost: Callable[[ClientError], None],
     ) -> None:
         self.endpoint = endpoint
@@ -149,14 +149,14 @@ class Connection:
             frames = await self._socket.recv_multipart()
             self._silent_beats = 0
             try:
-                self._take(wire.decode(frames))
+                self._take(wire.decode(frames), wire.raw_frames(frames))
             except ClientError as error:
                 self._refuse(error)
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"the server sent a malformed message: {error!r}"
                 self._lose(ClientError(reason, code="protocol_error"))
 
-    def _take(self, header: wire.Header) -> None:
+    def _take(self, header: wire.Header, raw: list[bytes]) -> None:
         kind = header["type"]
         if kind == "welcome":
             self._renew()
@@ -169,7 +169,7 @@ class Connection:
             error = ClientError(header["message"], code=header["code"], hint=header.get("hint"))
             self._refuse(error)
         else:
-            self._on_message(header)
+            self._on_message(header, raw)
 
     def _take_pong(self, header: wire.Header) -> None:
         answered = self._pings.get(header.get("number", 0))

@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError
 from typing import Any, TypeVar
 
 from moeserve.client.aio import AsyncClient, AsyncStream
+from moeserve.client.control import Reply
 from moeserve.client.types import Chunk, ClientError, Logprob, Result, ServerInfo, Timing, Usage
 
 T = TypeVar("T")
@@ -85,6 +86,10 @@ class Client:
         """The whole result of a request; arguments as for AsyncClient.stream."""
         with self.stream(prompt, token_ids=token_ids, **arguments) as stream:
             return stream.result()
+
+    def control(self, kind: str, **fields: Any) -> Reply:
+        """Sends a control request; see moeserve.client.control.Control."""
+        return self._call(self._client.control(kind, **fields))
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs it on the client's thread; Ctrl-C here ends it there."""

@@ -53,6 +53,11 @@ def decode(frames: Sequence[bytes]) -> Header:
     return header
 
 
+def raw_frames(frames: Sequence[bytes]) -> list[bytes]:
+    """What follows the header of a message."""
+    return list(frames[2:])
+
+
 def _not_ours(what: str) -> ClientError:
     return ClientError(f"not a message of this protocol: {what}", code="protocol_error")
 

@@ -17,10 +17,17 @@ import secrets
 import socket
 import threading
 import time
+from collections import deque
 
 import msgspec
 import zmq
 
+from moeserve.control_messages import (
+    ControlReply,
+    EngineAnswer,
+    EngineControl,
+    EngineControlEnd,
+)
 from moeserve.core import EngineDelta, EngineStats, ModelInfo
 from moeserve.framing import ProtocolError, engine_side_wire
 from moeserve.messages import (
@@ -40,7 +47,7 @@ EXIT_ORPHANED = 4
 
 log = logging.getLogger(__name__)
 
-Command = EngineSubmit | EngineAbort | EngineShutdown
+Command = EngineSubmit | EngineAbort | EngineShutdown | EngineControl | EngineControlEnd
 
 
 class EngineChannel:
@@ -61,6 +68,7 @@ class EngineChannel:
         self._status = EngineStatus(epoch=secrets.token_hex(8), stage="loading")
         self._status_changed = True
         self._outbox: dict[str, EngineDelta] = {}
+        self._answers: deque[tuple[EngineAnswer, tuple[bytes, ...]]] = deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -102,6 +110,13 @@ class EngineChannel:
             self._keep(deltas)
         if deltas:
             self._wake()
+
+    def answer(self, number: int, reply: ControlReply, *raw: bytes) -> None:
+        """Queues the answer to a control request, with its raw frames."""
+        with self._lock:
+            answer = EngineAnswer(epoch=self._status.epoch, number=number, reply=reply)
+            self._answers.append((answer, raw))
+        self._wake()
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # enough wake-ups wait already
@@ -189,13 +204,18 @@ class EngineChannel:
             with self._lock:
                 self._status_changed = True
             return False
+        while self._answers:  # this thread is the only one that takes
+            answer, raw = self._answers[0]
+            if not self._try_send(gateway, answer, *raw):
+                return False
+            self._answers.popleft()
         if beat and not changed:
             self._try_send(gateway, status)
         return True
 
-    def _try_send(self, gateway: zmq.Socket[bytes], message: Message) -> bool:
+    def _try_send(self, gateway: zmq.Socket[bytes], message: Message, *raw: bytes) -> bool:
         try:
-            gateway.send_multipart(self._wire.encode(message), zmq.NOBLOCK)
+            gateway.send_multipart(self._wire.encode(message, *raw), zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True

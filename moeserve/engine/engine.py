@@ -32,8 +32,10 @@ from moeserve.engine.request_scheduler import RequestScheduler
 from moeserve.engine.sampler import Sampler, SampleRow, score
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.registry import LoadedModel, load_model
+from moeserve.stats import ExpertStats
 
 GIB = 1 << 30
+EXPERT_STATS_S = 1.0
 NOT_A_NUMBER = "the model produced NaN for this prompt; --check-weights finds broken weights"
 log = logging.getLogger(__name__)
 Progress = Callable[[str, float], None]
@@ -59,14 +61,18 @@ class Engine:
             loaded.context_tokens,
             kv_switch_tokens=loaded.spec.kv_switch_tokens,
         )
-        kv_bytes = num_blocks * KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
-        loaded.runtime.fit_host_memory(loaded.resident_bytes + kv_bytes)
+        block_bytes = KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
+        self.kv_bytes = num_blocks * block_bytes
+        loaded.runtime.fit_host_memory(loaded.resident_bytes + self.kv_bytes)
         loaded.notes.update(loaded.runtime.notes)
         kv = KvPool(loaded.spec, num_blocks, block_tokens, loaded.dtype, loaded.device)
         self.runner = ModelRunner(loaded.model, kv, block_tokens, loaded.device)
         self.sampler = Sampler(loaded.spec.vocab_size, loaded.eos_token_ids, loaded.device)
+        self.timeline = loaded.runtime.watch.timeline
         self._num_steps = 0
         self._step_s = 0.0
+        self._expert_stats: ExpertStats | None = None
+        self._expert_stats_due_s = 0.0
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
@@ -130,8 +136,11 @@ class Engine:
         Raises ModelError where a file that weights are mapped from was changed: nothing more that
         this engine computes could be trusted.
         """
+        self.timeline.lap("between steps")
         started_s = time.perf_counter()
+        begun_s = self.timeline.lap_s
         batch = self.scheduler.schedule(time.time())
+        self.timeline.lap("schedule")
         if batch is None:
             return self._ended(self.scheduler.drain_events())
         self.loaded.check_files()
@@ -139,16 +148,47 @@ class Engine:
             output = self.runner.forward(batch)
         except StoreError as error:
             return self._ended(self._fail_batch(batch, error))
+        self.timeline.lap("final norm")
         result, failed = self._sample(batch, output)
+        self.timeline.lap("head and sampler")
         deltas = failed + self.scheduler.commit(batch, result, time.time())
+        self.timeline.lap("commit")
         self._num_steps += 1
         self._step_s += time.perf_counter() - started_s
+        self.timeline.add_here("step", begun_s, self.timeline.lap_s, step=batch.step)
         return self._ended(deltas)
 
-    def stats(self) -> EngineStats:
+    def stats(self, fresh: bool = False) -> EngineStats:
+        """Those of experts are collected at most once per second while there is work.
+
+        fresh: collects them now.
+        """
+        now_s = time.monotonic()
+        if fresh or now_s >= self._expert_stats_due_s or not self.has_work:
+            self._expert_stats = self.loaded.runtime.stats()
+            self._expert_stats_due_s = now_s + EXPERT_STATS_S
         return msgspec.structs.replace(
-            self.scheduler.stats(), num_steps=self._num_steps, step_s=self._step_s
+            self.scheduler.stats(),
+            num_steps=self._num_steps,
+            step_s=self._step_s,
+            kv_bytes=self.kv_bytes,
+            experts=self._expert_stats,
         )
+
+    def resize_host_memory(self, budget_bytes: int) -> None:
+        """Gives experts what a budget leaves beside weights of every token and kv.
+
+        Between two steps; raises ConfigError where that is not enough, or experts need none.
+        """
+        runtime = self.loaded.runtime
+        try:
+            runtime.resize_host_memory(budget_bytes, self.loaded.resident_bytes + self.kv_bytes)
+        except MemoryError as error:
+            raise ConfigError(
+                f"host_memory: the system has no {budget_bytes} bytes: {error}",
+                field="host_memory_bytes",
+            ) from error
+        self.loaded.notes.update(runtime.notes)
 
     def check_integrity(self) -> None:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from moeserve.config import EngineConfig, tune_native_libraries
+from moeserve.control_messages import EngineControl, EngineControlEnd
 from moeserve.core import EngineDelta, ErrorCode, FinishReason, MoeserveError, RequestError
 from moeserve.engine.channel import Command, EngineChannel
 from moeserve.messages import EngineAbort, EngineShutdown, EngineSubmit
@@ -101,13 +102,20 @@ def _load_and_serve(config: EngineConfig, channel: EngineChannel) -> int:
 
 def serve(engine: Engine, channel: EngineChannel) -> None:
     """Takes commands, steps, sends what the steps gave, until a shutdown. Sleeps when idle."""
+    from moeserve.engine.controls import Controls
+
+    controls = Controls(engine, channel)
     while True:
         for command in _take(channel.commands, block=not engine.has_work):
             if isinstance(command, EngineShutdown):
                 return
+            if isinstance(command, EngineControl | EngineControlEnd):
+                controls.take(command)
+                continue
             channel.send(_apply(engine, command), engine.stats())
         if engine.has_work:
             channel.send(engine.step(), engine.stats())
+            controls.step_done()
         if not engine.has_work:
             engine.check_integrity()
 

@@ -20,7 +20,7 @@ of all others, and alone it fits (`add` saw to that): somebody always advances, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from moeserve.config import SchedulerConfig
@@ -35,6 +35,7 @@ from moeserve.core import (
 from moeserve.engine.admission import AdmissionPolicy, check_length, make_admission
 from moeserve.engine.batch import ScheduledBatch, ScheduledChunk, StepResult
 from moeserve.engine.deadlines import Deadlines
+from moeserve.engine.decode_groups import PredictedExperts, make_decode_groups
 from moeserve.engine.deltas import end_delta, token_delta
 from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.sequence import Sequence, SequenceState
@@ -69,8 +70,12 @@ class RequestScheduler:
         context_tokens: int,
         admission: AdmissionPolicy | None = None,
         kv_switch_tokens: int | None = None,
+        predicted_experts: PredictedExperts | None = None,
     ) -> None:
         """admission: instead of the policy that `config.admission` names.
+
+        predicted_experts: what `config.decode_group` groups decodes by. Without it, that setting
+        raises ConfigError.
 
         kv_switch_tokens: sequences longer than that need other kv for the same tokens; one that
         grows beyond it is computed anew, as after a preemption.
@@ -81,7 +86,8 @@ class RequestScheduler:
         self._context_tokens = context_tokens
         self._kv_switch_tokens = kv_switch_tokens
         self._admission = make_admission(config) if admission is None else admission
-        # With no more sequences than tokens in a step, every decode runs in every step.
+        self._groups = make_decode_groups(config, predicted_experts)
+        # With no more sequences than tokens in a step, every decode can run in every step.
         self._max_running = min(config.max_running, config.max_batch_tokens)
         self._sequences: dict[str, Sequence] = {}
         self._waiting = SequenceQueue(SequenceState.WAITING)
@@ -192,7 +198,7 @@ class RequestScheduler:
         for late in self._deadlines.passed(now_s, self._sequences):
             self._events += self.abort(late.request_id, FinishReason.DEADLINE, now_s)
         preemptions = self._count.preemptions
-        chunks = self._decodes()
+        chunks = self._decodes(now_s)
         budget = self._config.max_batch_tokens - len(chunks)
         for sequence in self._running:
             if budget and sequence.num_tokens_to_compute > 1:
@@ -207,15 +213,28 @@ class RequestScheduler:
         self._step += 1
         return ScheduledBatch(tuple(chunks), self._step)
 
-    def _decodes(self) -> list[ScheduledChunk]:
-        """One token for every running sequence that lacks just one; preempts where kv is short."""
+    def _decodes(self, now_s: float) -> list[ScheduledChunk]:
+        """One token for every running sequence that lacks just one, or for a group of them."""
+        if self._groups is None:
+            return self._decode(None)
+        ready = [s for s in self._running if s.num_tokens_to_compute == 1]
+        chunks = self._decode(frozenset(self._groups.choose(ready, now_s)))
+        if chunks:
+            return chunks
+        # Each of the group had to give way for want of kv. The first in order never has to.
+        return self._decode(frozenset(ready[: self._groups.size]))
+
+    def _decode(self, group: Container[Sequence] | None) -> list[ScheduledChunk]:
+        """One token for every sequence of the group (None: of all) that lacks just one; preempts
+        where kv is short."""
         chunks: list[ScheduledChunk] = []
         position = 0
         # Victims come from the end, and this walks from the front: no victim is in `chunks` yet.
         while position < len(self._running):
             sequence = self._running[position]
             position += 1
-            if sequence.num_tokens_to_compute > 1:
+            left_out = group is not None and sequence not in group
+            if sequence.num_tokens_to_compute > 1 or left_out:
                 continue
             while not self._blocks.extend(sequence.table, sequence.num_tokens):
                 victim = self._running.pop_last()

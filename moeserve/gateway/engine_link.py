@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from moeserve.control_messages import ControlReply, ControlRequest
 from moeserve.core import EngineDelta, EngineRequest, FinishReason
 from moeserve.messages import EngineStatus
 
@@ -20,6 +21,18 @@ class EngineStream(Protocol):
     def __aiter__(self) -> AsyncIterator[EngineDelta]: ...
 
 
+class ControlCall(Protocol):
+    """A control request that the engine has been sent."""
+
+    async def answer(self) -> tuple[ControlReply, list[bytes]]:
+        """The reply and its raw frames. Raises RequestError(UNAVAILABLE) when the engine goes."""
+        ...
+
+    def end(self) -> None:
+        """Asks for the answer now; does nothing once it is there."""
+        ...
+
+
 class EngineLink(Protocol):
     @property
     def status(self) -> EngineStatus:
@@ -32,4 +45,8 @@ class EngineLink(Protocol):
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """Ends a request early; its stream still ends with a delta. Unknown ids are ignored."""
+        ...
+
+    def control(self, request: ControlRequest) -> ControlCall:
+        """Sends a control request. Raises RequestError(UNAVAILABLE) when no engine is ready."""
         ...

@@ -6,14 +6,13 @@ the fix in the message, before anything is bound.
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import re
 import socket
 import stat
 from pathlib import Path
 
 from moeserve.core import ConfigError
+from moeserve.endpoints import is_loopback, tcp_host
 
 #: sun_path of sockaddr_un holds 108 bytes, the last one NUL
 MAX_IPC_PATH_BYTES = 107
@@ -59,7 +58,7 @@ def check_endpoint(endpoint: str, has_curve: bool) -> None:
     if separator and transport == "ipc":
         _prepare_ipc(address)
     elif separator and transport == "tcp":
-        _check_tcp(address, has_curve)
+        _check_tcp(endpoint, has_curve)
     else:
         raise ConfigError(
             f"endpoint: {endpoint!r} is neither ipc://PATH nor tcp://HOST:PORT", field="endpoint"
@@ -114,20 +113,11 @@ def remove_socket_file(endpoint: str) -> None:
         Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
-def _check_tcp(address: str, has_curve: bool) -> None:
-    match = re.fullmatch(r"(\[[^\]]+\]|[^:]+):(\d+|\*)", address)
-    if match is None:
+def _check_tcp(endpoint: str, has_curve: bool) -> None:
+    host = tcp_host(endpoint)
+    if not has_curve and not is_loopback(host):
         raise ConfigError(
-            f"endpoint: tcp://{address} is not tcp://HOST:PORT (IPv6 in brackets)", field="endpoint"
-        )
-    host = match[1].strip("[]")
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback and not has_curve:
-        raise ConfigError(
-            f"endpoint: tcp://{address} can be reached by others and has no CURVE keys",
+            f"endpoint: {endpoint} can be reached by others and has no CURVE keys",
             field="endpoint",
             hint="run `moeserve keygen DIR` and serve with --curve-dir DIR, or bind 127.0.0.1",
         )

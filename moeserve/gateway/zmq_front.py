@@ -12,17 +12,20 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import zmq
 import zmq.asyncio
 
 from moeserve.config import ZmqConfig
+from moeserve.control_messages import ControlRequest
 from moeserve.core import ConfigError, ErrorCode, MoeserveError, RequestError
 from moeserve.framing import ProtocolError, client_server_wire
 from moeserve.gateway.curve import ClientGate, load_server_keys
 from moeserve.gateway.lasting_task import LastingTask
 from moeserve.gateway.service import GenerationService
+from moeserve.gateway.zmq_control import ActiveControl, check_allowed, run_control
 from moeserve.gateway.zmq_endpoint import check_endpoint, remove_socket_file
 from moeserve.gateway.zmq_send import Sent, try_send
 from moeserve.gateway.zmq_session import (
@@ -31,6 +34,7 @@ from moeserve.gateway.zmq_session import (
     LimitedLog,
     Session,
     check_credit,
+    check_request_id,
     check_submit,
     chunk_message,
     done_message,
@@ -163,12 +167,12 @@ class ZmqFront:
 
     # -- sockets and sessions --------------------------------------------------------------------
 
-    def _send(self, session: Session, message: Message) -> Sent:
-        return try_send(self._socket, session.peer, self._wire.encode(message))
+    def _send(self, session: Session, message: Message, *raw: bytes) -> Sent:
+        return try_send(self._socket, session.peer, self._wire.encode(message, *raw))
 
-    async def _deliver(self, session: Session, message: Message) -> None:
+    async def _deliver(self, session: Session, message: Message, *raw: bytes) -> None:
         """Sends, waiting for room. The caller's task is cancelled when the client goes away."""
-        while (sent := self._send(session, message)) is not Sent.YES:
+        while (sent := self._send(session, message, *raw)) is not Sent.YES:
             if sent is Sent.GONE:
                 self._drop(session, "it has disconnected")
             await asyncio.sleep(RETRY_S)
@@ -191,7 +195,11 @@ class ZmqFront:
             await asyncio.sleep(0)
 
     def _take(
-        self, peer: bytes, session: Session | None, message: FromClient, raw: list[bytes]
+        self,
+        peer: bytes,
+        session: Session | None,
+        message: FromClient | ControlRequest,
+        raw: list[bytes],
     ) -> None:
         if isinstance(message, Hello):
             self._welcome(peer, session, message)
@@ -204,6 +212,8 @@ class ZmqFront:
                 request.cancel()
         elif isinstance(message, Credit):
             self._take_credit(session, message)
+        elif isinstance(message, ControlRequest):
+            self._control(session, message)
         elif isinstance(message, Ping):
             self._send(session, Pong(number=message.number))
         # What is left is Pong, which says no more than that the client lives.
@@ -237,11 +247,11 @@ class ZmqFront:
             ),
         )
 
-    def _take_stranger(self, peer: bytes, message: FromClient) -> None:
+    def _take_stranger(self, peer: bytes, message: FromClient | ControlRequest) -> None:
         """Someone whose session is over, or who never said hello."""
         if isinstance(message, Ping):
             reply: Message = Pong(number=message.number, known=False)
-        elif isinstance(message, Submit):
+        elif isinstance(message, Submit | ControlRequest):
             reply = error_message(message.request_id, ProtocolError("send hello first"))
         else:
             return  # about a request that is over with the session
@@ -249,7 +259,7 @@ class ZmqFront:
 
     def _take_credit(self, session: Session, message: Credit) -> None:
         request = session.requests.get(message.request_id)
-        if request is None:
+        if not isinstance(request, ActiveRequest):
             return  # given while the end was under way
         try:
             check_credit("chunks", message.chunks)
@@ -301,12 +311,38 @@ class ZmqFront:
             self._send(session, error_message(submit.request_id, error))
             return
         request = ActiveRequest(submit.request_id, CreditGate(submit.credit))
-        session.requests[submit.request_id] = request
+        self._begin(session, request, self._serve(session, request, submit, raw))
+
+    def _control(self, session: Session, message: ControlRequest) -> None:
+        try:
+            check_request_id(session, message.request_id, self._config.max_in_flight)
+            check_allowed(self.endpoint, has_curve=self._config.curve_dir is not None)
+        except RequestError as error:
+            self._send(session, error_message(message.request_id, error))
+            return
+        control = ActiveControl(message.request_id)
+        self._begin(session, control, self._serve_control(session, control, message))
+
+    async def _serve_control(
+        self, session: Session, control: ActiveControl, message: ControlRequest
+    ) -> None:
+        try:
+            reply, raw = await run_control(lambda: self._service().link, control, message)
+        except RequestError as error:
+            reply, raw = error_message(message.request_id, error), []
+        await self._deliver(session, reply, *raw)
+
+    def _begin(
+        self,
+        session: Session,
+        request: ActiveRequest | ActiveControl,
+        work: Coroutine[Any, Any, None],
+    ) -> None:
+        session.requests[request.request_id] = request
         self._idle.clear()
-        request.task = asyncio.create_task(
-            self._serve(session, request, submit, raw), name=f"zmq request {submit.request_id}"
-        )
-        request.task.add_done_callback(lambda task: self._ended(session, request, task))
+        task = asyncio.create_task(work, name=f"zmq request {request.request_id}")
+        request.task = task
+        task.add_done_callback(lambda task: self._ended(session, request, task))
 
     async def _serve(
         self, session: Session, request: ActiveRequest, submit: Submit, raw: list[bytes]
@@ -338,7 +374,9 @@ class ZmqFront:
         finally:
             generation.cancel()
 
-    def _ended(self, session: Session, request: ActiveRequest, task: asyncio.Task[None]) -> None:
+    def _ended(
+        self, session: Session, request: ActiveRequest | ActiveControl, task: asyncio.Task[None]
+    ) -> None:
         del session.requests[request.request_id]
         if not any(other.requests for other in self._sessions.values()):
             self._idle.set()

@@ -8,12 +8,20 @@ in its successor's queue.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 
 import zmq
 import zmq.asyncio
 
+from moeserve.control_messages import (
+    ControlReply,
+    ControlRequest,
+    EngineAnswer,
+    EngineControl,
+    EngineControlEnd,
+)
 from moeserve.core import EngineDelta, EngineRequest, ErrorCode, FinishReason, RequestError
 from moeserve.framing import ProtocolError, gateway_side_wire
 from moeserve.gateway.lasting_task import LastingTask
@@ -56,6 +64,24 @@ class ZmqEngineStream:
             yield delta
 
 
+class ZmqControlCall:
+    """A control request on its way; forgotten by the link when it has been answered."""
+
+    def __init__(self, send_end: Callable[[], object]) -> None:
+        self._send_end = send_end
+        self.reply: asyncio.Future[tuple[ControlReply, list[bytes]]] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+    async def answer(self) -> tuple[ControlReply, list[bytes]]:
+        # A reader that is cancelled must not cancel the future that the link still holds.
+        return await asyncio.shield(self.reply)
+
+    def end(self) -> None:
+        if not self.reply.done():
+            self._send_end()
+
+
 class ZmqEngineLink:
     """EngineLink to whichever engine process is connected. Lives in one event loop.
 
@@ -74,6 +100,8 @@ class ZmqEngineLink:
         self._status_changed = asyncio.Event()
         self._past_epochs: set[str] = set()
         self._streams: dict[str, ZmqEngineStream] = {}
+        self._calls: dict[int, ZmqControlCall] = {}
+        self._numbers = itertools.count(1)
         self._silent_beats = 0
         self._wire = gateway_side_wire()
         self._context = zmq.asyncio.Context()
@@ -88,12 +116,7 @@ class ZmqEngineLink:
 
     def submit(self, request: EngineRequest) -> ZmqEngineStream:
         """Sends a request. Raises RequestError(UNAVAILABLE) when no engine is ready."""
-        status = self._status
-        if status.stage != "ready" or not self._send(EngineSubmit(request=request)):
-            detail = f" ({status.detail})" if status.detail else ""
-            raise RequestError(
-                f"the engine is not ready: {status.stage}{detail}", code=ErrorCode.UNAVAILABLE
-            )
+        self._send_if_ready(EngineSubmit(request=request))
         assert request.request_id not in self._streams, "the service keeps its ids unique"
         stream = self._streams[request.request_id] = ZmqEngineStream()
         return stream
@@ -102,6 +125,14 @@ class ZmqEngineLink:
         """Ends a request early; its stream still ends with a delta. Unknown ids are ignored."""
         if request_id in self._streams:
             self._send(EngineAbort(request_id=request_id, reason=reason))
+
+    def control(self, request: ControlRequest) -> ZmqControlCall:
+        """Sends a control request. Raises RequestError(UNAVAILABLE) when no engine is ready."""
+        number = next(self._numbers)
+        self._send_if_ready(EngineControl(number=number, request=request))
+        call = ZmqControlCall(lambda: self._send(EngineControlEnd(number=number)))
+        self._calls[number] = call
+        return call
 
     # -- for the supervisor ----------------------------------------------------------------------
 
@@ -148,6 +179,14 @@ class ZmqEngineLink:
 
     # -- the socket ------------------------------------------------------------------------------
 
+    def _send_if_ready(self, message: Message) -> None:
+        status = self._status
+        if status.stage != "ready" or not self._send(message):
+            detail = f" ({status.detail})" if status.detail else ""
+            raise RequestError(
+                f"the engine is not ready: {status.stage}{detail}", code=ErrorCode.UNAVAILABLE
+            )
+
     def _send(self, message: Message) -> bool:
         """False when the engine of the current epoch is gone."""
         peer = self._status.epoch.encode()
@@ -157,7 +196,7 @@ class ZmqEngineLink:
         while True:
             sender, *frames = await self._socket.recv_multipart()
             try:
-                message, _ = self._wire.decode(frames)
+                message, raw = self._wire.decode(frames)
             except ProtocolError as error:
                 log.error("engine link: %s", error)
                 continue
@@ -167,6 +206,8 @@ class ZmqEngineLink:
                 self._silent_beats = 0
                 if isinstance(message, EngineOutput):
                     self._deliver(message.deltas)
+                elif isinstance(message, EngineAnswer):
+                    self._answer_call(message, raw)
             # Let the readers run: a socket that always has more never yields by itself.
             await asyncio.sleep(0)
 
@@ -204,7 +245,16 @@ class ZmqEngineLink:
             if stream is not None:
                 stream.push(delta)
 
+    def _answer_call(self, message: EngineAnswer, raw: list[bytes]) -> None:
+        if call := self._calls.pop(message.number, None):
+            call.reply.set_result((message.reply, raw))
+
     def _fail_streams(self, detail: str) -> None:
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            gone = RequestError(f"the engine is gone: {detail}", code=ErrorCode.UNAVAILABLE)
+            call.reply.set_exception(gone)
+            call.reply.exception()  # nobody has to be waiting
         streams, self._streams = self._streams, {}
         for request_id, stream in streams.items():
             stream.push(

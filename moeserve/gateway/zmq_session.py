@@ -14,6 +14,7 @@ import msgspec
 
 from moeserve.core import ErrorCode, MoeserveError, RequestError
 from moeserve.gateway.service import Generation
+from moeserve.gateway.zmq_control import ActiveControl
 from moeserve.messages import (
     MAX_CREDIT,
     MAX_REQUEST_ID_CHARS,
@@ -86,7 +87,7 @@ class Session:
 
     peer: bytes
     number: int
-    requests: dict[str, ActiveRequest] = field(default_factory=dict)
+    requests: dict[str, ActiveRequest | ActiveControl] = field(default_factory=dict)
     silent_beats: int = 0
     blocked_beats: int = 0
 
@@ -115,17 +116,17 @@ class LimitedLog:
             self._num_dropped += 1
 
 
-def check_submit(session: Session, submit: Submit, max_in_flight: int) -> None:
-    """Raises RequestError for what this wire adds to a request; the service checks the rest."""
-    length = len(submit.request_id)
+def check_request_id(session: Session, request_id: str, max_in_flight: int) -> None:
+    """Raises RequestError for an id that is no good, and for one request too many."""
+    length = len(request_id)
     if not 1 <= length <= MAX_REQUEST_ID_CHARS:
         raise RequestError(
             f"request_id: {length} characters; allowed: 1 to {MAX_REQUEST_ID_CHARS}",
             field="request_id",
         )
-    if submit.request_id in session.requests:
+    if request_id in session.requests:
         raise RequestError(
-            f"request_id: {submit.request_id!r} is still running",
+            f"request_id: {request_id!r} is still running",
             field="request_id",
             hint="use a new id for every request",
         )
@@ -135,6 +136,11 @@ def check_submit(session: Session, submit: Submit, max_in_flight: int) -> None:
             code=ErrorCode.OVERLOADED,
             hint="wait for some to end",
         )
+
+
+def check_submit(session: Session, submit: Submit, max_in_flight: int) -> None:
+    """Raises RequestError for what this wire adds to a request; the service checks the rest."""
+    check_request_id(session, submit.request_id, max_in_flight)
     check_credit("credit", submit.credit)
     if submit.deadline_ms is not None and submit.deadline_ms <= 0:
         raise RequestError(f"deadline_ms: {submit.deadline_ms} is not above 0", field="deadline_ms")

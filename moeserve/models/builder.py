@@ -54,6 +54,7 @@ def build_transformer(
         _norm(_tensor(weights, "norm"), spec.norm_eps, runtime),
         make_linear(head, out_dtype=torch.float32),
         TorchAttention.plan if runtime.native is None else NativeAttention.planner(runtime.native),
+        runtime.watch.timeline,
     )
 
 
@@ -67,6 +68,22 @@ def expert_gates(spec: ModelSpec, weights: Mapping[str, Weight]) -> list[LayerGa
         norm = _tensor(own, "ffn_norm")
         gates.append(layer_gate(index, Router(ffn.router, router), norm))
     return gates
+
+
+def routed_experts(spec: ModelSpec, weights: Mapping[str, Weight]) -> dict[int, PackedExperts]:
+    """The packed experts of every MoE layer."""
+    found = {}
+    for index in spec.moe_layers:
+        experts = weights[f"layers.{index}.experts.gate_up"]
+        assert isinstance(experts, PackedExperts), "experts are packed on the native backend only"
+        found[index] = experts
+    return found
+
+
+def rest_bytes(weights: Mapping[str, Weight]) -> int:
+    """Weights that every token needs: all but the routed experts."""
+    rest = {id(w): w for name, w in weights.items() if ".experts." not in name}
+    return sum(weight.nbytes for weight in rest.values())
 
 
 def _build_layer(
@@ -93,7 +110,8 @@ def _build_layer(
         fused_experts = fuse_experts(runtime, ffn_norm, ffn.routed, experts)
     fused_attention = fuse_attention(runtime.native, attention_norm, attention)
     fused = FusedHalves(fused_attention, fused_experts)
-    return DecoderLayer(attention_norm, attention, ffn_norm, ffn, fused)
+    timeline = runtime.watch.timeline
+    return DecoderLayer(attention_norm, attention, ffn_norm, ffn, index, timeline, fused)
 
 
 def _tensor(weights: Mapping[str, Weight], name: str) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moeserve.core import ModelError
-from moeserve.models.safetensors_file import SafetensorsFile, TensorEntry
+from moeserve.models.safetensors_file import FETCH_AGAIN, SafetensorsFile, TensorEntry
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -60,9 +60,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}") from error
+        raise ModelError(f"{path}: not JSON: {error}", hint=FETCH_AGAIN) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ModelError(
+            f"{path}: expected a JSON object, found {type(value).__name__}", hint=FETCH_AGAIN
+        )
     return value
 
 
@@ -205,14 +207,16 @@ def _no_weights(path: Path) -> ModelError:
             hint="GGUF is not supported; use the safetensors checkpoint it was made from",
         )
     found = list_names(names) if names else "an empty directory"
-    return ModelError(f"{path}: {expected}, found {found}")
+    return ModelError(
+        f"{path}: {expected}, found {found}", hint="name the directory that holds the model"
+    )
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard file name, as the index says; all shards are there."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index}: weight_map: expected an object of file names")
+        raise ModelError(f"{index}: weight_map: expected an object of file names", hint=FETCH_AGAIN)
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
             raise ModelError(

@@ -16,8 +16,10 @@ from moeserve.cpu_backend.native_linear import NativeLinear, NativeRmsNorm
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.layer import MoELayer
+from moeserve.experts.router import Router
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.schedule.intra_layer import ResidentPlacement
+from moeserve.experts.watch import Watch
 from moeserve.models.attention import Attention
 from moeserve.models.attention_plan import NativeAttention
 from moeserve.models.kv_pool import KvLayer
@@ -47,12 +49,18 @@ class FusedAttention:
 class FusedExperts:
     """Adds the routed experts of the normed rows to x [T, H], in place."""
 
-    def __init__(self, runtime: NativeRuntime, layer: _native.ExpertLayer) -> None:
+    def __init__(
+        self, runtime: NativeRuntime, layer: _native.ExpertLayer, index: int, watch: Watch
+    ) -> None:
+        """index: of the layer in the model."""
         self._runtime = runtime.handle
         self._layer = layer
+        self._index = index
+        self._watch = watch
 
     def __call__(self, x: Tensor) -> None:
-        self._layer.run(self._runtime, x)
+        with self._watch.computing(self._index):
+            self._layer.run(self._runtime, x)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def fuse_experts(
     runtime: ExpertRuntime, norm: RowFunction, routed: MoELayer, experts: object
 ) -> FusedExperts | None:
     """Experts that are all in memory, with nobody to place, fetch or predict them; else None."""
-    router = routed.router.native
+    router = routed.router.native if isinstance(routed.router, Router) else None
     resident = (
         runtime.cache.tier is Tier.HOST
         and isinstance(runtime.intra, ResidentPlacement)
@@ -112,4 +120,4 @@ def fuse_experts(
     if not isinstance(norm, NativeRmsNorm) or not isinstance(experts, PackedExperts):
         return None
     layer = _native.ExpertLayer(norm.weight.numpy(), norm.eps, router.handle, experts.native)
-    return FusedExperts(native, layer)
+    return FusedExperts(native, layer, routed.layer, runtime.watch)

@@ -86,6 +86,7 @@ def pack_model(
                 checkpoint, found, config, dtype, CPU, runtime, memory, memory.watch(progress)
             )
         memory.close()
+<<<<<<< HEAD
         manifest = Manifest(
             format=FORMAT,
             version=VERSION,
@@ -115,6 +116,10 @@ def _leave_page_cache(path: Path) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
+=======
+        memory.write_manifest(config.name, name_of(dtype))
+    return PackReport(out, sum(memory.files.values()), found.notes | read.notes)
+>>>>>>> 96564ee6dfdf011b2097ba78168015d619c8145f
 
 
 class PackWriter:
@@ -175,6 +180,22 @@ class PackWriter:
             mapping.flush()
         self._mappings.clear()
 
+    def write_manifest(self, model: str, dtype: str) -> None:
+        """Last of all, beside config.json: the directory is whole from then on."""
+        manifest = Manifest(
+            format=FORMAT,
+            version=VERSION,
+            layout=LAYOUT_VERSION,
+            model=model,
+            config_sha256=config_sha256(self.path),
+            dtype=dtype,
+            files=self.files,
+            weights=self.weights,
+        )
+        file = self.path / MANIFEST
+        file.write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+        _sync(file)
+
     def _make_file(self, name: str, header: bytes, num_bytes: int) -> mmap.mmap:
         try:
             with (self.path / name).open("xb+") as file:
@@ -185,7 +206,8 @@ class PackWriter:
                 mapping = mmap.mmap(file.fileno(), num_bytes)
         except OSError as error:
             raise ModelError(
-                f"{self.path.parent}: no room for {name} of {num_bytes} bytes: {error.strerror}"
+                f"{self.path.parent}: no room for {name} of {num_bytes} bytes: {error.strerror}",
+                hint="free that much, or name a directory on another disk",
             ) from error
         self._mappings.append(mapping)
         return mapping
@@ -239,7 +261,7 @@ def _check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out}: exists and is not empty", hint="name a new directory")
     if not out.parent.is_dir():
-        raise ModelError(f"{out.parent}: no such directory")
+        raise ModelError(f"{out.parent}: no such directory", hint="make it first")
 
 
 @contextmanager
@@ -254,7 +276,10 @@ def _directory(out: Path) -> Iterator[Path]:
         os.rename(path, out)
         _sync(out.parent)
     except OSError as error:
-        raise ModelError(f"{out}: cannot be written: {error.strerror}") from error
+        raise ModelError(
+            f"{out}: cannot be written: {error.strerror}",
+            hint="name a directory that you may write to, on a disk with room",
+        ) from error
     finally:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -21,6 +21,7 @@ from typing import Annotated
 import msgspec
 from torch import Tensor
 
+from moeserve import __version__
 from moeserve.cache.tiers.disk_store import DiskRecord
 from moeserve.core import ModelError
 from moeserve.cpu_backend.machine import huge_page_mode
@@ -29,6 +30,7 @@ from moeserve.models.open_file import OpenFile
 from moeserve.models.safetensors_file import SafetensorsFile
 from moeserve.models.stores import Store, store_of
 from moeserve.models.weight_map import Use, WeightRule
+from moeserve.worker_messages import WorkerIdentity
 
 MANIFEST = "moeserve_pack.json"
 FORMAT = "moeserve packed model"
@@ -246,3 +248,17 @@ class PackedForms:
                 f"{self._packed.path / MANIFEST}: {name}: {len(forms)} forms", hint=REPACK
             )
         return forms[1 if rule.use is Use.DOWN else 0].form(self._weight_only)
+
+
+def worker_identity(packed: PackedModel, integers: bool | None, isa: str) -> WorkerIdentity:
+    """integers: of ModelConfig.quantize_activations. isa: the level that computes."""
+    manifest = packed.manifest
+    content = (packed.path / MANIFEST).read_bytes()
+    return WorkerIdentity(
+        version=__version__,
+        config_sha256=manifest.config_sha256,
+        manifest_sha256=hashlib.sha256(content).hexdigest(),
+        layout=manifest.layout,
+        isa=isa,
+        integers=integers,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,12 +27,22 @@ from moeserve.models import (
     qwen3,
     qwen3_moe,
 )
-from moeserve.models.builder import build_transformer, expert_gates
+from moeserve.models.builder import (
+    build_transformer,
+    expert_gates,
+    rest_bytes,
+    routed_experts,
+)
 from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_model_config
 from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
 from moeserve.models.open_file import OpenFile
-from moeserve.models.packed_model import PackedModel, is_packed, mapped_advice
+from moeserve.models.packed_model import (
+    PackedModel,
+    is_packed,
+    mapped_advice,
+    worker_identity,
+)
 from moeserve.models.read_weights import (
     DTYPES,
     FoundModel,
@@ -116,10 +126,15 @@ def load_model(
     found = find_model(config)
     spec = found.spec
     context_tokens = _context_tokens(config, spec)
-    device = _device(config.device)
+    emulated = config.device == "emulated"
+    device = _device("cpu" if emulated else config.device)
+    if emulated:  # the native kernels compute what the device would
+        expert_config = replace(expert_config, cpu_backend="native")
     experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
     resident_bytes = 0
     files: tuple[OpenFile, ...] = ()
+    if expert_config.workers:
+        _check_workers(config, is_packed(found.path))
     if is_packed(found.path):
         check_packed_settings(config, device)
         tiered = expert_config.is_tiered
@@ -137,6 +152,9 @@ def load_model(
             on_disk = memory.records if isinstance(memory, ResidentPart) else None
             runtime = build_expert_runtime(expert_config, experts, device, dtype, True, on_disk)
             read = read_packed(packed, memory, found, config, runtime.native)
+            if runtime.native is not None:
+                integers, isa = config.quantize_activations, runtime.native.isa
+                runtime = runtime.with_workers(worker_identity(packed, integers, isa))
             resident_bytes = memory.num_bytes if isinstance(memory, ResidentPart) else 0
     else:
         if expert_config.is_tiered:
@@ -153,6 +171,8 @@ def load_model(
             read = read_checkpoint(
                 checkpoint, found, config, dtype, device, native, HeapMemory(), progress
             )
+    if emulated:
+        runtime = runtime.with_device(routed_experts(spec, read.weights), rest_bytes(read.weights))
     runtime = runtime.with_predictor(lambda: expert_gates(spec, read.weights))
     notes = runtime.notes | found.notes | read.notes
     generation = read_generation_config(found.path)
@@ -170,6 +190,21 @@ def load_model(
         resident_bytes=resident_bytes,
         files=files,
     )
+
+
+def _check_workers(config: ModelConfig, packed: bool) -> None:
+    if config.device != "cpu":
+        raise ConfigError(
+            f"workers: they are for --device cpu, and device is {config.device}",
+            field="workers",
+            hint="leave out --worker",
+        )
+    if not packed:
+        raise ConfigError(
+            f"workers: the experts of {config.model} cannot be read one by one",
+            field="workers",
+            hint=f"run `moeserve pack {config.model} OUT` once and serve OUT",
+        )
 
 
 def _context_tokens(config: ModelConfig, spec: ModelSpec) -> int:

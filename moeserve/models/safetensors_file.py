@@ -27,6 +27,7 @@ from moeserve.models.open_file import OpenFile
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 MAX_DIMS = 64
+FETCH_AGAIN = "the file is damaged or incomplete; fetch it again"
 LFS_POINTER = b"version https://git-lfs"
 
 DTYPES = {
@@ -147,9 +148,7 @@ def read_header(file: OpenFile) -> dict[str, TensorEntry]:
 
 
 def _broken(path: Path, problem: str) -> ModelError:
-    return ModelError(
-        f"{path}: {problem}", hint="the file is damaged or incomplete; fetch it again"
-    )
+    return ModelError(f"{path}: {problem}", hint=FETCH_AGAIN)
 
 
 def _check_length(path: Path, head: bytes, size: int) -> None:

@@ -17,6 +17,7 @@ from moeserve.models.native_layer import FusedHalves
 from moeserve.models.rope import Rope
 from moeserve.models.spec import ModelSpec, RopeSpec
 from moeserve.models.step_context import AttentionLayout, StepContext
+from moeserve.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class DecoderLayer:
     attention: Attention | LatentAttention
     ffn_norm: RowFunction
     ffn: RowFunction | MoeFfn
+    index: int
+    timeline: Timeline
     fused: FusedHalves = FusedHalves()
 
     def __call__(self, x: Tensor, step: StepContext, kv: KvLayer) -> Tensor:
@@ -48,12 +51,15 @@ class DecoderLayer:
             fused.attention(x, step, kv)
         else:
             x = x + self.attention(self.attention_norm(x), step, kv)
+        self.timeline.lap("attention", layer=self.index)
         ffn = self.ffn
-        if fused.experts is not None and isinstance(ffn, MoeFfn) and not ffn.routed.observers:
+        if fused.experts is not None and isinstance(ffn, MoeFfn) and not ffn.routed.is_watched:
             fused.experts(x)
-            return x
-        normed = self.ffn_norm(x)
-        return x + (ffn(normed, step.step) if isinstance(ffn, MoeFfn) else ffn(normed))
+        else:
+            normed = self.ffn_norm(x)
+            x = x + (ffn(normed, step.step) if isinstance(ffn, MoeFfn) else ffn(normed))
+        self.timeline.lap("feed forward", layer=self.index)
+        return x
 
 
 class Transformer:
@@ -67,8 +73,10 @@ class Transformer:
         norm: RowFunction,
         head: RowFunction,
         planner: Planner,
+        timeline: Timeline,
     ) -> None:
         """embedding: [V, H]. head: [R, H] -> [R, V]. planner: how attention is computed."""
+        self.timeline = timeline
         self.spec = spec
         self.layers = layers
         self._embedding = embedding
@@ -86,6 +94,7 @@ class Transformer:
         dtype = self._embedding.dtype
         step = StepContext.build(batch, kv, self._ropes, self._layouts, self._planner, dtype)
         x = F.embedding(batch.token_ids, self._embedding)
+        self.timeline.lap("inputs")
         for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
             x = layer(x, step, layer_kv)
         return self._norm(x)

@@ -70,7 +70,8 @@ def measure_cost(loaded: LoadedModel, predictor: Predictor, windows: Tensor) -> 
 def _decode_batch(tokens: Tensor, position: int, slots: Tensor) -> ForwardBatch:
     """tokens: [S], the ones at `position` of each sequence. slots: [S, W] kv slots."""
     device = slots.device
-    spans = [Span(row, row + 1, position + 1, own[: position + 1]) for row, own in enumerate(slots)]
+    stop = position + 1
+    spans = [Span(row, row + 1, stop, own[:stop], stop) for row, own in enumerate(slots)]
     return ForwardBatch(
         token_ids=tokens.to(device),
         positions=torch.full((len(tokens),), position, device=device),

@@ -27,7 +27,7 @@ from moeserve.predictor_tools.evaluation import (
 from moeserve.predictor_tools.model_runs import loaded_model
 from moeserve.predictor_tools.plots import check_plot, plot_recall
 from moeserve.predictor_tools.texts import read_texts, token_windows
-from moeserve.predictor_tools.train_command import FILE_NAME, add_text_arguments
+from moeserve.predictor_tools.train_command import FILE_NAME, add_text_arguments, check_numbers
 from moeserve.predictor_tools.training import record_states
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.registry import PREDICTORS, make_predictor
@@ -87,11 +87,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.plot is not None:
         check_plot(args.plot)
-    for name, least in (("depth", 1), ("streams", 1), ("tokens", 1), ("window", 2)):
-        if getattr(args, name) < least:
-            raise ConfigError(
-                f"{name}: {getattr(args, name)}; allowed: {least} or more", field=name
-            )
+    check_numbers(args, tokens=1, window=2, depth=1, streams=1)
     if not 0 < args.threshold < 1:
         raise ConfigError(
             f"threshold: {args.threshold}; allowed: between 0 and 1", field="threshold"

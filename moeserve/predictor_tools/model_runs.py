@@ -35,20 +35,26 @@ def loaded_model(
 
 @contextmanager
 def observed(loaded: LoadedModel, observer: Observer) -> Iterator[None]:
-    """Tells the observer of every layer that runs.
-
-    Meanwhile threads are the engine's: where native ones compute, torch's are in their way.
-    """
-    threads = torch.get_num_threads()
+    """Tells the observer of every layer that runs. Meanwhile threads are the engine's."""
     observers = loaded.runtime.observers
     observers.append(observer)
+    try:
+        with engine_threads(loaded):
+            yield
+    finally:
+        observers.remove(observer)
+
+
+@contextmanager
+def engine_threads(loaded: LoadedModel) -> Iterator[None]:
+    """Threads as in an engine: where native ones compute, torch's are in their way."""
+    threads = torch.get_num_threads()
     if loaded.runtime.native is not None:
         torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        observers.remove(observer)
 
 
 class WindowRunner:
@@ -67,7 +73,7 @@ class WindowRunner:
         count, length = windows.shape
         slots = torch.arange(count * length).view(count, length).to(self._loaded.device)
         spans = [
-            Span(number * length, (number + 1) * length, length, own)
+            Span(number * length, (number + 1) * length, length, own, length)
             for number, own in enumerate(slots)
         ]
         batch = ForwardBatch(

@@ -133,7 +133,9 @@ class Recording:
         return file
 
     def _read(self, name: str, dtype: type) -> np.ndarray[Any, Any]:
-        return np.memmap(self.folder / name, dtype, mode="c").reshape(self.plan.windows.numel(), -1)
+        width = self._widths()[name] // np.dtype(dtype).itemsize
+        shape = (self.plan.windows.numel(), width)
+        return np.memmap(self.folder / name, dtype, mode="c", shape=shape)
 
     def _read_progress(self) -> int:
         path = self.folder / PROGRESS

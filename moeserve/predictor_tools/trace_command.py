@@ -1,4 +1,5 @@
-"""`moeserve trace`: records a model's routing, of a text that is given or of answers to prompts."""
+"""`moeserve trace`: records a model's routing, of a text that is given or of answers to prompts,
+and what runs when while it answers."""
 
 from __future__ import annotations
 
@@ -20,12 +21,18 @@ from moeserve.core import ConfigError, EngineRequest, RequestError, SamplingPara
 from moeserve.engine.engine import Engine
 from moeserve.models.packed_model import config_sha256
 from moeserve.models.registry import LoadedModel
-from moeserve.predictor_tools.model_runs import WindowRunner, loaded_model, observed
+from moeserve.predictor_tools.model_runs import (
+    WindowRunner,
+    engine_threads,
+    loaded_model,
+    observed,
+)
 from moeserve.predictor_tools.texts import read_texts, token_windows
 from moeserve.predictor_tools.trace import RoutingRecorder
-from moeserve.predictor_tools.train_command import RUN_SETTINGS
+from moeserve.predictor_tools.train_command import RUN_SETTINGS, check_numbers
 from moeserve.progress import LoadingBar
 from moeserve.text.tokenizer import Tokenizer
+from moeserve.timeline import Recording
 
 DEFAULT_TOKENS = 16_384
 
@@ -49,7 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompts", type=Path, metavar="FILE", help="a prompt per line, answered by the model"
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, help="npz file to write")
+    source.add_argument("--prompt", metavar="TEXT", help="one prompt, answered by the model")
+    parser.add_argument("-o", "--out", type=Path, help="npz file to write: the routing")
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="JSON file to write: what runs when, for https://ui.perfetto.dev; with --prompt(s). "
+        "Routing is recorded in steps that are not fused: ask for one of the two",
+    )
     parser.add_argument(
         "--tokens", type=int, default=DEFAULT_TOKENS, help="with --text: most tokens (%(default)s)"
     )
@@ -57,22 +72,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", type=int, default=512, help="with --text: tokens of a sequence (%(default)s)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=256, help="with --prompts: per answer (%(default)s)"
+        "--max-tokens", type=int, default=256, help="with --prompt(s): per answer (%(default)s)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="with --prompts (%(default)s: greedy)"
+        "--temperature", type=float, default=0.0, help="with --prompt(s) (%(default)s: greedy)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="with --prompts (%(default)s)")
-    add_flags(parser, ModelConfig, ExpertConfig, only=RUN_SETTINGS)
+    parser.add_argument("--seed", type=int, default=0, help="with --prompt(s) (%(default)s)")
+    add_flags(parser, ModelConfig, only=RUN_SETTINGS)
+    add_flags(parser, ExpertConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the file, says what is in it. Raises ConfigError, ModelError, RequestError."""
-    if not args.out.parent.is_dir():
-        raise ConfigError(f"out: there is no directory {args.out.parent}", field="out")
+    check_numbers(args, tokens=1, window=1)
+    _check_files(args)
     config, experts = read_flags(ModelConfig, args), read_flags(ExpertConfig, args)
     with LoadingBar() as bar, loaded_model(config, experts, bar) as loaded:
         sizes = {n: ffn.experts.num_experts for n, ffn in loaded.spec.moe_layers.items()}
+        if args.timeline is not None:
+            recorded = _timeline(loaded, config, experts, args, bar)
+            args.timeline.write_bytes(recorded.to_json())
+            print(f"{args.timeline}: {len(recorded.spans)} spans", file=sys.stderr)
+            return 0
         if not sizes:
             raise ConfigError("trace: the model has no MoE layer", field="model")
         recorder = RoutingRecorder(sizes)
@@ -81,12 +102,24 @@ def run(args: argparse.Namespace) -> int:
                 texts = read_texts(args.text)
                 _run_text(loaded, texts, recorder, args.window, args.tokens, bar)
             else:
-                _answer(loaded, config, experts, _prompts(args.prompts), recorder, args, bar)
+                engine = _engine(loaded, config, experts)
+                _answer(engine, _prompts(args), recorder.end_sequence, args, bar)
         recorder.save(args.out, config_sha256(loaded.path))
     arrays = recorder.arrays()
     shape = " x ".join(map(str, arrays["ids"].shape))
     print(f"{args.out}: {shape} ids, {len(arrays['lens'])} sequences", file=sys.stderr)
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    if (args.out is None) == (args.timeline is None):
+        raise ConfigError("trace: give -o FILE.npz or --timeline FILE.json, one of them")
+    if args.timeline is not None and args.text is not None:
+        raise ConfigError("timeline: it is of answers; give --prompt TEXT", field="timeline")
+    for name in ("out", "timeline"):
+        path = getattr(args, name)
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{name}: there is no directory {path.parent}", field=name)
 
 
 def _run_text(
@@ -109,22 +142,31 @@ def _run_text(
         progress("running the text", (start + len(together)) / len(windows))
 
 
-def _prompts(path: Path) -> list[str]:
-    prompts = [line for line in read_texts([path])[0].splitlines() if line.strip()]
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt is not None:
+        return [args.prompt]
+    prompts = [line for line in read_texts([args.prompts])[0].splitlines() if line.strip()]
     if not prompts:
-        raise ConfigError(f"prompts: {path} has no line with text", field="prompts")
+        raise ConfigError(f"prompts: {args.prompts} has no line with text", field="prompts")
     return prompts
 
 
-def _answer(
+def _timeline(
     loaded: LoadedModel,
     config: ModelConfig,
     experts: ExpertConfig,
-    prompts: Sequence[str],
-    recorder: RoutingRecorder,
     args: argparse.Namespace,
     progress: Callable[[str, float], None],
-) -> None:
+) -> Recording:
+    engine = _engine(loaded, config, experts)
+    prompts = _prompts(args)
+    with engine_threads(loaded):
+        engine.timeline.start()
+        _answer(engine, prompts, lambda _: None, args, progress)
+        return engine.timeline.stop()
+
+
+def _engine(loaded: LoadedModel, config: ModelConfig, experts: ExpertConfig) -> Engine:
     """One request at a time, so that rows come in the order of tokens."""
     engine_config = EngineConfig(
         model=config,
@@ -132,8 +174,18 @@ def _answer(
         scheduler=SchedulerConfig(max_running=1),
         experts=experts,
     )
-    engine = Engine(engine_config, loaded)
-    tokenizer = Tokenizer.load(loaded.path)
+    return Engine(engine_config, loaded)
+
+
+def _answer(
+    engine: Engine,
+    prompts: Sequence[str],
+    end_sequence: Callable[[Sequence[int]], None],
+    args: argparse.Namespace,
+    progress: Callable[[str, float], None],
+) -> None:
+    """end_sequence: told the tokens of each prompt and answer that went through the model."""
+    tokenizer = Tokenizer.load(engine.loaded.path)
     params = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed
     )
@@ -148,5 +200,5 @@ def _answer(
                 if delta.error is not None:
                     raise RequestError(f"prompts: line {number + 1}: {delta.error}")
         # The last token was chosen and has not been through the layers.
-        recorder.end_sequence([*tokens, *generated[:-1]])
+        end_sequence([*tokens, *generated[:-1]])
         progress("answering", (number + 1) / len(prompts))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moeserve.cli_options import add_flags, read_flags
 from moeserve.config import BUNDLED_MODEL, ExpertConfig, ModelConfig
+from moeserve.core import ConfigError
 from moeserve.predictor_tools.model_runs import loaded_model
 from moeserve.predictor_tools.texts import read_texts, token_windows
 from moeserve.predictor_tools.training import TrainingPlan, remove_work, train_residual
@@ -67,9 +68,17 @@ def add_text_arguments(parser: argparse.ArgumentParser, default_tokens: int) -> 
     add_flags(parser, ModelConfig, ExpertConfig, only=RUN_SETTINGS)
 
 
+def check_numbers(args: argparse.Namespace, **least: int) -> None:
+    """Raises ConfigError for an argument below its minimum."""
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        if value < minimum:
+            raise ConfigError(f"{name}: {value} is below the minimum {minimum}", field=name)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = ResidualShape()
-    add_text_arguments(parser, default_tokens=1_000_000)
+    add_text_arguments(parser, default_tokens=1_200_000)
     parser.add_argument(
         "-o", "--out", type=Path, help=f"file to write (default: {FILE_NAME} beside the model)"
     )
@@ -98,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, writes the file, says where. Raises ConfigError and ModelError."""
+    check_numbers(args, tokens=1, window=2, epochs=1)
     shape = ResidualShape(args.depth, args.expert_rank, args.context_rank)
     texts = read_texts(args.text)
     with LoadingBar() as bar:

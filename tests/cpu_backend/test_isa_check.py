@@ -6,7 +6,7 @@ import pytest
 
 from moeserve.core import ConfigError
 from moeserve.cpu_backend import _native, native_runtime
-from moeserve.cpu_backend.isa_check import KINDS, ROWS, SHAPES, wrong_products
+from moeserve.cpu_backend.isa_check import FORMATS, ROWS, SHAPES, wrong_products
 from moeserve.cpu_backend.native_runtime import choose_isa
 
 USABLE = [level.name for level in _native.isa_levels() if level.usable]
@@ -40,12 +40,12 @@ def test_a_wrong_result_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return (_native.Runtime if name == "scalar" else Halved)(name, threads)
 
     class Module:
-        Layout, allocate = _native.Layout, _native.allocate
+        allocate = _native.allocate
         pack, pack_codes = _native.pack, _native.pack_codes
         PackedMatrix, Runtime = Matrix, staticmethod(make)
 
     monkeypatch.setattr("moeserve.cpu_backend.isa_check._native", Module)
-    assert len(wrong_products(USABLE[-1])) == len(SHAPES) * len(KINDS) * len(ROWS)
+    assert len(wrong_products(USABLE[-1])) == len(SHAPES) * len(FORMATS) * len(ROWS)
 
 
 @pytest.mark.skipif(len(USABLE) < 2, reason="this machine runs the scalar level only")

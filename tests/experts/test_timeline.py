@@ -208,19 +208,34 @@ def test_layer_us_is_what_such_a_layer_takes(
         assert made.layer_us(0, num_ready, num_absent, each) == pytest.approx(expected_us)
 
 
-def test_busy_link_makes_the_cpu_take_over() -> None:
-    costs = CostModel(
-        expert_bytes=1,
-        cpu=Curve([1], [100.0]),
-        cpu_start_us=0.0,
-        device=Curve([1], [10.0]),
-        link=Curve([1], [90.0]),
-    )
-    assert fill(costs, [], [1, 1]).num_fetched == 1
-    assert fill(costs, [], [1, 1], link_busy_us=150.0).num_fetched == 0
-    assert makespan_us(costs, [1], [], [1], link_busy_us=150.0) == 250.0
+PLAIN = CostModel(
+    expert_bytes=1,
+    cpu=Curve([1], [100.0]),
+    cpu_start_us=0.0,
+    device=Curve([1], [10.0]),
+    link=Curve([1], [90.0]),
+)
+
+
+def test_a_fetch_must_save_the_price_of_the_link() -> None:
+    assert fill(PLAIN, [], [1, 1]) == (0, 1, 100.0)
+    assert fill(PLAIN, [], [1, 1], link_price_us=99.0).num_fetched == 1
+    assert fill(PLAIN, [], [1, 1], link_price_us=101.0) == (0, 0, 200.0)
     # As long either way: no bytes are moved for nothing.
-    assert fill(costs, [], [1]) == (0, 0, 100.0)
+    assert fill(PLAIN, [], [1]) == (0, 0, 100.0)
+
+
+def test_what_is_on_its_way_is_waited_for_where_that_is_shorter() -> None:
+    assert fill(PLAIN, [], [1], [20.0]) == (0, 1, 30.0)
+    assert fill(PLAIN, [], [1], [95.0]).num_fetched == 0
+    # It costs the link nothing more, whatever else the link could do.
+    assert fill(PLAIN, [], [1], [20.0], link_price_us=1e6).num_fetched == 1
+    coming = {3: 20.0, 5: 60.0}
+    placement = TimelinePlacement({0: PLAIN}, lambda layer: coming).place(
+        use_of(np.ones(6, np.int32)), Residency(0, Tier.DEVICE, 6, frozenset())
+    )
+    assert placement.fetch_first[:2] == (3, 5)
+    assert makespan_us(PLAIN, [1], [], [1]) == 100.0
 
 
 def test_a_profile_without_a_device_cannot_place_on_one() -> None:

@@ -1,0 +1,62 @@
+"""Ours: what a slot brings is expected reuse times the cost of a miss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.cache.numbering import ExpertNumbers, Numbers
+from moeserve.cache.policies.base import RankedPolicy
+from moeserve.cache.policies.reuse_model import ReuseModel
+from moeserve.core import LayerUse
+
+
+class ScorePolicy(RankedPolicy):
+    """Worth of an expert: E[gamma^(time to its next use)] times the cost of a miss.
+
+    Time is counted in passes through the layers. The estimate of `ReuseModel` is as old as the
+    layer's last use; two things make it current: how much of a pass still lies before the layer
+    (just after a layer has run, its experts are the furthest from use of all), and what a predictor
+    says of the layer's next use. With a chance q to be wanted then, v = gamma * (q + (1 - q) * v').
+
+    All experts of a model have the same size as a rule, and a miss costs the same for each; costs
+    are given where that is not so.
+    """
+
+    name = "score"
+    selective = True
+
+    def __init__(
+        self, numbers: ExpertNumbers, miss_costs: NDArray[np.float64] | None = None
+    ) -> None:
+        """miss_costs: [N] in any unit; only their ratios matter."""
+        super().__init__(numbers)
+        self._model = ReuseModel(numbers)
+        self._log_cost = np.zeros(numbers.total) if miss_costs is None else np.log(miss_costs)
+        self._log_worth = self._log_cost + self._model.log_value
+        self._ahead = np.zeros(len(numbers.layers))  # [L] ln gamma * (share of a pass to go)
+        steps = np.arange(len(numbers.layers)) / len(numbers.layers)
+        self._ahead_of_first = np.log(self._model.gamma) * steps
+
+    def observed(self, use: LayerUse) -> None:
+        self._model.learn(use)
+        span = self.numbers.span_of[use.layer]
+        self._log_worth[span] = self._log_cost[span] + self._model.log_value[span]
+        self._ahead = np.roll(self._ahead_of_first, self.numbers.rank_of[use.layer] + 1)
+
+    def expected(self, layer: int, probabilities: NDArray[np.float32]) -> None:
+        span = self.numbers.span_of[layer]
+        later = np.exp(self._model.log_value[span])
+        value = self._model.gamma * (probabilities + (1 - probabilities) * later)
+        self._log_worth[span] = self._log_cost[span] + np.log(value)
+
+    def used(self, layer: int, experts: Sequence[int]) -> None:
+        """Everything was said by `observed`."""
+
+    def worth(self, numbers: Numbers) -> NDArray[np.float64]:
+        worth: NDArray[np.float64] = (
+            self._log_worth[numbers] + self._ahead[self.numbers.rank[numbers]]
+        )
+        return worth

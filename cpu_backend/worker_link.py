@@ -1,0 +1,407 @@
+"""One expert worker as the engine sees it: connection, handshake, jobs, and noticing that it went.
+
+A new socket is made for every connection, so that nothing of an old one, an answer that was long
+under way for one, can be taken for an answer on the new. Two things say that a worker is gone: the
+connection breaks, at once where the process dies, and after missed heartbeats where it is stopped
+or out of reach; or a job takes too long, which is for a worker that hangs while its ZeroMQ thread
+goes on answering heartbeats.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import cast
+
+import numpy as np
+import torch
+import zmq
+from numpy.typing import NDArray
+from torch import Tensor
+from zmq.utils.monitor import parse_monitor_message
+
+from moeserve.client.endpoint import CurveKeys
+from moeserve.config import ExpertConfig
+from moeserve.core import ConfigError
+from moeserve.cpu_backend.shards import Shard
+from moeserve.cpu_backend.shared_rows import PAGE_BYTES, SharedRows
+from moeserve.cpu_backend.worker_wire import WORKER_MAX_BYTES, engine_side_wire
+from moeserve.endpoints import is_loopback, tcp_host
+from moeserve.framing import ProtocolError
+from moeserve.messages import Ping
+from moeserve.worker_messages import (
+    WorkerHello,
+    WorkerIdentity,
+    WorkerJob,
+    WorkerRefusal,
+    WorkerResult,
+    WorkerWelcome,
+)
+
+Pairs = NDArray[np.int64]
+
+#: rows and results of one job together; larger ones are cut
+MAX_JOB_BYTES = 16 << 20
+RECONNECT_MS = 100
+#: a worker that was refused is looked at again
+REST_S = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+class Stage(Enum):
+    CONNECTING = "does not answer"
+    LIVE = "live"
+    RESTING = "refused"
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """Rows for experts of one layer. pairs: [P] numbers of the caller's, sorted by `experts` [P];
+    rows: [P, H]."""
+
+    layer: int
+    pairs: Pairs
+    experts: NDArray[np.int64]
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker gave for pairs [P]: [P, H] float32, valid until the link's next job."""
+
+    pairs: Pairs
+    experts: NDArray[np.int64]
+    results: Tensor
+
+
+@dataclass(frozen=True)
+class _Job:
+    work: PairRows
+    deadline_s: float
+    results: Tensor | None  # in shared memory
+
+
+@dataclass(frozen=True)
+class LinkSettings:
+    """The same for all workers of an engine. keys: None: no CURVE."""
+
+    context: zmq.Context[zmq.Socket[bytes]]
+    identity: WorkerIdentity
+    config: ExpertConfig
+    keys: CurveKeys | None
+
+
+class WorkerLink:
+    """For the engine's thread alone.
+
+    lost: what will not be answered any more; whoever sent it takes it out. admit: told of a worker
+    that fits; returns why it is refused all the same, or None.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        settings: LinkSettings,
+        admit: Callable[[WorkerLink, Shard], str | None],
+    ) -> None:
+        self.endpoint = endpoint
+        self.stage = Stage.CONNECTING
+        self.problem = Stage.CONNECTING.value  # why it is not live
+        self.shard: Shard | None = None
+        self.standby = False
+        self.shared = False
+        self.lost: list[PairRows] = []
+        self.num_losses = 0
+        self._settings = settings
+        self._admit = admit
+        self._wire = engine_side_wire()
+        self._number = 0
+        self._jobs: dict[int, _Job] = {}
+        self._epoch = ""
+        self._distrusted: set[str] = set()
+        self._rest_until_s = 0.0
+        self._rows: SharedRows | None = None
+        self._used_bytes = PAGE_BYTES
+        self._socket: zmq.Socket[bytes]
+        self._monitor: zmq.Socket[bytes]
+        self._open()
+
+    # -- for the pool ----------------------------------------------------------------------------
+
+    @property
+    def live(self) -> bool:
+        return self.stage is Stage.LIVE
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def sockets(self) -> tuple[zmq.Socket[bytes], ...]:
+        """To be polled; none while it rests."""
+        return () if self.stage is Stage.RESTING else (self._monitor, self._socket)
+
+    def look(self) -> list[Answer]:
+        """Takes what has happened; never waits."""
+        if self.stage is Stage.RESTING:
+            if time.monotonic() >= self._rest_until_s:
+                self._open()
+            return []
+        answers: list[Answer] = []
+        # Messages first: what it said before it died counts.
+        while self._has_message(self._socket):
+            answers += self._take(self._socket.recv_multipart(zmq.NOBLOCK))
+        while self._has_message(self._monitor):
+            event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._hello()
+            elif event == zmq.EVENT_DISCONNECTED:
+                if self.live:
+                    self._lose("the connection broke, or heartbeats were missed")
+                self._close()
+                self._open()
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self.problem = "it does not know this engine's key"
+        return answers
+
+    def _has_message(self, socket: zmq.Socket[bytes]) -> bool:
+        """False for a socket that was closed because the worker was refused."""
+        return not socket.closed and bool(cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN)
+
+    def check_deadlines(self) -> None:
+        """Gives up a worker that takes too long for a job."""
+        oldest = min((job.deadline_s for job in self._jobs.values()), default=math.inf)
+        if time.monotonic() >= oldest:
+            limit = self._settings.config.worker_job_s
+            self._lose(f"a job was not done within {limit:g} s")
+            self._close()
+            self._open()
+
+    def send(self, work: PairRows) -> None:
+        """Must be live. Where the queue is full or the connection just broke, the work is lost."""
+        width = work.rows.shape[1]
+        most = max(1, MAX_JOB_BYTES // (width * (work.rows.dtype.itemsize + 4)))
+        for start in range(0, len(work.pairs), most):
+            part = slice(start, start + most)
+            piece = PairRows(work.layer, work.pairs[part], work.experts[part], work.rows[part])
+            if not self._send(piece):
+                self.lost.append(piece)
+
+    def give_up_jobs(self) -> None:
+        """Nobody waits for them any more. Their results may still be written, so the memory and the
+        connection are not used again."""
+        if self._jobs:
+            self._jobs.clear()
+            self._close()
+            self._open()
+
+    def distrust(self, reason: str) -> None:
+        """Its process is not asked again; another one at the same endpoint may be."""
+        self._distrusted.add(self._epoch)
+        self._refuse(reason)
+
+    def close(self) -> None:
+        if self.stage is not Stage.RESTING:
+            self._close()
+            self.stage = Stage.RESTING
+            self._rest_until_s = math.inf
+
+    # -- the connection --------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        context, config = self._settings.context, self._settings.config
+        socket = context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.immediate = True  # nothing queues up for a worker that is not there
+        socket.reconnect_ivl = RECONNECT_MS
+        socket.reconnect_ivl_max = 20 * RECONNECT_MS
+        socket.maxmsgsize = WORKER_MAX_BYTES
+        socket.heartbeat_ivl = round(config.worker_heartbeat_s * 1000)
+        socket.heartbeat_timeout = round(config.worker_timeout_s * 1000)
+        socket.heartbeat_ttl = round(config.worker_timeout_s * 1000)
+        socket.handshake_ivl = round(config.worker_timeout_s * 1000)
+        socket.ipv6 = self.endpoint.startswith("tcp://[")
+        if (keys := self._settings.keys) is not None:
+            socket.curve_publickey = keys.public
+            socket.curve_secretkey = keys.secret
+            socket.curve_serverkey = keys.server
+        monitored = (
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        )
+        name = f"inproc://worker-{id(self)}-{time.monotonic_ns()}"
+        socket.monitor(name, monitored)
+        self._monitor = context.socket(zmq.PAIR)
+        self._monitor.linger = 0
+        self._monitor.rcvhwm = 0  # ZeroMQ's thread would wait for a reader; an idle engine is none
+        self._monitor.connect(name)
+        socket.connect(self.endpoint)
+        self._socket = socket
+        self.stage = Stage.CONNECTING
+
+    def _close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close()
+        self._jobs.clear()
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+
+    def _hello(self) -> None:
+        self._rows = None
+        if _is_near(self.endpoint):
+            self._rows = SharedRows.create()
+        memory = None if self._rows is None else self._rows.offer
+        hello = WorkerHello(identity=self._settings.identity, memory=memory)
+        self._try_send(self._wire.encode(hello))
+
+    def _lose(self, reason: str) -> None:
+        """The worker is gone, and with it what it was asked."""
+        logger.error("worker %s is gone: %s", self.endpoint, reason)
+        self.problem = reason
+        self.num_losses += 1
+        self.lost += [job.work for job in self._jobs.values()]
+        self._jobs.clear()
+
+    def _refuse(self, reason: str) -> None:
+        """Its process is there and will not be asked, for a while."""
+        if reason != self.problem:  # said once, not at every look
+            logger.error("worker %s is refused: %s", self.endpoint, reason)
+        self.problem = reason
+        self.lost += [job.work for job in self._jobs.values()]
+        self._close()
+        self.stage = Stage.RESTING
+        self._rest_until_s = time.monotonic() + REST_S
+
+    # -- messages --------------------------------------------------------------------------------
+
+    def _take(self, frames: Sequence[bytes]) -> list[Answer]:
+        try:
+            message, raw = self._wire.decode(frames)
+            if isinstance(message, WorkerWelcome):
+                self._welcome(message)
+            elif isinstance(message, WorkerResult):
+                return [self._result(message, raw)]
+            elif isinstance(message, WorkerRefusal):
+                raise ProtocolError(f"it refused a job: {message.reason:.200}")
+            else:
+                assert isinstance(message, Ping)  # it looks whether we are there: so we are
+        except ProtocolError as error:
+            self.distrust(f"it answers nonsense: {error}")
+        return []
+
+    def _welcome(self, welcome: WorkerWelcome) -> None:
+        """Raises ProtocolError for a shard that is none."""
+        self._epoch = welcome.epoch
+        if welcome.epoch in self._distrusted:
+            self._refuse(self.problem)
+            return
+        try:
+            shard = Shard.parse(welcome.shard)
+        except ConfigError as error:
+            raise ProtocolError(str(error)) from error
+        problem = differences(self._settings.identity, welcome.identity)
+        self.standby = welcome.standby
+        if problem is None:
+            problem = self._admit(self, shard)
+        if problem is not None:
+            self._refuse(problem)
+            return
+        self.shard = shard
+        if not welcome.shared and self._rows is not None:
+            self._rows.close()
+            self._rows = None
+        self.shared = self._rows is not None
+        self._used_bytes = PAGE_BYTES
+        self.stage = Stage.LIVE
+        self.problem = ""
+        how = "shared memory" if self.shared else "frames"
+        logger.info("worker %s: shard %s, rows in %s", self.endpoint, shard, how)
+
+    def _result(self, message: WorkerResult, raw: Sequence[bytes]) -> Answer:
+        job = self._jobs.pop(message.number, None)
+        if job is None:
+            raise ProtocolError(f"a result for job {message.number}, which was not given")
+        work, results = job.work, job.results
+        shape = (len(work.pairs), work.rows.shape[1])
+        sizes = [len(frame) for frame in raw]
+        expected = [] if results is not None else [shape[0] * shape[1] * 4]
+        if sizes != expected:
+            self._jobs[message.number] = job  # it is lost with the others
+            raise ProtocolError(f"frames of {sizes} bytes for results, expected {expected}")
+        if results is None:
+            results = torch.frombuffer(bytearray(raw[0]), dtype=torch.float32).view(shape)
+        return Answer(work.pairs, work.experts, results)
+
+    def _send(self, work: PairRows) -> bool:
+        if not self.live:
+            return False
+        rows, results = self._places(work)
+        experts, counts = np.unique(work.experts, return_counts=True)
+        self._number += 1
+        job = WorkerJob(
+            number=self._number,
+            layer=work.layer,
+            experts=experts.tolist(),
+            counts=counts.tolist(),
+            dtype=str(work.rows.dtype).removeprefix("torch."),
+            rows_at=rows[0] if rows else None,
+            results_at=results[0] if results else None,
+        )
+        frames: list[bytes | memoryview] = list(self._wire.encode(job))
+        if rows and results:
+            rows[1].copy_(work.rows)
+        else:
+            frames.append(work.rows.contiguous().view(torch.uint8).numpy().data)
+        if not self._try_send(frames):
+            return False
+        deadline_s = time.monotonic() + self._settings.config.worker_job_s
+        self._jobs[self._number] = _Job(work, deadline_s, results[1] if results else None)
+        return True
+
+    def _places(
+        self, work: PairRows
+    ) -> tuple[tuple[int, Tensor] | None, tuple[int, Tensor] | None]:
+        """Where rows and results lie in the shared memory; None where there is no room."""
+        if self._rows is None:
+            return None, None
+        if not self._jobs:
+            self._used_bytes = PAGE_BYTES
+        shape = (len(work.pairs), work.rows.shape[1])
+        start = self._used_bytes
+        rows = self._rows.view(start, shape, work.rows.dtype)
+        after = start + shape[0] * shape[1] * work.rows.dtype.itemsize
+        results_at = -(-after // 64) * 64
+        results = self._rows.view(results_at, shape, torch.float32)
+        if rows is None or results is None:
+            return None, None
+        end = results_at + shape[0] * shape[1] * 4
+        self._used_bytes = -(-end // 64) * 64
+        return (start, rows), (results_at, results)
+
+    def _try_send(self, frames: Sequence[bytes | memoryview]) -> bool:
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+
+def differences(ours: WorkerIdentity, theirs: WorkerIdentity) -> str | None:
+    """What would make the worker's results other bits than ours; None: nothing."""
+    found = [
+        f"{name} {getattr(theirs, name)} there, {getattr(ours, name)} here"
+        for name in WorkerIdentity.__struct_fields__
+        if getattr(theirs, name) != getattr(ours, name)
+    ]
+    return "; ".join(found) or None
+
+
+def _is_near(endpoint: str) -> bool:
+    """Whether the worker may be on this machine; the token in the memory then tells."""
+    return endpoint.startswith("ipc://") or is_loopback(tcp_host(endpoint))

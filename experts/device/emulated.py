@@ -1,0 +1,135 @@
+"""A device that is not there: slots of its own in memory, a link and a processor with a rate each.
+
+Records are really copied into slots, and the experts really computed, by the native kernels from
+the slots' bytes; so tokens are bit for bit those of the CPU alone. Only time is emulated (`clock`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.cache.tiers.host_slots import HostSlots
+from moeserve.cache.types import LayerSlots, Load
+from moeserve.core import ExpertKey, Placement
+from moeserve.cpu_backend import _native
+from moeserve.cpu_backend.native_parts import NativeParts
+from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.experts.device.clock import EmulatedClock
+from moeserve.experts.device.emulated_link import EmulatedLink
+from moeserve.experts.device.slot_guard import SlotGuard
+from moeserve.experts.schedule.cost_model import CostModel
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """native: the layer's experts as the device finds them; a record is set while it is read."""
+
+    native: _native.PackedExperts
+    record_bytes: int
+    costs: CostModel
+
+
+class EmulatedDevice:
+    """Work submitted to it runs one after another, copies beside it. For one thread."""
+
+    def __init__(
+        self, clock: EmulatedClock, slots: HostSlots, source: Callable[[ExpertKey], Bytes]
+    ) -> None:
+        """source: the record of an expert in host memory, which it stays in while it is copied."""
+        self.clock = clock
+        self.slots = slots
+        self.guard = SlotGuard()
+        self.link = EmulatedLink(self._write_begins, self._write_ends)
+        self.busy_us = 0.0
+        self._source = source
+        self._layers: dict[int, _Layer] = {}
+        self._free_us = 0.0
+
+    def add_layer(self, layer: int, experts: PackedExperts, costs: CostModel) -> None:
+        """costs: of the experts of this layer, with device and link."""
+        self._layers[layer] = _Layer(experts.without_records(), experts.record_bytes, costs)
+
+    def costs(self, layer: int) -> CostModel:
+        return self._layers[layer].costs
+
+    def prefetch(self, loads: Sequence[Load]) -> None:
+        self.link.advance(self.clock.now_us())
+        for load in loads:
+            self.link.prefetch(load, *self._copy(load.key))
+
+    def demand(self, loads: Sequence[Load]) -> None:
+        """Begins to copy what a step waits for, in that order, before any prefetch."""
+        for load in loads:
+            self.link.demand(load, *self._copy(load.key), self.clock.now_us())
+
+    def finished(self) -> list[Load]:
+        """What has been copied meanwhile."""
+        return self.link.finished(self.clock.now_us())
+
+    def loading_us(self, layer: int) -> dict[int, float]:
+        """What of a layer is being prefetched, and what is left of each copy."""
+        self.link.advance(self.clock.now_us())
+        return self.link.left_us(layer)
+
+    def submit(
+        self, parts: NativeParts, rows: NDArray[np.int64], placement: Placement, slots: LayerSlots
+    ) -> None:
+        """Computes on_device, then fetch_first as they arrive, into `parts`.
+
+        rows: [E], of each expert. fetch_first must have been demanded.
+        """
+        layer = self._layers[placement.layer]
+        self._reckon(layer, rows, placement, slots)
+        experts = placement.on_device + placement.fetch_first
+        with self.clock.left_out():
+            for expert in experts:
+                record = self.slots[slots.slots[expert]][: layer.record_bytes]
+                layer.native.set_record(expert, record)
+            parts.add(experts, layer.native)
+            for expert in experts:
+                layer.native.clear_record(expert)
+
+    def wait(self, layer: int) -> None:
+        """Until what was submitted is done. layer: whose step waits."""
+        self.link.stats.waited(layer, max(0.0, self._free_us - self.clock.now_us()) / 1e6)
+        self.clock.wait_until(self._free_us)
+
+    def is_idle(self) -> bool:
+        """Nothing that was submitted is still to be done."""
+        return self.clock.now_us() >= self._free_us
+
+    def _reckon(
+        self, layer: _Layer, rows: NDArray[np.int64], placement: Placement, slots: LayerSlots
+    ) -> None:
+        """Puts the work on the device's timeline, and writes down the reads of slots."""
+        costs = layer.costs
+        now_us = max(self.clock.now_us(), self._free_us) + costs.device_start_us
+        self.busy_us += costs.device_start_us
+        for expert in placement.on_device + placement.fetch_first:
+            key = ExpertKey(placement.layer, expert)
+            start_us = max(now_us, self.link.arrives_us(key))
+            work_us = costs.device_us(int(rows[expert]))
+            now_us = start_us + work_us
+            self.busy_us += work_us
+            self.guard.read(slots.slots[expert], key, start_us, now_us)
+        self._free_us = now_us
+
+    def _copy(self, key: ExpertKey) -> tuple[int, float]:
+        """Bytes and time of a copy."""
+        costs = self._layers[key.layer].costs
+        return costs.expert_bytes, costs.transfer_us(costs.expert_bytes)
+
+    def _write_begins(self, load: Load, us: float) -> None:
+        self.guard.write_begins(load.slot, load.key, us)
+
+    def _write_ends(self, load: Load, us: float) -> None:
+        self.guard.write_ends(load.slot, load.key, us)
+        with self.clock.left_out():
+            record = self._source(load.key)
+            self.slots[load.slot][: len(record)] = record

@@ -1,0 +1,160 @@
+"""Sets up an emulated device tier over the host: slots, clock, costs, schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from moeserve.cache.expert_cache import ExpertCache, Tier
+from moeserve.cache.policies.registry import build_policy
+from moeserve.cache.tiers.host_slots import HostSlots
+from moeserve.config import ExpertConfig
+from moeserve.core import ConfigError, ExpertKey
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.experts.cpu_costs import measure_cpu
+from moeserve.experts.device.clock import EmulatedClock, ModelledClock, RealCpuClock
+from moeserve.experts.device.emulated import Bytes, EmulatedDevice
+from moeserve.experts.device_supply import DeviceSupply, FittingPlacement
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.emulation import with_emulated_device
+from moeserve.experts.schedule.inter_layer import ImpactPrefetch, InterLayerScheduler
+from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, TimelinePlacement
+from moeserve.experts.schedule.profile import (
+    Profile,
+    profile_names,
+    read_profile,
+    shipped_profile,
+)
+
+
+@dataclass(frozen=True)
+class DeviceTier:
+    cache: ExpertCache
+    supply: DeviceSupply
+    intra: IntraLayerScheduler
+    inter: InterLayerScheduler
+    notes: dict[str, str]
+
+
+def build_device_tier(
+    config: ExpertConfig,
+    layers: Mapping[int, PackedExperts],
+    native: NativeRuntime,
+    rest_bytes: int,
+) -> DeviceTier:
+    """layers: the experts of each MoE layer, all in host memory. rest_bytes: weights of everything
+    else, which would stand on the device.
+
+    Raises ConfigError where no slot fits, or the profile says nothing of a device.
+    """
+    sheet = find_profile(config.device_profile)
+    device_name = _device_name(sheet)
+    profile = sheet
+    if not config.emulate_cpu:
+        cpu = measure_cpu(native, next(iter(layers.values())))
+        profile = with_emulated_device(replace(sheet, cpu=cpu), sheet)
+    costs = {layer: costs_of(profile, experts) for layer, experts in layers.items()}
+    clock: EmulatedClock = RealCpuClock()
+    if config.emulate_cpu:
+        clock = ModelledClock(rest_of_layer_us(sheet, rest_bytes // len(layers)))
+    policy = "score" if config.policy == "auto" else config.policy
+    slot_bytes = max(experts.record_bytes for experts in layers.values())
+    num_experts = {layer: experts.spec.num_experts for layer, experts in layers.items()}
+    total = sum(num_experts.values())
+    num_slots = min(total, _num_slots(config, slot_bytes))
+    cache = ExpertCache(Tier.DEVICE, num_experts, num_slots, build_policy(policy, num_experts))
+    device = emulated_device(clock, layers, costs, num_slots)
+    supply = DeviceSupply(cache, device)
+    intra = TimelinePlacement(costs, device.loading_us)
+    cpu_time = "its CPU's time, too" if config.emulate_cpu else "the CPU's time is real"
+    notes = {
+        "device": f"emulated: {device_name} by {config.device_profile}; {cpu_time}",
+        "device_experts": f"{num_slots} of {total} ({num_slots / total:.0%}) have room,"
+        f" {slot_bytes} bytes each; all are in host memory",
+        "device_policy": policy,
+    }
+    return DeviceTier(
+        cache,
+        supply,
+        FittingPlacement(intra, cache),
+        ImpactPrefetch(
+            cache,
+            intra,
+            supply.prefetch,
+            lambda layer: config.prefetch_depth,
+            lambda: clock.now_us() / 1e6,
+        ),
+        notes,
+    )
+
+
+def emulated_device(
+    clock: EmulatedClock,
+    layers: Mapping[int, PackedExperts],
+    costs: Mapping[int, CostModel],
+    num_slots: int,
+) -> EmulatedDevice:
+    """A device that reads the experts of those layers from host memory."""
+
+    def source(key: ExpertKey) -> Bytes:
+        record: Bytes = layers[key.layer].records[key.expert]
+        return record
+
+    slot_bytes = max(experts.record_bytes for experts in layers.values())
+    device = EmulatedDevice(clock, HostSlots(slot_bytes, num_slots), source)
+    for layer, experts in layers.items():
+        device.add_layer(layer, experts, costs[layer])
+    return device
+
+
+def find_profile(name: str) -> Profile:
+    """A profile that comes with the package, or a file. ConfigError: there is none."""
+    if name in profile_names():
+        return shipped_profile(name)
+    if Path(name).exists():
+        return read_profile(Path(name))
+    raise ConfigError(
+        f"device_profile: {name!r} is no file and not one of {', '.join(profile_names())}",
+        field="device_profile",
+    )
+
+
+def costs_of(profile: Profile, experts: PackedExperts) -> CostModel:
+    weights = experts.gate_up_form.describe()
+    return CostModel.of(profile, experts.spec, weights, experts.record_bytes)
+
+
+def rest_of_layer_us(profile: Profile, num_bytes: int) -> float:
+    """Attention and all else of a layer for a few rows: the device reads its weights."""
+    device = profile.device
+    read = None if device is None else device.best_read()
+    if device is None or read is None:
+        raise ConfigError("device_profile: it has no rate of a device", field="device_profile")
+    return device.start_us.value + num_bytes / read.bytes_per_s.value * 1e6
+
+
+def _device_name(profile: Profile) -> str:
+    if profile.device is None or not profile.link:
+        raise ConfigError(
+            f"device_profile: {profile.hardware.cpu} has no device and link to emulate",
+            field="device_profile",
+            hint=f"name a profile with both: {', '.join(profile_names())}",
+        )
+    return profile.device.name
+
+
+def _num_slots(config: ExpertConfig, slot_bytes: int) -> int:
+    if config.device_slots is not None:
+        return config.device_slots
+    budget_bytes = config.device_memory_bytes or 0
+    if budget_bytes < slot_bytes:
+        raise ConfigError(
+            f"device_memory: {budget_bytes} bytes hold no expert of {slot_bytes}",
+            field="device_memory_bytes",
+            hint="raise --device-memory",
+        )
+    return budget_bytes // slot_bytes

@@ -1,0 +1,42 @@
+"""Runs a placement on the CPU and on a device at once."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from moeserve.core import Placement, Routing
+from moeserve.cpu_backend.backend import ExpertJob
+from moeserve.cpu_backend.native_backend import NativeBackend
+from moeserve.experts.device.emulated import EmulatedDevice
+from moeserve.experts.supply import Supplied
+from moeserve.experts.watch import Watch
+
+
+class HybridExecutor:
+    """One layer's expert work, where the device computes what the native kernels compute.
+
+    Every choice of a token has a row of its own, whoever computes it, and the rows are added up at
+    the end in the order of the experts' numbers: the bits do not depend on the placement.
+    """
+
+    def __init__(self, backend: NativeBackend, device: EmulatedDevice, watch: Watch) -> None:
+        self._backend = backend
+        self._device = device
+        self._watch = watch
+
+    def run(self, x: Tensor, routing: Routing, placement: Placement, supplied: Supplied) -> Tensor:
+        """x [T, H] to the weighted sum of each row's experts, [T, H] in the dtype of x."""
+        device, layer = self._device, placement.layer
+        parts = self._backend.in_parts(ExpertJob(layer, x, routing, out_dtype=x.dtype))
+        costs = device.costs(layer)
+        rows = np.bincount(routing.ids.numpy().ravel(), minlength=len(supplied.slots.slots))
+        if placement.on_device or placement.fetch_first:
+            device.submit(parts, rows, placement, supplied.slots)
+        cpu_us = costs.cpu_start_us + sum(costs.cpu_us(int(rows[e])) for e in placement.on_cpu)
+        for experts in supplied.groups:
+            if experts:
+                with device.clock.cpu_work(cpu_us), self._watch.computing(layer, experts):
+                    parts.add(experts)
+        device.wait(layer)
+        return parts.total()

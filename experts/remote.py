@@ -1,0 +1,129 @@
+"""Experts that workers compute: what of a step goes to them, and what comes back.
+
+Experts that a live worker holds are no business of the engine's tiers: `LocalUse` leaves them out
+of what a step asks of a layer, so caches, policies and layer schedulers never see them. Whatever a
+row chose and the placement does not name is a worker's. If no worker is left for it when its turn
+comes, the executor has the supply bring it and computes it itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moeserve.cache.expert_cache import ExpertCache, Residency
+from moeserve.core import LayerUse, Placement, Routing
+from moeserve.cpu_backend.backend import ExpertJob
+from moeserve.cpu_backend.native_backend import NativeBackend
+from moeserve.cpu_backend.worker_link import Pairs
+from moeserve.cpu_backend.worker_pool import WorkerPool
+from moeserve.experts.executor import Executor
+from moeserve.experts.schedule.intra_layer import IntraLayerScheduler
+from moeserve.experts.supply import ExpertSupply, Supplied
+from moeserve.experts.watch import Watch
+from moeserve.predictors.base import Prediction, Predictor
+
+
+class LocalUse:
+    """What a step asks of the engine's own tiers."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+
+    def __call__(self, layer: int, routing: Routing, num_experts: int) -> LayerUse:
+        """routing's ids and weights [T, K] must be on the CPU."""
+        self._pool.refresh()
+        ids = routing.ids.numpy().ravel()
+        rows = np.bincount(ids, minlength=num_experts).astype(np.int32)
+        weights = np.bincount(ids, routing.weights.numpy().ravel(), num_experts).astype(np.float32)
+        held = self._pool.held(num_experts)
+        rows[held], weights[held] = 0, 0
+        return LayerUse(layer, rows, weights)
+
+
+class UsedPlacement(IntraLayerScheduler):
+    """Where all experts are resident: the engine computes those that are asked of it."""
+
+    def place(self, use: LayerUse, residency: Residency) -> Placement:
+        return Placement(use.layer, on_cpu=tuple(np.flatnonzero(use.rows).tolist()))
+
+
+class LocalPredictor(Predictor):
+    """A predictor that says nothing of experts that workers hold: they are not to be fetched."""
+
+    def __init__(self, predictor: Predictor, pool: WorkerPool) -> None:
+        self.name = predictor.name
+        self._predictor = predictor
+        self._pool = pool
+
+    def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
+        self._predictor.begin_step(previous_rows)
+
+    def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
+        prediction = self._predictor.predict(layer, x, routing)
+        return Prediction(
+            {later: self._local(chances) for later, chances in prediction.probabilities.items()}
+        )
+
+    def _local(self, chances: Tensor) -> Tensor:
+        return chances.masked_fill(torch.from_numpy(self._pool.held(len(chances))), 0.0)
+
+
+class RemoteExecutor(Executor):
+    """One layer's expert work, a part of it at workers."""
+
+    def __init__(
+        self,
+        backend: NativeBackend,
+        pool: WorkerPool,
+        supply: ExpertSupply,
+        cache: ExpertCache,
+        watch: Watch | None = None,
+    ) -> None:
+        super().__init__(backend, None, watch)
+        self._native = backend
+        self._pool = pool
+        self._supply = supply
+        self._cache = cache
+
+    def run(self, x: Tensor, routing: Routing, placement: Placement, supplied: Supplied) -> Tensor:
+        """As the base class has it, bit for bit, whoever computes."""
+        pairs = pairs_elsewhere(routing, placement)
+        if not len(pairs):
+            return super().run(x, routing, placement, supplied)
+        job = ExpertJob(placement.layer, x, routing, out_dtype=x.dtype)
+        parts = self._native.in_parts(job)
+        with self._pool.begin(job, pairs) as exchange:
+            for experts in supplied.groups:
+                with self._watch.computing(job.layer, experts):
+                    parts.add(experts)
+            with self._watch.timeline.span("workers", layer=job.layer):
+                lost = exchange.collect(parts.put)
+            if lost:
+                with self._supply.acquire(self._here(job.layer, lost)) as more:
+                    for experts in more.groups:
+                        with self._watch.computing(job.layer, experts):
+                            parts.add(experts)
+                exchange.judge(parts.pairs)
+        with self._watch.computing(job.layer, ()):
+            return parts.total()
+
+    def _here(self, layer: int, experts: tuple[int, ...]) -> Placement:
+        """Of what no worker has given, what stands in memory and what must be read."""
+        ready = self._cache.residency(layer).ready
+        return Placement(
+            layer,
+            fetch_first=tuple([e for e in experts if e not in ready]),
+            on_cpu=tuple([e for e in experts if e in ready]),
+        )
+
+
+def pairs_elsewhere(routing: Routing, placement: Placement) -> Pairs:
+    """Numbers t * K + k of what the placement does not name: row t with its k-th expert."""
+    ids = routing.ids.numpy().ravel()
+    named = np.zeros(max(1, int(ids.max(initial=0)) + 1), np.bool_)
+    here = np.array(placement.on_cpu + placement.fetch_first, np.int64)
+    named[here[here < len(named)]] = True
+    return np.flatnonzero(~named[ids])

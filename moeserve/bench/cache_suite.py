@@ -1,0 +1,214 @@
+"""Which policies are replayed on which steps with which slots, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moeserve.cache.numbering import ExpertNumbers
+from moeserve.cache.policies.belady import BeladyPolicy
+from moeserve.cache.policies.registry import build_policy
+from moeserve.cache.replay import Contender, Foresight, Rules, TierReplay, all_uses, replay
+from moeserve.cache.routing_trace import (
+    Request,
+    RoutingTrace,
+    Step,
+    chunks,
+    load_trace,
+    merged,
+    one_by_one,
+)
+from moeserve.core import ConfigError, Routing
+from moeserve.predictors.markov import MarkovPredictor
+
+POLICIES = ("lru", "lfu", "mrs", "least_stale", "score", "score+markov", "belady")
+PARTS = ("tune", "report", "all")
+#: a pass through the layers has to end before its experts come again: that far ahead at most
+MARKOV_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """One replay of one trace.
+
+    steps: "single" (a token per step), "streams:N" (N requests at once), "chunk:N" (N tokens of a
+    request). part: "tune" takes every second request beginning with the first, "report" the others.
+    num_tokens: about so many, in whole requests; None for all.
+    """
+
+    path: Path
+    steps: str
+    shares: tuple[float, ...]
+    policies: tuple[str, ...]
+    part: str = "report"
+    num_tokens: int | None = None
+    num_experts: int | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A policy's hit rate in one setting. closed: the part of the gap from LRU to Belady's optimum
+    in the same setting that it closes; None without both of these."""
+
+    trace: str
+    steps: str
+    slots: str  # "shared" or "per layer"
+    share: float
+    policy: str
+    hit_rate: float
+    closed: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """groups: hit rates by kind of request, by (share, policy), slots shared."""
+
+    num_tokens: int
+    figures: list[Figure]
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def run_job(job: Job) -> Outcome:
+    """Raises MoeserveError for a trace that is none."""
+    trace = load_trace(job.path, job.num_experts)
+    requests = whole_requests(part_of(trace.requests, job.part), job.num_tokens)
+    steps = make_steps(requests, job.steps)
+    contenders = list(_contenders(trace, steps, job))
+    asked = replay(trace, steps, contenders)
+    figures = _figures(trace.name, job.steps, contenders, int(asked.sum()))
+    groups = _by_group(trace, steps, contenders, asked) if job.steps == "single" else {}
+    return Outcome(sum(map(len, steps)), figures, groups)
+
+
+def part_of(requests: Sequence[Request], part: str) -> Sequence[Request]:
+    """Requests are told apart, never tokens: what was tuned on one request says nothing new of the
+    rest of it."""
+    if part not in PARTS:
+        raise ConfigError(f"part: {part!r}; allowed: {', '.join(PARTS)}", field="part")
+    return {"tune": requests[0::2], "report": requests[1::2], "all": requests}[part]
+
+
+def whole_requests(requests: Sequence[Request], num_tokens: int | None) -> Sequence[Request]:
+    """About so many tokens in requests from all over the trace."""
+    total = sum(r.length for r in requests)
+    if num_tokens is None or total <= num_tokens:
+        return requests
+    count = max(1, round(len(requests) * num_tokens / total))
+    places = np.linspace(0, len(requests) - 1, count).round().astype(int)
+    return [requests[place] for place in places]
+
+
+def make_steps(requests: Sequence[Request], kind: str) -> list[Step]:
+    name, _, number = kind.partition(":")
+    if kind == "single":
+        return one_by_one(requests)
+    if name in ("streams", "chunk") and number.isdigit() and int(number) > 0:
+        size = int(number)
+        return merged(requests, size) if name == "streams" else chunks(requests, size)
+    raise ConfigError(
+        f"steps: {kind!r}; allowed: single, streams:N, chunk:N with N of 1 or more", field="steps"
+    )
+
+
+def markov_foresight(trace: RoutingTrace) -> Foresight:
+    """What the `markov` predictor says after each layer, learning as it goes."""
+    predictor = MarkovPredictor(trace.experts_per_layer, MARKOV_DEPTH)
+    place = {layer: rank for rank, layer in enumerate(trace.layers)}
+
+    def look_ahead(layer: int, step: Step) -> Mapping[int, NDArray[np.float32]]:
+        ids = torch.from_numpy(trace.ids[step, place[layer]])
+        weights = torch.from_numpy(trace.weights[step, place[layer]])
+        told = predictor.predict(layer, torch.empty(len(step), 0), Routing(ids, weights))
+        return {ahead: chances.numpy() for ahead, chances in told.probabilities.items()}
+
+    return look_ahead
+
+
+def _contenders(trace: RoutingTrace, steps: Sequence[Step], job: Job) -> list[Contender]:
+    numbers = ExpertNumbers(trace.experts_per_layer)
+    rules = [Rules(share, per_layer) for per_layer, share in product((False, True), job.shares)]
+    built = []
+    for name in job.policies:
+        if name == "belady":
+            # the optimum may leave an expert out, and overwrite one as soon as it has been read
+            free = [Rules(r.share, r.per_layer, bypass=True, keep_used=False) for r in rules]
+            oracle = BeladyPolicy(numbers, all_uses(trace, steps))
+            built.append(Contender(name, oracle, [TierReplay(numbers, r) for r in free]))
+        elif name in ("score", "score+markov"):
+            choosing = [Rules(r.share, r.per_layer, bypass=True) for r in rules]
+            tiers = [TierReplay(numbers, r) for r in rules + choosing]
+            foresight = markov_foresight(trace) if name == "score+markov" else None
+            policy = build_policy("score", trace.experts_per_layer)
+            built.append(Contender(name, policy, tiers, foresight))
+        else:
+            # one policy per tier: what these remember may depend on what the tier holds
+            built += [
+                Contender(
+                    name, build_policy(name, trace.experts_per_layer), [TierReplay(numbers, r)]
+                )
+                for r in rules
+            ]
+    return built
+
+
+def _figures(trace: str, steps: str, contenders: Sequence[Contender], asked: int) -> list[Figure]:
+    """Hit rates, and how they stand between LRU and Belady with the same slots."""
+    rates: dict[tuple[bool, float], dict[str, float]] = {}
+    for contender in contenders:
+        for tier in contender.tiers:
+            name = contender.name + ("+bypass" if _may_bypass(contender, tier) else "")
+            setting = rates.setdefault((tier.rules.per_layer, tier.rules.share), {})
+            setting[name] = sum(tier.hits) / asked
+    return [
+        Figure(
+            trace,
+            steps,
+            "per layer" if per_layer else "shared",
+            share,
+            name,
+            rate,
+            _closed(rate, found.get("lru"), found.get("belady")),
+        )
+        for (per_layer, share), found in rates.items()
+        for name, rate in found.items()
+    ]
+
+
+def _may_bypass(contender: Contender, tier: TierReplay) -> bool:
+    return tier.rules.bypass and contender.name != "belady"
+
+
+def _closed(rate: float, low: float | None, high: float | None) -> float | None:
+    if low is None or high is None or high <= low:
+        return None
+    return (rate - low) / (high - low)
+
+
+def _by_group(
+    trace: RoutingTrace,
+    steps: Sequence[Step],
+    contenders: Sequence[Contender],
+    asked: NDArray[np.int64],
+) -> dict[str, dict[str, float]]:
+    """Hit rates by kind of request, slots shared: {"lru 0.25": {group: rate}}."""
+    starts = np.array([r.start for r in trace.requests])
+    order = np.argsort(starts)
+    firsts = np.array([step[0] for step in steps])
+    owners = order[np.searchsorted(starts[order], firsts, side="right") - 1]
+    names, place = np.unique([trace.requests[owner].group for owner in owners], return_inverse=True)
+    total = np.bincount(place, asked)
+    found = {}
+    for contender in contenders:
+        for tier in contender.tiers:
+            if tier.rules.per_layer or _may_bypass(contender, tier):
+                continue
+            rates = np.bincount(place, tier.hits) / total
+            key = f"{contender.name} {tier.rules.share:g}"
+            found[key] = dict(zip(names.tolist(), rates.tolist(), strict=True))
+    return found

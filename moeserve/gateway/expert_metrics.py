@@ -1,0 +1,88 @@
+"""Prometheus metrics of the tiered expert cache: labels `layer` (index in the model) and `tier`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import MappingProxyType
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from moeserve.stats import CacheStats, ExpertStats, LinkStats
+
+#: field of CacheStats -> name and help
+CACHE_COUNTERS: Final = MappingProxyType(
+    {
+        "hits": ("cache_hits", "Uses of an expert that stood in its slot, per step and expert."),
+        "late": ("cache_late", "Uses of an expert that was on its way."),
+        "misses": ("cache_misses", "Uses of an expert that had no slot."),
+        "evictions": ("cache_evictions", "Experts that lost their slot to another one."),
+        "prefetches_begun": ("prefetches", "Copies begun on a guess."),
+        "prefetches_useful": ("prefetches_useful", "Guesses that a step came to want."),
+        "prefetches_wasted": ("prefetches_wasted", "Guesses that lost their slot unused."),
+    }
+)
+
+
+def expert_metrics(stats: ExpertStats) -> list[Metric]:
+    """Counters per layer; tiers in which every expert has its place have none."""
+    busy = _per_layer("busy_seconds", "Time in which experts were computed.", ("unit",))
+    _add(busy, stats.layers, stats.cpu_busy_s, "cpu")
+    if stats.device_busy_s is not None:
+        _add(busy, stats.layers, stats.device_busy_s, "device")
+    metrics: list[Metric] = [busy]
+    if stats.caches:
+        metrics += _of_caches(stats.layers, stats.caches)
+    if stats.links:
+        metrics += _of_links(stats.layers, stats.links)
+    return metrics
+
+
+def _of_caches(layers: Sequence[int], caches: Sequence[CacheStats]) -> Iterator[Metric]:
+    for field, (name, text) in CACHE_COUNTERS.items():
+        metric = _per_layer(name, text)
+        for cache in caches:
+            _add(metric, layers, getattr(cache, field), cache.tier)
+        yield metric
+    for field, name, text in (
+        ("num_slots", "slots", "Experts that the tier has room for."),
+        ("num_used", "slots_used", "Slots that hold an expert, or are being written."),
+        ("slot_bytes", "slot_bytes", "Size of a slot."),
+    ):
+        gauge = GaugeMetricFamily(f"moeserve_expert_{name}", text, labels=("tier",))
+        for cache in caches:
+            gauge.add_metric((cache.tier,), getattr(cache, field))
+        yield gauge
+
+
+def _of_links(layers: Sequence[int], links: Sequence[LinkStats]) -> Iterator[Metric]:
+    num_bytes = _per_layer("transfer_bytes", "Copied into the tier.", ("tier", "urgency"))
+    busy = _per_layer("transfer_busy_seconds", "Time in which records were copied into the tier.")
+    stall = _per_layer("stall_seconds", "Time that steps waited for experts.")
+    for link in links:
+        _add(num_bytes, layers, link.demand_bytes, link.tier, "demand")
+        _add(num_bytes, layers, link.prefetch_bytes, link.tier, "prefetch")
+        _add(busy, layers, link.busy_s, link.tier)
+        _add(stall, layers, link.stall_s, link.tier)
+    yield from (num_bytes, busy, stall)
+    for field, name, text in (
+        ("num_promoted", "transfers_promoted", "Prefetches that a step came to wait for."),
+        ("num_failed", "transfers_failed", "Records that could not be read."),
+        ("num_retries", "transfer_retries", "Reads that were tried again."),
+    ):
+        counter = CounterMetricFamily(f"moeserve_expert_{name}", text, labels=("tier",))
+        for link in links:
+            counter.add_metric((link.tier,), getattr(link, field))
+        yield counter
+
+
+def _per_layer(name: str, text: str, labels: tuple[str, ...] = ("tier",)) -> CounterMetricFamily:
+    return CounterMetricFamily(f"moeserve_expert_{name}", text, labels=("layer", *labels))
+
+
+def _add(
+    metric: CounterMetricFamily, layers: Sequence[int], values: Sequence[float], *labels: str
+) -> None:
+    for layer, value in zip(layers, values, strict=True):
+        metric.add_metric((str(layer), *labels), value)

@@ -1,0 +1,60 @@
+"""What an engine says of its experts: slots, uses, copies, times. Counters run since its start."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The slots of one tier. Lists: one entry per MoE layer, in the order of ExpertStats.layers.
+
+    Uses are counted per step and expert, not per row. A prefetch is useful once its expert is
+    wanted while it has a slot, wasted when it loses the slot unused.
+    """
+
+    tier: str
+    num_slots: int
+    num_used: int  # slots that hold an expert, or are being written
+    num_owed: int  # slots in use beyond num_slots, to be given up when they are released
+    slot_bytes: int
+    hits: list[int]
+    late: list[int]  # wanted while on its way
+    misses: list[int]
+    evictions: list[int]
+    prefetches_begun: list[int]
+    prefetches_useful: list[int]
+    prefetches_wasted: list[int]
+
+
+class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What was copied into one tier. Lists as in CacheStats.
+
+    busy_s: at least one copy ran; the time is the layer's whose piece of a record ended it.
+    stall_s: the step waited for the layer's experts.
+    """
+
+    tier: str  # that is written
+    demand_bytes: list[int]
+    prefetch_bytes: list[int]
+    busy_s: list[float]
+    stall_s: list[float]
+    num_demands: int
+    num_prefetches: int
+    num_promoted: int  # prefetches that a step came to wait for
+    num_failed: int
+    num_retries: int
+
+
+class ExpertStats(msgspec.Struct, frozen=True, kw_only=True):
+    """layers: indices of the MoE layers; all lists are in that order.
+
+    cpu_busy_s: experts were computed on the CPU. device_busy_s: on a device; None where nobody
+    measures it. caches, links: of tiers that hold fewer experts than there are, fastest first.
+    """
+
+    layers: list[int]
+    num_experts: list[int]
+    cpu_busy_s: list[float]
+    device_busy_s: list[float] | None = None
+    caches: list[CacheStats] = []
+    links: list[LinkStats] = []

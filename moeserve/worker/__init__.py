@@ -1,0 +1,1 @@
+"""The expert worker's process: the `worker` subcommand."""
