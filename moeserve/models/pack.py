@@ -86,19 +86,7 @@ def pack_model(
                 checkpoint, found, config, dtype, CPU, runtime, memory, memory.watch(progress)
             )
         memory.close()
-<<<<<<< HEAD
-        manifest = Manifest(
-            format=FORMAT,
-            version=VERSION,
-            layout=LAYOUT_VERSION,
-            model=config.name,
-            config_sha256=config_sha256(path),
-            dtype=name_of(dtype),
-            files=memory.files,
-            weights=memory.weights,
-        )
-        (path / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
-        _sync(path / MANIFEST)
+        memory.write_manifest(config.name, name_of(dtype))
     report = PackReport(out, sum(memory.files.values()), found.notes | read.notes)
     names = list(memory.files)
     del read, memory  # with their mappings
@@ -116,10 +104,6 @@ def _leave_page_cache(path: Path) -> None:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(handle)
-=======
-        memory.write_manifest(config.name, name_of(dtype))
-    return PackReport(out, sum(memory.files.values()), found.notes | read.notes)
->>>>>>> 96564ee6dfdf011b2097ba78168015d619c8145f
 
 
 class PackWriter:
