@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from moeserve.cpu_backend.packing import PackedExperts, dense_format
 
 
 class NativeTicket:
-    """A Ticket on submitted work; keeps alive what it reads and writes."""
+    """A Ticket on submitted work; keeps alive what it reads and writes. So does the backend until
+    the work is done, for tickets that nobody keeps."""
 
     def __init__(self, ticket: _native.Ticket, job: ExpertJob, held: object, out: Tensor) -> None:
         self._ticket = ticket
@@ -47,6 +50,7 @@ class NativeBackend(CpuBackend):
     def __init__(self, runtime: NativeRuntime) -> None:
         self.runtime = runtime
         self._layers: dict[int, PackedExperts] = {}
+        self._pending: deque[NativeTicket] = deque()  # in their order, which is that of their ends
 
     def add_layer(
         self, layer: int, spec: ExpertSpec, weights: ExpertWeights | PackedExperts
@@ -66,13 +70,19 @@ class NativeBackend(CpuBackend):
     def submit(self, job: ExpertJob) -> NativeTicket:
         experts, ids, weights, wanted, out = self._arguments(job)
         ticket = experts.submit(self.runtime.handle, job.x, ids, weights, wanted, out)
-        return NativeTicket(ticket, job, (ids, weights, wanted), out)
+        handle = NativeTicket(ticket, job, (ids, weights, wanted), out)
+        while self._pending and self._pending[0].done():
+            self._pending.popleft()
+        self._pending.append(handle)
+        return handle
 
     def in_parts(self, job: ExpertJob) -> NativeParts:
         return NativeParts(self.runtime.handle, self._layers[job.layer].native, job)
 
     def close(self) -> None:
-        """Nothing to do: tickets are waited for by their owners, threads end with the runtime."""
+        """The threads end with the runtime."""
+        while self._pending:
+            self._pending.popleft().wait()
 
     def _arguments(
         self, job: ExpertJob

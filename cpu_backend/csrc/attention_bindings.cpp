@@ -64,7 +64,7 @@ void attend_spans(Runtime &runtime, const AttentionSpans &spans, const Tensor &q
   for (std::size_t i = 0; i < 3; ++i) call.query_strides[i] = queries.stride(i);
   call.entries = entries.data();
   if (sinks) call.sinks = floats(*sinks, "sinks", {heads, group});
-  call.out = out.data();
+  call.out = out.written("out");
   const nb::gil_scoped_release release;
   if (num_rows > 0) attend(runtime, call, spans.spans());
 }
@@ -83,7 +83,7 @@ void prepare_grouped(Runtime &runtime, const Tensor &qkv, const Tensor &cosine, 
   check_dims(entries, "entries", 3);
   check_shape(entries, "entries", {size(entries, 0), heads, 2 * dim});
   check_contiguous(entries, "entries");
-  call.rows = qkv.data();
+  call.rows = qkv.written("qkv");
   call.row_stride = heads * (group + 2) * dim;
   call.num_kv_heads = static_cast<int>(heads);
   call.group_heads = static_cast<int>(group);
@@ -98,7 +98,7 @@ void prepare_grouped(Runtime &runtime, const Tensor &qkv, const Tensor &cosine, 
   call.norm_eps = norm_eps;
   if (!(clip > 0)) refuse("clip", "must be positive; infinite for none");
   call.clip = clip;
-  call.entries = entries.data();
+  call.entries = entries.written("entries");
   call.slots = slots(write_slots, "write_slots", num_rows, size(entries, 0));
   const nb::gil_scoped_release release;
   prepare(runtime, call, num_rows);
@@ -126,12 +126,12 @@ void prepare_latent(Runtime &runtime, const Tensor &latents, const Tensor &rotat
   call.latents = latents.data();
   call.latent_stride = width;
   call.rank = static_cast<int>(rank);
-  call.rotated = rotated.data();
+  call.rotated = rotated.written("rotated");
   for (std::size_t i = 0; i < 2; ++i) call.rotated_strides[i] = rotated.stride(i);
   call.num_heads = static_cast<int>(size(rotated, 1));
   call.norm_weight = floats(norm_weight, "norm_weight", {rank});
   call.norm_eps = norm_eps;
-  call.entries = entries.data();
+  call.entries = entries.written("entries");
   call.slots = slots(write_slots, "write_slots", num_rows, size(entries, 0));
   const nb::gil_scoped_release release;
   prepare(runtime, call, num_rows);

@@ -67,9 +67,10 @@ class NativeRouter {
     check_rows(weights, "weights", rows, rule_.top_k);
     if (rows == 0) return;
     const std::int64_t stride = rows > 1 ? x.stride(0) : 0;
+    auto *chosen = static_cast<std::int64_t *>(ids.written("ids"));
+    auto *factors = static_cast<float *>(weights.written("weights"));
     const nb::gil_scoped_release release;
-    route(runtime, gate(), rule_, dtype, x.data(), rows, stride,
-          static_cast<std::int64_t *>(ids.data()), static_cast<float *>(weights.data()));
+    route(runtime, gate(), rule_, dtype, x.data(), rows, stride, chosen, factors);
   }
 
  private:
@@ -83,7 +84,7 @@ Stream stream_of(const Tensor &x, int hidden) {
   const Dtype dtype = float_dtype(x, "x");
   check_rows(x, "x", -1, hidden);
   check_contiguous(x, "x");
-  return {dtype, x.data(), static_cast<std::int64_t>(x.shape(0)), hidden};
+  return {dtype, x.written("x"), static_cast<std::int64_t>(x.shape(0)), hidden};
 }
 
 class AttentionLayer {
@@ -155,7 +156,7 @@ class AttentionLayer {
     AttentionCall call = call_;
     heads.dtype = call.dtype = stream.dtype;
     heads.turns = turns_of(cosine, sine, stream.num_rows, heads.head_dim);
-    heads.entries = entries.data();
+    heads.entries = entries.written("entries");
     call.entries = entries.data();
     heads.slots = slots(write_slots, "write_slots", stream.num_rows, size(entries, 0));
     const nb::gil_scoped_release release;

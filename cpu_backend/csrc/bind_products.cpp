@@ -34,7 +34,7 @@ void sum_expert_pairs(Runtime &runtime, const Tensor &pairs, const Tensor &ids,
   sum.y_dtype = float_dtype(out, "out");
   check_rows(out, "out", sum.num_tokens, sum.hidden);
   check_contiguous(out, "out");
-  sum.y = out.data();
+  sum.y = out.written("out");
   check_dtype<float>(pairs, "pairs", "float32");
   check_contiguous(pairs, "pairs");
   check_rows(pairs, "pairs", sum.num_tokens * sum.top_k, sum.hidden);
@@ -59,8 +59,9 @@ void norm_rows(Runtime &runtime, const Tensor &x, const Tensor &weight, float ep
   const std::int64_t x_bytes = rows > 1 ? x.stride(0) * size : 0;
   const std::int64_t out_bytes = rows > 1 ? out.stride(0) * size : 0;
   const Norm norm = {static_cast<const float *>(weight.data()), eps};
+  void *result = out.written("out");
   const nb::gil_scoped_release release;
-  rms_norm(runtime, dtype, norm, x.data(), x_bytes, out.data(), out_bytes, rows,
+  rms_norm(runtime, dtype, norm, x.data(), x_bytes, result, out_bytes, rows,
            static_cast<int>(cols));
 }
 

@@ -48,8 +48,9 @@ class PackedMatrix {
     if (rows == 0) return;
     const std::int64_t x_stride = rows > 1 ? x.stride(0) : 0;
     const std::int64_t out_stride = rows > 1 ? out.stride(0) : 0;
+    void *result = out.written("out");
     const nanobind::gil_scoped_release release;
-    linear(runtime, matrix_, x_dtype, x.data(), rows, x_stride, out_dtype, out.data(), out_stride);
+    linear(runtime, matrix_, x_dtype, x.data(), rows, x_stride, out_dtype, result, out_stride);
   }
 
  private:
@@ -155,7 +156,7 @@ class PackedExperts {
     job.y_dtype = float_dtype(out, "out");
     check_rows(out, "out", job.num_tokens, experts_.down.rows);
     check_contiguous(out, "out");
-    job.y = out.data();
+    job.y = out.written("out");
     return job;
   }
 

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 namespace moeserve {
 
@@ -21,7 +22,12 @@ class Tensor {
   std::size_t shape(std::size_t i) const { return static_cast<std::size_t>(shape_[i]); }
   std::int64_t stride(std::size_t i) const { return stride_[i]; }
   nanobind::dlpack::dtype dtype() const { return dtype_; }
-  void *data() const { return data_; }
+  const void *data() const { return data_; }
+  // For results. Throws TypeError of Python, with the argument's name, for a read-only array.
+  void *written(const char *name) const {
+    if (!is_writable_) throw nanobind::type_error((std::string(name) + " is read-only").c_str());
+    return data_;
+  }
 
   // False, with a Python error set or not, where it is no tensor on the CPU that fits.
   bool read(nanobind::handle source) {
@@ -36,6 +42,9 @@ class Tensor {
     }
     dtype_ = array.dtype();
     data_ = const_cast<void *>(array.data());
+    nanobind::ndarray<nanobind::device::cpu> own;
+    is_writable_ = nanobind::try_cast(source, own);
+    if (!is_writable_) PyErr_Clear();
     return true;
   }
 
@@ -93,6 +102,7 @@ class Tensor {
   std::int64_t stride_[kMaxDims] = {};
   nanobind::dlpack::dtype dtype_ = {};
   void *data_ = nullptr;
+  bool is_writable_ = true;
 };
 
 }  // namespace moeserve

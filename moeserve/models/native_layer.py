@@ -111,6 +111,7 @@ def fuse_experts(
     router = routed.router.native if isinstance(routed.router, Router) else None
     resident = (
         runtime.cache.tier is Tier.HOST
+        and runtime.workers is None
         and isinstance(runtime.intra, ResidentPlacement)
         and isinstance(runtime.predictor, NonePredictor)
     )

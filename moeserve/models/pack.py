@@ -87,7 +87,23 @@ def pack_model(
             )
         memory.close()
         memory.write_manifest(config.name, name_of(dtype))
-    return PackReport(out, sum(memory.files.values()), found.notes | read.notes)
+    report = PackReport(out, sum(memory.files.values()), found.notes | read.notes)
+    names = list(memory.files)
+    del read, memory  # with their mappings
+    for name in names:
+        _leave_page_cache(out / name)
+    return report
+
+
+def _leave_page_cache(path: Path) -> None:
+    """Has the system forget its 4 KiB pages of a file that was written: whoever reads the file gets
+    larger ones, which the kernels read faster."""
+    if hasattr(os, "posix_fadvise"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
 
 
 class PackWriter:

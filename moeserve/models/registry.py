@@ -37,7 +37,12 @@ from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_
 from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
 from moeserve.models.open_file import OpenFile
-from moeserve.models.packed_model import PackedModel, is_packed, worker_identity
+from moeserve.models.packed_model import (
+    PackedModel,
+    is_packed,
+    mapped_advice,
+    worker_identity,
+)
 from moeserve.models.read_weights import (
     DTYPES,
     FoundModel,
@@ -139,7 +144,7 @@ def load_model(
                 field="host_memory_bytes",
                 hint="leave it out",
             )
-        advice = mmap.MADV_SEQUENTIAL if tiered else mmap.MADV_WILLNEED
+        advice = mmap.MADV_SEQUENTIAL if tiered else mapped_advice()
         with closing(PackedModel(found.path, advice)) as packed:
             dtype = DTYPES[packed.manifest.dtype]
             files = () if tiered else packed.files  # else copied, and read with checksums

@@ -89,3 +89,16 @@ def test_arrays_of_another_kind() -> None:
 def test_rms_norm(x: Tensor, weight: Tensor, out: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         native.rms_norm(runtime("scalar"), x, weight, 1e-6, out)
+
+
+def test_results_are_not_written_to_read_only_arrays() -> None:
+    x, out = np.zeros((3, 33), dtype=np.float32), np.zeros((3, 20), dtype=np.float32)
+    x.flags.writeable = False
+    int8_matrix().run(runtime("scalar"), x, out)
+    out.flags.writeable = False
+    with pytest.raises(TypeError, match="out is read-only"):
+        int8_matrix().run(runtime("scalar"), x, out)
+    weight, norms = np.ones(33, dtype=np.float32), np.zeros_like(x)
+    norms.flags.writeable = False
+    with pytest.raises(TypeError, match="out is read-only"):
+        native.rms_norm(runtime("scalar"), x, weight, 1e-6, norms)
