@@ -29,8 +29,8 @@ class Repeats:
     def difference(
         self, more: Callable[[], float], less: Callable[[], float], count: int
     ) -> Figure:
-        """(more - less) / count, of the medians: differences of single samples take the noise of
-        both."""
+        """(more - less) / count, of the shortest of each: what else runs only makes times longer,
+        and a difference takes the noise of both."""
         return self._until_known(
             lambda: (more(), less()), lambda samples: _difference(samples[0], samples[1], count)
         )
@@ -68,7 +68,7 @@ def summarise(samples: list[float]) -> Figure:
 
 
 def _difference(more: list[float], less: list[float], count: int) -> Figure:
-    difference = statistics.median(more) - statistics.median(less)
+    difference = min(more) - min(less)
     if difference <= 0:
         return Figure(value=0.0)
     spread = (_quartiles(more) ** 2 + _quartiles(less) ** 2) ** 0.5 / difference

@@ -182,11 +182,11 @@ def test_repeats_stop_when_the_median_is_known_or_the_samples_end() -> None:
         SHORT.figure(lambda: -1.0)
 
 
-def test_a_difference_is_that_of_the_medians() -> None:
+def test_a_difference_is_that_of_the_shortest() -> None:
     more, less = iter([0.0, 30.0, 32.0, 900.0]), iter([0.0, 10.0, 12.0, 10.0])
     figure = SHORT.difference(lambda: next(more), lambda: next(less), 2)
-    assert figure.value == (32.0 - 10.0) / 2
-    assert figure.spread == pytest.approx((435.0**2 + 1.0**2) ** 0.5 / 22.0)
+    assert figure.value == (30.0 - 10.0) / 2
+    assert figure.spread == pytest.approx((435.0**2 + 1.0**2) ** 0.5 / 20.0)
     with pytest.raises(MoeserveError, match="came out as nothing"):
         SHORT.difference(lambda: 1.0, lambda: 2.0, 1)
 
