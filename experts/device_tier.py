@@ -19,9 +19,10 @@ from moeserve.experts.cpu_costs import measure_cpu
 from moeserve.experts.device.clock import EmulatedClock, ModelledClock, RealCpuClock
 from moeserve.experts.device.emulated import Bytes, EmulatedDevice
 from moeserve.experts.device_supply import DeviceSupply, FittingPlacement
+from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.emulation import with_emulated_device
-from moeserve.experts.schedule.inter_layer import ImpactPrefetch, InterLayerScheduler
+from moeserve.experts.schedule.inter_layer import InterLayerScheduler
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, TimelinePlacement
 from moeserve.experts.schedule.profile import (
     Profile,
@@ -83,11 +84,12 @@ def build_device_tier(
         cache,
         supply,
         FittingPlacement(intra, cache),
-        ImpactPrefetch(
+        WatchedPrefetch(
             cache,
             intra,
             supply.prefetch,
-            lambda layer: config.prefetch_depth,
+            lambda: device.link.stats.busy_s,
+            config.prefetch_depth,
             lambda: clock.now_us() / 1e6,
         ),
         notes,
