@@ -159,7 +159,8 @@ class ExpertCache:
         if useful:
             self.counters.prefetches_useful[rank] += useful
             unproven[wanted] = False
-        self.policy.observed(use)
+        if not self.holds_everything:  # there is nothing to choose, nor to learn for it
+            self.policy.observed(use)
 
     def expect(self, layer: int, probabilities: NDArray[np.float32]) -> None:
         """Tells the policy what a predictor says of the layer's next use: [E], P(any row wants
