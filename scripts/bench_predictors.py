@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--stories", type=Path, required=True, help="TinyStories excerpt")
     parser.add_argument("--shakespeare", type=Path, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--train", action="store_true", help="train gate_residual first")
+    parser.add_argument("--no-cost", action="store_true", help="measure no times: a busy machine")
     parser.add_argument("--threads", type=int, help="compute threads (default: all)")
     parser.add_argument("--note", default="", help="of the machine, such as: shared")
     parser.add_argument("--output", type=Path, help="directory for .md, .json and .png")
@@ -100,6 +101,8 @@ def markdown(report: dict[str, Any], command: str, note: str) -> str:
             by = {r["layer"]: r["recall_k"] for r in each["layers"] if r["distance"] == distance}
             cells = (percent(by[layer]) if layer in by else "" for layer in layers)
             lines.append(f"| {each['name']} | {distance} | " + " | ".join(cells) + " |")
+    if not any(each["costs"] for each in report["predictors"]):
+        return "\n".join(lines) + "\n"
     lines += ["", "Cost of predicting two layers ahead, per decode step:", ""]
     lines += ["| predictor | sequences | model us | predicting us | share |"]
     lines += ["| --- | --- | --- | --- | --- |"]
@@ -136,6 +139,7 @@ def main() -> None:
         if args.train:
             run(["predictors", "train", *model, "--text", f"{folder}/train", *backend])
         plot = ["--plot", str(output / f"{name}.png"), "--json", "--tokens", str(TOKENS)]
+        plot += ["--no-cost"] if args.no_cost else []
         printed = run(["predictors", "eval", *model, "--text", f"{folder}/valid", *plot, *backend])
     report = json.loads(printed.strip().splitlines()[-1])
     report["model"] = "tiny-moe"

@@ -1,4 +1,4 @@
-"""gate_residual while serving: found beside the model or where it is said; same tokens; refusals."""
+"""gate_residual while serving: found beside the model or where it is said, refusals."""
 
 from __future__ import annotations
 
