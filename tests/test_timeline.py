@@ -90,6 +90,21 @@ def test_threads_have_tracks_of_their_own() -> None:
     assert len(found) == 301
 
 
+def test_another_clock_is_another_process() -> None:
+    timeline = Timeline()
+    timeline.start()
+    with timeline.span("here"):
+        pass
+    timeline.add("there", "link", 5.0, 6.0, "emulated", urgency="prefetch")
+    timeline.add("there", "link", 7.0, 7.5, "emulated", urgency="demand")
+    found = events(timeline.stop())
+    here = [event for event in found if event["name"] == "here"]
+    there = [event for event in found if event["name"] == "there"]
+    assert here[0]["pid"] != there[0]["pid"]
+    assert [(event["ts"], event["dur"]) for event in there] == [(0, 1e6), (2e6, 5e5)]
+    assert here[0]["ts"] == 0
+
+
 def test_a_long_recording_is_cut_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timeline_room, "MAX_SPANS", 10)
     timeline = Timeline()

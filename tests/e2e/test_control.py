@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     packed = tmp_path_factory.mktemp("packed") / "tiny"
     path = pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), packed).path
     flags = ("--host-slots", str(SLOTS), "--num-blocks", "64", "--num-threads", "1")
-    with running_server(*flags, "--policy", "lru", "--predictor", "markov", model=path) as server:
+    with running_server(*flags, "--predictor", "markov", model=path) as server:
         yield server
 
 
