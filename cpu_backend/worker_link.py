@@ -88,9 +88,10 @@ class _Job:
 
 @dataclass(frozen=True)
 class LinkSettings:
-    """The same for all workers of an engine. keys: None: no CURVE."""
+    """The same for all workers of an engine. sockets: all that are open. keys: None: no CURVE."""
 
     context: zmq.Context[zmq.Socket[bytes]]
+    sockets: set[zmq.Socket[bytes]]
     identity: WorkerIdentity
     config: ExpertConfig
     keys: CurveKeys | None
@@ -161,7 +162,7 @@ class WorkerLink:
             event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._hello()
-            elif event == zmq.EVENT_DISCONNECTED:
+            elif event == zmq.EVENT_DISCONNECTED and self._greeted:
                 if self.live:
                     self._lose("the connection broke, or heartbeats were missed")
                 self._close()
@@ -242,9 +243,12 @@ class WorkerLink:
         self._monitor.connect(name)
         socket.connect(self.endpoint)
         self._socket = socket
+        self._settings.sockets.update((socket, self._monitor))
         self.stage = Stage.CONNECTING
+        self._greeted = False  # until then ZeroMQ connects again by itself, with growing pauses
 
     def _close(self) -> None:
+        self._settings.sockets.difference_update((self._socket, self._monitor))
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close()
@@ -254,6 +258,7 @@ class WorkerLink:
             self._rows = None
 
     def _hello(self) -> None:
+        self._greeted = True
         self._rows = None
         if _is_near(self.endpoint):
             self._rows = SharedRows.create(SHARED_BYTES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -63,8 +64,14 @@ class WorkerPool:
         self.stats = WorkerStats()
         self._config = config
         self._most_experts = most_experts
+        keys = _keys(config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        settings = LinkSettings(self._context, identity, config, _keys(config))
+        sockets: set[zmq.Socket[bytes]] = set()
+        settings = LinkSettings(self._context, sockets, identity, config, keys)
+        # Of an engine that is dropped without a close the context must not go before its sockets,
+        # for which it would wait for ever. At exit the process takes everything with it.
+        self._finish = weakref.finalize(self, _finish, self._context, sockets)
+        self._finish.atexit = False
         self.links = tuple(WorkerLink(each, settings, self._admit) for each in config.workers)
         self._masks: dict[int, NDArray[np.bool_]] = {}
         self._masks_of: tuple[bool, ...] = ()
@@ -120,6 +127,8 @@ class WorkerPool:
 
     def begin(self, job: ExpertJob, pairs: Pairs) -> Exchange:
         """Has workers compute pairs of the job; pair t * K + k is row t with its k-th expert."""
+        for link in self.links:
+            link.give_up_jobs()  # left by an interrupt, before its exchange was a context
         self.stats.num_layers += 1
         self.stats.num_pairs += len(pairs)
         return Exchange(self, job, pairs)
@@ -150,7 +159,7 @@ class WorkerPool:
         """May be called twice."""
         for link in self.links:
             link.close()
-        self._context.term()
+        self._finish()
 
     def _admit(self, link: WorkerLink, shard: Shard) -> str | None:
         own = set(shard.experts(self._most_experts))
@@ -254,6 +263,12 @@ class Exchange:
                 by_link.setdefault(link, []).append(expert)
         for link, experts in by_link.items():
             link.send(_part(work, experts))
+
+
+def _finish(context: zmq.Context[zmq.Socket[bytes]], sockets: set[zmq.Socket[bytes]]) -> None:
+    for socket in sockets:
+        socket.close(linger=0)
+    context.term()
 
 
 def _part(work: PairRows, experts: Sequence[int]) -> PairRows:
