@@ -1,0 +1,73 @@
+"""The benchmark of the emulated device: real layers, cache and scheduler take the times that the
+simulation of decode, written without any of device, link and executor, says they take."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from bench_emulated import row_of
+from emulated.cases import SHAPES, Case
+from emulated.report import markdown
+from emulated.runs import DEPTH, Decoder, Learnt
+from support.randomness import fresh_seed
+
+from moeserve.cache.policies.registry import build_policy
+from moeserve.cache.routing_trace import RoutingTrace
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.planner.ablation import STRATEGIES, DecodeSimulation, Setting, popularity
+from moeserve.predictors.base import Prediction
+from moeserve.predictors.none import NonePredictor
+
+LAYERS, EXPERTS, CHOSEN, TOKENS = 4, 16, 3, 60
+REST_US = 50.0
+COSTS = CostModel(
+    expert_bytes=1000,
+    cpu=Curve([1, 2], [160.0, 170.0]),
+    cpu_start_us=20.0,
+    device=Curve([1], [13.0]),
+    device_start_us=20.0,
+    link=Curve([1000], [200.0]),
+)
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    rng = np.random.default_rng(fresh_seed())
+    ids = np.zeros((TOKENS, LAYERS, CHOSEN), np.int64)
+    for token in range(TOKENS):
+        if token % 20 == 0:  # another request: other experts are popular
+            chances = rng.dirichlet(np.full(EXPERTS, 0.3), LAYERS) + 1e-6
+            chances /= chances.sum(1, keepdims=True)
+        for layer in range(LAYERS):
+            ids[token, layer] = rng.choice(EXPERTS, CHOSEN, replace=False, p=chances[layer])
+    weights = rng.random(ids.shape).astype(np.float32)
+    trace = RoutingTrace("random", ids, weights, (), EXPERTS, tuple(range(LAYERS)))
+    tokens = np.arange(TOKENS)
+    return Case(SHAPES[0], trace, tokens[:0], tokens, COSTS, REST_US)
+
+
+@pytest.fixture(scope="module")
+def decoder(case: Case) -> Decoder:
+    return Decoder(case, NativeRuntime(1))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_times_are_those_of_the_simulation_and_bits_those_of_all(
+    case: Case, decoder: Decoder, share: float
+) -> None:
+    num_slots = int(share * LAYERS * EXPERTS)
+    popular = popularity(case.trace.ids, EXPERTS)
+    policy = build_policy("lru", case.trace.experts_per_layer)
+    learnt = Learnt(popular, policy, NonePredictor())
+    rows = []
+    for strategy in STRATEGIES:
+        outcome = decoder.run(strategy, num_slots, learnt)
+        setting = Setting(COSTS, REST_US, EXPERTS, LAYERS, num_slots, popular, "lru", DEPTH)
+        nothing = [[Prediction()] * LAYERS] * TOKENS
+        simulated = DecodeSimulation(strategy, setting).run(case.trace.ids, nothing)
+        assert outcome.token_us == pytest.approx(simulated.token_us, rel=0.02), strategy.name
+        rows.append(row_of(case, share, strategy.name, outcome, outcome))
+        assert rows[-1]["checksum"] == rows[0]["checksum"]
+    table = markdown(rows, ["About."])
+    assert all(f"| {strategy.name} |" in table for strategy in STRATEGIES)
