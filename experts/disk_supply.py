@@ -139,7 +139,8 @@ class DiskSupply(ExpertSupply):
         while not (now or present or self.cache.num_obtainable(kept)) and absent:
             if not self.transfers.num_active:
                 raise CacheError(f"layer {layer}: none of {self.cache.num_slots} slots can be had")
-            self._take_all(self.transfers.wait(layer))
+            with self.timeline.span("stall", layer=layer):  # for a slot
+                self._take_all(self.transfers.wait(layer))
         count = self.cache.num_obtainable(kept)
         return present + absent[:count], absent[count:]
 
