@@ -36,7 +36,6 @@ def victims_above_floor(
     """
     chosen: list[int] = []
     while len(chosen) < count:
-        candidates = candidates[spare[rank[candidates]] > 0]
         asked = count - len(chosen)
         waiting = None if incoming is None else incoming[len(chosen) :]
         picks = policy.victims(candidates, asked, waiting)
@@ -44,7 +43,8 @@ def victims_above_floor(
             if spare[rank[number]] > 0:
                 spare[rank[number]] -= 1
                 chosen.append(number)
-        if len(picks) < asked:
+        if len(picks) < asked or len(chosen) == count:
             break
-        candidates = np.setdiff1d(candidates, picks)
+        rest: Numbers = np.setdiff1d(candidates, picks)
+        candidates = rest[spare[rank[rest]] > 0]
     return chosen

@@ -105,19 +105,29 @@ class Contender:
     tiers: Sequence[TierReplay]
     foresight: Foresight | None = None
 
+    def remember(self, uses: Sequence[tuple[LayerUse, Numbers]], step: Step) -> None:
+        """A step that the policy learns from, before the replay: its tiers stay as they are."""
+        for use, wanted in uses:
+            self.policy.observed(use)
+            self._used(use.layer, wanted, step)
+
     def step(self, uses: Sequence[tuple[LayerUse, Numbers]], step: Step) -> None:
+        """A step of the replay."""
         hits = [0] * len(self.tiers)
         for use, wanted in uses:
             self.policy.observed(use)
             for place, tier in enumerate(self.tiers):
                 hits[place] += tier.ask(use.layer, wanted, self.policy)
-            start = tier.numbers.start_of[use.layer]
-            self.policy.used(use.layer, (wanted - start).tolist())
-            if self.foresight is not None:
-                for layer, chances in self.foresight(use.layer, step).items():
-                    self.policy.expected(layer, chances)
+            self._used(use.layer, wanted, step)
         for tier, found in zip(self.tiers, hits, strict=True):
             tier.hits.append(found)
+
+    def _used(self, layer: int, wanted: Numbers, step: Step) -> None:
+        start = self.tiers[0].numbers.start_of[layer]
+        self.policy.used(layer, (wanted - start).tolist())
+        if self.foresight is not None:
+            for ahead, chances in self.foresight(layer, step).items():
+                self.policy.expected(ahead, chances)
 
 
 def uses_of(trace: RoutingTrace, step: Step) -> list[LayerUse]:
@@ -140,14 +150,21 @@ def replay(
     numbers = ExpertNumbers(trace.experts_per_layer)
     asked = []
     for step in steps:
-        uses = [
-            (use, np.flatnonzero(use.rows) + numbers.start_of[use.layer])
-            for use in uses_of(trace, step)
-        ]
+        uses = numbered_uses(trace, step, numbers)
         asked.append(sum(len(wanted) for _, wanted in uses))
         for contender in contenders:
             contender.step(uses, step)
     return np.array(asked, np.int64)
+
+
+def numbered_uses(
+    trace: RoutingTrace, step: Step, numbers: ExpertNumbers
+) -> list[tuple[LayerUse, Numbers]]:
+    """What a step asks of every layer, and the numbers of the experts that it wants."""
+    return [
+        (use, np.flatnonzero(use.rows) + numbers.start_of[use.layer])
+        for use in uses_of(trace, step)
+    ]
 
 
 def all_uses(trace: RoutingTrace, steps: Sequence[Step]) -> list[Numbers]:

@@ -34,7 +34,9 @@ class NativeParts(ExpertParts):
 
     def add(self, experts: Sequence[int], stored: _native.PackedExperts | None = None) -> None:
         """stored: the same experts as they stand elsewhere; None: where the backend has them."""
-        chosen = torch.from_numpy(np.flatnonzero(np.isin(self._pair_numbers, experts)))  # [P]
+        wanted = np.zeros(1 + max([int(self._pair_numbers.max(initial=0)), *experts]), np.bool_)
+        wanted[list(experts)] = True
+        chosen = torch.from_numpy(np.flatnonzero(wanted[self._pair_numbers]))  # [P]
         if not len(chosen):
             return
         ids = self._pair_ids[chosen]

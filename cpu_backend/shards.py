@@ -22,11 +22,11 @@ class Shard:
 
         Raises ConfigError for anything else.
         """
-        if part := re.fullmatch(r"(\d{1,6})/(\d{1,6})", text):
+        if part := re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text):
             index, count = int(part[1]), int(part[2])
             if index < count:
                 return cls(index, count)
-        elif part := re.fullmatch(r"(\d{1,6})-(\d{1,6})", text):
+        elif part := re.fullmatch(r"([0-9]{1,6})-([0-9]{1,6})", text):
             first, last = int(part[1]), int(part[2])
             if first <= last:
                 return cls(first, 1, last)

@@ -42,7 +42,7 @@ class SharedRows:
         self._bytes = torch.frombuffer(self._mapping, dtype=torch.uint8)
 
     @classmethod
-    def create(cls, num_bytes: int = SHARED_BYTES) -> SharedRows | None:
+    def create(cls, num_bytes: int) -> SharedRows | None:
         """None where the system has no such memory."""
         if sys.platform != "linux":
             return None

@@ -28,7 +28,7 @@ from moeserve.client.endpoint import CurveKeys
 from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.shards import Shard
-from moeserve.cpu_backend.shared_rows import PAGE_BYTES, SharedRows
+from moeserve.cpu_backend.shared_rows import PAGE_BYTES, SHARED_BYTES, SharedRows
 from moeserve.cpu_backend.worker_wire import WORKER_MAX_BYTES, engine_side_wire
 from moeserve.endpoints import is_loopback, tcp_host
 from moeserve.framing import ProtocolError
@@ -117,6 +117,7 @@ class WorkerLink:
         self.shared = False
         self.lost: list[PairRows] = []
         self.num_losses = 0
+        self.num_jobs_sent = 0
         self._settings = settings
         self._admit = admit
         self._wire = engine_side_wire()
@@ -255,7 +256,7 @@ class WorkerLink:
     def _hello(self) -> None:
         self._rows = None
         if _is_near(self.endpoint):
-            self._rows = SharedRows.create()
+            self._rows = SharedRows.create(SHARED_BYTES)
         memory = None if self._rows is None else self._rows.offer
         hello = WorkerHello(identity=self._settings.identity, memory=memory)
         self._try_send(self._wire.encode(hello))
@@ -360,6 +361,7 @@ class WorkerLink:
             frames.append(work.rows.contiguous().view(torch.uint8).numpy().data)
         if not self._try_send(frames):
             return False
+        self.num_jobs_sent += 1
         deadline_s = time.monotonic() + self._settings.config.worker_job_s
         self._jobs[self._number] = _Job(work, deadline_s, results[1] if results else None)
         return True

@@ -19,9 +19,10 @@ from moeserve.experts.cpu_costs import measure_cpu
 from moeserve.experts.device.clock import EmulatedClock, ModelledClock, RealCpuClock
 from moeserve.experts.device.emulated import Bytes, EmulatedDevice
 from moeserve.experts.device_supply import DeviceSupply, FittingPlacement
+from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.emulation import with_emulated_device
-from moeserve.experts.schedule.inter_layer import ImpactPrefetch, InterLayerScheduler
+from moeserve.experts.schedule.inter_layer import InterLayerScheduler
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, TimelinePlacement
 from moeserve.experts.schedule.profile import (
     Profile,
@@ -29,6 +30,7 @@ from moeserve.experts.schedule.profile import (
     read_profile,
     shipped_profile,
 )
+from moeserve.experts.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def build_device_tier(
     layers: Mapping[int, PackedExperts],
     native: NativeRuntime,
     rest_bytes: int,
+    watch: Watch,
 ) -> DeviceTier:
     """layers: the experts of each MoE layer, all in host memory. rest_bytes: weights of everything
     else, which would stand on the device.
@@ -67,7 +70,7 @@ def build_device_tier(
     total = sum(num_experts.values())
     num_slots = min(total, _num_slots(config, slot_bytes))
     cache = ExpertCache(Tier.DEVICE, num_experts, num_slots, build_policy(policy, num_experts))
-    device = emulated_device(clock, layers, costs, num_slots)
+    device = emulated_device(clock, layers, costs, num_slots, watch)
     supply = DeviceSupply(cache, device)
     intra = TimelinePlacement(costs, device.loading_us)
     cpu_time = "its CPU's time, too" if config.emulate_cpu else "the CPU's time is real"
@@ -81,11 +84,12 @@ def build_device_tier(
         cache,
         supply,
         FittingPlacement(intra, cache),
-        ImpactPrefetch(
+        WatchedPrefetch(
             cache,
             intra,
             supply.prefetch,
-            lambda layer: config.prefetch_depth,
+            lambda: device.link.stats.busy_s,
+            config.prefetch_depth,
             lambda: clock.now_us() / 1e6,
         ),
         notes,
@@ -97,6 +101,7 @@ def emulated_device(
     layers: Mapping[int, PackedExperts],
     costs: Mapping[int, CostModel],
     num_slots: int,
+    watch: Watch | None = None,
 ) -> EmulatedDevice:
     """A device that reads the experts of those layers from host memory."""
 
@@ -105,7 +110,7 @@ def emulated_device(
         return record
 
     slot_bytes = max(experts.record_bytes for experts in layers.values())
-    device = EmulatedDevice(clock, HostSlots(slot_bytes, num_slots), source)
+    device = EmulatedDevice(clock, HostSlots(slot_bytes, num_slots), source, watch)
     for layer, experts in layers.items():
         device.add_layer(layer, experts, costs[layer])
     return device

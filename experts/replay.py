@@ -4,46 +4,15 @@ real routing. For benchmarks and tests: a served model never runs with it."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moeserve.cache.routing_trace import RoutingTrace
 from moeserve.core import ModelError, Routing
 from moeserve.experts.layer import MoELayer
-
-
-@dataclass(frozen=True)
-class RoutingTrace:
-    """Recorded routing: ids [T, L, K] experts of T tokens in L MoE layers, weights [T, L, K]."""
-
-    ids: NDArray[np.int64]
-    weights: NDArray[np.float32]
-
-    @classmethod
-    def read(cls, path: Path, ids: str = "ids", weights: str = "probs") -> RoutingTrace:
-        """From an npz file, its arrays of these names. Raises ModelError."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(
-                    arrays[ids].astype(np.int64), arrays[weights].astype(np.float32)
-                ).checked(str(path))
-        except (OSError, KeyError, ValueError) as error:
-            raise ModelError(
-                f"{path}: not a routing trace with {ids} and {weights}: {error}"
-            ) from error
-
-    def checked(self, name: str) -> RoutingTrace:
-        """Raises ModelError where the arrays are not what a trace has."""
-        if self.ids.ndim != 3 or self.ids.shape != self.weights.shape or not len(self.ids):
-            raise ModelError(
-                f"{name}: ids {self.ids.shape}, weights {self.weights.shape}; both must be"
-                " [tokens, layers, top_k]"
-            )
-        return self
 
 
 class RoutingReplay:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import build_disk_tier, check_num_slots
+from moeserve.experts.gates import native_products
 from moeserve.experts.prefetch import PredictorInNeed, WatchedPrefetch
 from moeserve.experts.remote import LocalPredictor, LocalUse, UsedPlacement
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
@@ -33,7 +35,7 @@ from moeserve.experts.schedule.intra_layer import (
 from moeserve.experts.supply import ExpertSupply, ResidentSupply
 from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Predictor
-from moeserve.predictors.gates import LayerGate
+from moeserve.predictors.gates import LayerGate, plain_product
 from moeserve.predictors.none import NonePredictor
 from moeserve.predictors.registry import make_predictor
 from moeserve.stats import ExpertStats
@@ -71,17 +73,33 @@ class ExpertRuntime:
     watch: Watch = field(default_factory=Watch)
     workers: WorkerPool | None = None
 
-    def with_predictor(self, read_gates: Callable[[], Sequence[LayerGate]]) -> ExpertRuntime:
+    def with_predictor(
+        self,
+        read_gates: Callable[[], Sequence[LayerGate]],
+        trained: Path,
+        config_sha256: Callable[[], str],
+    ) -> ExpertRuntime:
         """The runtime with the predictor that its config names. read_gates: of all MoE layers.
+        trained: file of gate_residual, where the config names no other. config_sha256: of the
+        model's config.json, which the file must be for.
 
-        Raises ModelError for a model that the predictor cannot serve.
+        Raises ModelError for a model that the predictor cannot serve, ConfigError for a trained
+        file that is missing, broken or of another model.
         """
         if self.config.predictor == "none":
             return self
         gates = read_gates()
         num_experts = {gate.layer: gate.num_experts for gate in gates}
         depth = self.config.prefetch_depth
-        predictor = make_predictor(self.config.predictor, num_experts, depth, gates)
+        predictor = make_predictor(
+            self.config.predictor,
+            num_experts,
+            depth,
+            gates,
+            self.config.predictor_file or trained,
+            config_sha256(),
+            plain_product if self.native is None else native_products(self.native),
+        )
         if self.workers is not None:
             predictor = LocalPredictor(predictor, self.workers)
         self.notes["predictor"] = f"{self.config.predictor}, {depth} layers ahead at most"
@@ -106,7 +124,7 @@ class ExpertRuntime:
                 field="device",
                 hint="leave out --host-memory",
             )
-        tier = build_device_tier(self.config, layers, self.native, rest_bytes)
+        tier = build_device_tier(self.config, layers, self.native, rest_bytes, self.watch)
         return replace(
             self,
             cache=tier.cache,
@@ -169,10 +187,12 @@ class ExpertRuntime:
         """What caches, transfers and experts have done so far."""
         caches, links = self.supply.stats()
         numbers = self.cache.numbers
+        device_s = self.watch.device_s
         return ExpertStats(
             layers=list(numbers.layers),
             num_experts=list(numbers.sizes),
             cpu_busy_s=[self.watch.cpu_s[layer] for layer in numbers.layers],
+            device_busy_s=[device_s[layer] for layer in numbers.layers] if device_s else None,
             caches=caches,
             links=links,
         )

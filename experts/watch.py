@@ -13,11 +13,13 @@ class Watch:
     """One for all MoE layers of a model.
 
     timeline: of everything that has to do with a step; its owner starts and stops it.
+    cpu_s, device_s: by layer; a device that cannot tell how long it computed adds nothing.
     """
 
     def __init__(self) -> None:
         self.timeline = Timeline()
         self.cpu_s: dict[int, float] = defaultdict(float)
+        self.device_s: dict[int, float] = defaultdict(float)
 
     def computing(self, layer: int, experts: Sequence[int] | None = None) -> Computing:
         """`with watch.computing(layer, experts):` around work on the CPU. None: all."""

@@ -196,6 +196,18 @@ def _trace(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.bench.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from moeserve.bench.command import run
+
+    return run(args)
+
+
 def _worker_arguments(parser: argparse.ArgumentParser) -> None:
     from moeserve.worker.command import add_arguments
 
@@ -228,6 +240,7 @@ COMMANDS = {
         "train and evaluate predictors of experts", _predictors_arguments, _predictors
     ),
     "trace": Command("record which experts a model takes", _trace_arguments, _trace),
+    "bench": Command("benchmarks that need no model", _bench_arguments, _bench),
     "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
     "worker": Command("compute a part of a model's experts", _worker_arguments, _worker),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),

@@ -198,6 +198,11 @@ class ExpertConfig:
         "none",
         "which experts to read ahead: none, frequency, markov, gate_lookahead or gate_residual",
     )
+    predictor_file: Path | None = setting(
+        None,
+        "what `moeserve predictors train` wrote, for gate_residual; default: "
+        "predictors.safetensors beside the model",
+    )
     prefetch_depth: int = setting(2, "layers that a predictor looks ahead, at most")
     disk_threads: int | None = setting(
         None, "threads that read experts from disk; default: as many as read fastest, measured"
@@ -244,6 +249,12 @@ class ExpertConfig:
         _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
         _one_of("policy", self.policy, POLICIES)
         _one_of("predictor", self.predictor, PREDICTORS)
+        if self.predictor_file is not None and self.predictor != "gate_residual":
+            raise ConfigError(
+                f"predictor_file: {self.predictor!r} takes none",
+                field="predictor_file",
+                hint="choose --predictor gate_residual, or leave it out",
+            )
         if self.host_memory_bytes is not None and self.host_slots is not None:
             raise ConfigError("host_memory_bytes and host_slots contradict each other; give one")
         if self.device_memory_bytes is not None and self.device_slots is not None:

@@ -17,17 +17,21 @@ import msgspec
 #: about 30 MB of JSON; what comes after is counted and left out
 MAX_SPANS: Final = 200_000
 
+ENGINE: Final = "moeserve engine"
+
 _NOTHING: Final[AbstractContextManager[None]] = nullcontext()
 
 
 class Span(NamedTuple):
-    """track: the name of the thread, or of the link or device. Times: of time.perf_counter()."""
+    """track: the name of the thread, or of the link or device. Times: of time.perf_counter(), or,
+    with another process than the engine, of the clock that this one goes by."""
 
     name: str
     track: str
     start_s: float
     end_s: float
     details: dict[str, Any]
+    process: str = ENGINE
 
 
 class Timeline:
@@ -54,12 +58,20 @@ class Timeline:
         """`with timeline.span("router", layer=3):` on the track of this thread."""
         return _Running(self, name, details) if self.recording else _NOTHING
 
-    def add(self, name: str, track: str, start_s: float, end_s: float, **details: Any) -> None:
+    def add(
+        self,
+        name: str,
+        track: str,
+        start_s: float,
+        end_s: float,
+        process: str = ENGINE,
+        **details: Any,
+    ) -> None:
         """What was measured elsewhere, such as a copy, or the work of a device."""
         if not self.recording:
             return
         if len(self._spans) < MAX_SPANS:
-            self._spans.append(Span(name, track, start_s, end_s, details))
+            self._spans.append(Span(name, track, start_s, end_s, details, process))
         else:
             self._num_dropped += 1
 
@@ -86,28 +98,29 @@ class Recording(NamedTuple):
     num_dropped: int
 
     def to_json(self) -> bytes:
-        """The Trace Event Format; time 0 is the start of the first span."""
-        process = os.getpid()
-        tracks = {span.track: None for span in self.spans}
-        threads = {track: number for number, track in enumerate(tracks, start=1)}
-        zero_s = min((span.start_s for span in self.spans), default=0.0)
-        events: list[dict[str, Any]] = [
-            _about("process_name", process, 0, name="moeserve engine"),
-            *(_about("thread_name", process, n, name=track) for track, n in threads.items()),
-            *(_about("thread_sort_index", process, n, sort_index=n) for n in threads.values()),
-        ]
+        """The Trace Event Format; time 0 is the start of a process' first span."""
+        spans = sorted(self.spans, key=lambda span: span.start_s)
+        processes = list(dict.fromkeys([ENGINE, *(span.process for span in spans)]))
+        tracks = list(dict.fromkeys((span.process, span.track) for span in spans))
+        pids = {process: number for number, process in enumerate(processes, start=os.getpid())}
+        tids = {track: number for number, track in enumerate(tracks, start=1)}
+        zeros_s = {span.process: span.start_s for span in reversed(spans)}  # the first one stays
+        events = [_about("process_name", pids[process], 0, name=process) for process in processes]
+        for (process, track), number in tids.items():
+            events.append(_about("thread_name", pids[process], number, name=track))
+            events.append(_about("thread_sort_index", pids[process], number, sort_index=number))
         events += [
             {
                 "name": span.name,
                 "cat": str(span.details.get("urgency", "step")),
                 "ph": "X",
-                "ts": round((span.start_s - zero_s) * 1e6, 3),
+                "ts": round((span.start_s - zeros_s[span.process]) * 1e6, 3),
                 "dur": round((span.end_s - span.start_s) * 1e6, 3),
-                "pid": process,
-                "tid": threads[span.track],
+                "pid": pids[span.process],
+                "tid": tids[span.process, span.track],
                 "args": span.details,
             }
-            for span in sorted(self.spans, key=lambda span: span.start_s)
+            for span in spans
         ]
         about = {"spans": len(self.spans), "spans_left_out": self.num_dropped}
         return msgspec.json.encode(

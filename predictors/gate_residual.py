@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moeserve.core import Routing
 from moeserve.predictors.base import Chances, Prediction, Predictor, any_row
-from moeserve.predictors.gates import LayerGate, check_gates
+from moeserve.predictors.gates import LayerGate, MakeProduct, check_gates, plain_product
 from moeserve.predictors.residual_weights import ResidualWeights, TrainedPredictor
 from moeserve.predictors.row_links import RowLinks
 
@@ -57,7 +57,12 @@ class View:
     In numpy: of a few rows, each of torch's calls takes longer than what it computes.
     """
 
-    def __init__(self, own: ResidualWeights | None, behind: ResidualWeights | None) -> None:
+    def __init__(
+        self,
+        own: ResidualWeights | None,
+        behind: ResidualWeights | None,
+        make_product: MakeProduct,
+    ) -> None:
         """own: None for the last layer, which looks at nothing. behind: the weights of the layer
         before, whose `past_next` is of this layer's states."""
         parts = []
@@ -77,13 +82,13 @@ class View:
             self._expert_out = _array(own.expert_out)
         if behind is not None:
             parts.append(behind.past_next)
-        self._state = _array(torch.cat(parts).T)  # [H, D * E + 2 * R (+ R)]
+        self._product = make_product(torch.cat(parts), None)  # to [T, D * E + 2 * R (+ R)]
 
     def products(self, state: Rows) -> tuple[Rows, Rows, Rows]:
         """[T, H] to [T, D * E + R], outputs and context of these rows; [T, R], for the context of
         the rows that follow them; [T, R], the same for the layer before ([T, 0] if there is none).
         """
-        products = state @ self._state
+        products: Rows = self._product(torch.from_numpy(state)).numpy()
         near, far = self._outputs + self._rank, self._outputs + 2 * self._rank
         return products[:, :near], products[:, near:far], products[:, far:]
 
@@ -101,7 +106,13 @@ class View:
     def _expert_part(self, state: Rows, ids: Ids, weights: Rows) -> Rows:
         """[T, D * E] of the chosen experts' hidden layers."""
         if ids.size <= self._num_experts:  # a few rows: only what they chose
-            inner = np.matmul(self._expert_in[ids], state[:, None, :, None])[..., 0]  # [T, K, U]
+            # One by one: gathered, their weights would be copied first.
+            each_in = [
+                self._expert_in[expert] @ row
+                for row, chosen in zip(state, ids.tolist(), strict=True)
+                for expert in chosen
+            ]
+            inner = np.array(each_in).reshape(*ids.shape, -1)  # [T, K, U]
             inner = _silu(inner + self._expert_bias[ids]) * weights[..., None]
             each = np.matmul(inner[..., None, :], self._expert_out[ids])  # [T, K, 1, D * E]
             total: Rows = each[..., 0, :].sum(axis=1)
@@ -132,8 +143,15 @@ class GateResidual(Predictor):
 
     name = "gate_residual"
 
-    def __init__(self, trained: TrainedPredictor, gates: Sequence[LayerGate], depth: int) -> None:
+    def __init__(
+        self,
+        trained: TrainedPredictor,
+        gates: Sequence[LayerGate],
+        depth: int,
+        make_product: MakeProduct = plain_product,
+    ) -> None:
         """gates: of all MoE layers. depth: layers to look ahead, at most as many as trained for.
+        make_product: how the products with the states are computed.
 
         Raises ModelError where the layers differ too much.
         """
@@ -148,7 +166,9 @@ class GateResidual(Predictor):
         views = trained.views
         befores = [None, *layers]
         self._views = {
-            layer: View(views.get(layer), None if before is None else views.get(before))
+            layer: View(
+                views.get(layer), None if before is None else views.get(before), make_product
+            )
             for layer, before in zip(layers, befores, strict=False)
             if layer in views or before in views
         }

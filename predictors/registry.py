@@ -51,7 +51,7 @@ def make_predictor(
                 hint="make a file with `moeserve predictors train`, or choose gate_lookahead",
             )
         found = load_trained(trained, config_sha256, {gate.layer: gate for gate in gates})
-        return GateResidual(found, gates, depth)
+        return GateResidual(found, gates, depth, make_product)
     close = difflib.get_close_matches(name, PREDICTORS, n=1)
     raise ConfigError(
         f"predictor: {name!r} is not one of {', '.join(PREDICTORS)}",

@@ -16,6 +16,8 @@ from torch import Tensor
 from moeserve.core import ConfigError
 from moeserve.predictors.gates import LayerGate
 
+#: beside the model
+PREDICTORS_FILE = "predictors.safetensors"
 FORMAT = "moeserve predictors"
 VERSION = 1
 

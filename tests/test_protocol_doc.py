@@ -9,14 +9,21 @@ import msgspec
 import protocol_example
 import pytest
 
-from moeserve import framing, messages
-from moeserve.core import ErrorCode, FinishReason, SamplingParams
+from moeserve import control_messages, framing, messages
+from moeserve.core import EngineStats, ErrorCode, FinishReason, SamplingParams
+from moeserve.stats import CacheStats, ExpertStats, LinkStats
 
 TEXT = protocol_example.DOCUMENT.read_text("utf-8")
 
-FROM_CLIENT = (messages.Hello, messages.Submit, messages.Cancel, messages.Credit)
+FROM_CLIENT = (
+    *(messages.Hello, messages.Submit, messages.Cancel, messages.Credit),
+    *(control_messages.GetStats, control_messages.ResizeCache),
+    *(control_messages.RecordExpertUse, control_messages.RecordTimeline),
+)
 FROM_SERVER = (
     *(messages.Welcome, messages.Accepted, messages.Chunk, messages.Done, messages.Error),
+    *(control_messages.Stats, control_messages.CacheResized),
+    *(control_messages.ExpertUse, control_messages.TimelineRecorded),
 )
 
 
@@ -73,8 +80,20 @@ def test_every_error_code_and_finish_reason_is_described() -> None:
     assert described == {reason.value for reason in FinishReason} - {"error"}
 
 
+def test_every_number_of_the_engine_is_described() -> None:
+    text = section("stats")
+    numbers = text[text.index("`engine` has") :]
+    kinds = (EngineStats, ExpertStats, CacheStats, LinkStats)
+    for kind in kinds:
+        for field in msgspec.structs.fields(kind):
+            assert f"`{field.name}`" in numbers, f"{kind.__name__}.{field.name}"
+
+
 def test_limits_are_the_codes() -> None:
-    for number in (framing.MAX_ITEMS, framing.MAX_DEPTH, framing.MAX_FRAMES, messages.MAX_CREDIT):
+    for number in (
+        *(framing.MAX_ITEMS, framing.MAX_DEPTH, framing.MAX_FRAMES, messages.MAX_CREDIT),
+        *(control_messages.MAX_TIMELINE_STEPS, control_messages.MAX_USE_STEPS),
+    ):
         assert re.search(rf"\b{number}\b", TEXT), number
     assert f"1 to {messages.MAX_REQUEST_ID_CHARS} characters" in TEXT
     assert f"`{framing.CLIENT_VERSION.decode()}`" in TEXT

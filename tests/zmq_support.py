@@ -105,7 +105,7 @@ class EchoEngine:
             return self.scheduler.drain_events()
         return self.scheduler.commit(batch, self._echo(batch), time.time())
 
-    def stats(self) -> EngineStats:
+    def stats(self, fresh: bool = False) -> EngineStats:
         return self.scheduler.stats()
 
     def check_integrity(self) -> None:

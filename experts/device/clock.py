@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -44,14 +44,15 @@ class EmulatedClock(ABC):
 class RealCpuClock(EmulatedClock):
     """All that the CPU does takes as long as it takes here; only device and link are emulated."""
 
-    def __init__(self) -> None:
-        self._zero_us = time.perf_counter_ns() / 1e3
+    def __init__(self, ticks_ns: Callable[[], int] = time.perf_counter_ns) -> None:
+        self._ticks_ns = ticks_ns
+        self._zero_us = ticks_ns() / 1e3
         self._stopped_at_us: float | None = None
 
     def now_us(self) -> float:
         if self._stopped_at_us is not None:
             return self._stopped_at_us
-        return time.perf_counter_ns() / 1e3 - self._zero_us
+        return self._ticks_ns() / 1e3 - self._zero_us
 
     def wait_until(self, us: float) -> None:
         self._zero_us -= max(0.0, us - self.now_us())
@@ -66,7 +67,7 @@ class RealCpuClock(EmulatedClock):
             yield
         finally:
             self._stopped_at_us = None
-            self._zero_us = time.perf_counter_ns() / 1e3 - now_us
+            self._zero_us = self._ticks_ns() / 1e3 - now_us
 
     @contextmanager
     def cpu_work(self, us: float) -> Iterator[None]:

@@ -19,9 +19,10 @@ from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_parts import NativeParts
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.clock import EmulatedClock
-from moeserve.experts.device.emulated_link import EmulatedLink
+from moeserve.experts.device.emulated_link import EMULATED, EmulatedLink
 from moeserve.experts.device.slot_guard import SlotGuard
 from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.watch import Watch
 
 Bytes = NDArray[np.uint8]
 
@@ -39,13 +40,19 @@ class EmulatedDevice:
     """Work submitted to it runs one after another, copies beside it. For one thread."""
 
     def __init__(
-        self, clock: EmulatedClock, slots: HostSlots, source: Callable[[ExpertKey], Bytes]
+        self,
+        clock: EmulatedClock,
+        slots: HostSlots,
+        source: Callable[[ExpertKey], Bytes],
+        watch: Watch | None = None,
     ) -> None:
-        """source: the record of an expert in host memory, which it stays in while it is copied."""
+        """source: the record of an expert in host memory, which it stays in while it is copied.
+        watch: gets the emulated times."""
         self.clock = clock
         self.slots = slots
         self.guard = SlotGuard()
-        self.link = EmulatedLink(self._write_begins, self._write_ends)
+        self.watch = watch or Watch()
+        self.link = EmulatedLink(self._write_begins, self._write_ends, self.watch.timeline)
         self.busy_us = 0.0
         self._source = source
         self._layers: dict[int, _Layer] = {}
@@ -117,6 +124,10 @@ class EmulatedDevice:
             work_us = costs.device_us(int(rows[expert]))
             now_us = start_us + work_us
             self.busy_us += work_us
+            self.watch.device_s[key.layer] += work_us / 1e6
+            self.watch.timeline.add(
+                "experts", "device", start_us / 1e6, now_us / 1e6, EMULATED, **key._asdict()
+            )
             self.guard.read(slots.slots[expert], key, start_us, now_us)
         self._free_us = now_us
 

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from moeserve.cache.transfer_stats import TransferStats
 from moeserve.cache.types import Load
 from moeserve.core import ExpertKey
+from moeserve.timeline import Timeline
 
+#: the process of a timeline that goes by the emulated clock
+EMULATED = "emulated device, in its own time"
 #: told of a slot that begins or ends to be written, and the time
 Written = Callable[[Load, float], None]
 
@@ -30,8 +33,9 @@ class EmulatedLink:
     """A timeline of copies. Prefetches move in their order whenever no demand does; a demand stops
     the prefetch that is running, which goes on behind it (chunks are small beside a record)."""
 
-    def __init__(self, begins: Written, ends: Written) -> None:
+    def __init__(self, begins: Written, ends: Written, timeline: Timeline | None = None) -> None:
         self.stats = TransferStats()
+        self._timeline = timeline or Timeline()
         self._begins = begins
         self._ends = ends
         self._now_us = 0.0  # how far the timeline is filled; demands may fill it ahead of the clock
@@ -108,7 +112,10 @@ class EmulatedLink:
         load = copy.load
         if not copy.begun:
             self._begins(load, self._now_us)
-        self._now_us += us
+        start_s, self._now_us = self._now_us / 1e6, self._now_us + us
+        urgency = "demand" if copy.demanded else "prefetch"
+        about = {"urgency": urgency, **load.key._asdict()}
+        self._timeline.add("copy", "link", start_s, self._now_us / 1e6, EMULATED, **about)
         copy.left_us -= us
         if not copy.left_us:
             self._ends(load, self._now_us)

@@ -24,8 +24,10 @@ SHIPPED = files("moeserve") / "planner" / "profiles"
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measured value: the median of the repeats. spread: the distance of their quartiles as a
-    share of it; 0 for a data sheet's number."""
+    """A measured value: the median of the repeats, or a difference of the shortest.
+
+    spread: the distance of the quartiles as a share of it; 0 for a data sheet's number.
+    """
 
     value: float
     spread: float = 0.0

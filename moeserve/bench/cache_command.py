@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from moeserve.bench.cache_suite import Job, Outcome
 
 DEFAULT_STEPS = "single,streams:4,streams:16,chunk:64"
-DEFAULT_TOKENS = 4000
+DEFAULT_TOKENS = 3000
+DEFAULT_HISTORY = 6000
+#: the predictor costs more than everything else together
+DEFAULT_POLICIES = "lru,lfu,mrs,least_stale,score,belady"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slots", default="25%,50%", help="slots as shares of all experts (default: %(default)s)"
     )
-    parser.add_argument("--policies", default=",".join(POLICIES), help="default: %(default)s")
+    parser.add_argument(
+        "--policies",
+        default=DEFAULT_POLICIES,
+        help=f"of {', '.join(POLICIES)} (default: %(default)s)",
+    )
     parser.add_argument(
         "--steps",
         default=DEFAULT_STEPS,
@@ -53,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULT_TOKENS,
         help="about so many per trace, in whole requests; 0: all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--history",
+        type=int,
+        default=DEFAULT_HISTORY,
+        help="tokens of the other requests that policies have seen before, their slots still empty"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--num-experts", type=int, help="experts per layer; default: by the highest id in the trace"
@@ -97,12 +111,13 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     kinds = _words(args.steps)
     for kind in kinds:
         make_steps((), kind)
-    if args.tokens < 0:
-        raise ConfigError(f"tokens: {args.tokens}; allowed: 0 (all) or more", field="tokens")
+    for field, value in (("tokens", args.tokens), ("history", args.history)):
+        if value < 0:
+            raise ConfigError(f"{field}: {value}; allowed: 0 or more", field=field)
     shares = tuple(_share(word) for word in _words(args.slots))
     num_tokens = args.tokens or None
     return [
-        Job(path, kind, shares, policies, args.part, num_tokens, args.num_experts)
+        Job(path, kind, shares, policies, args.part, num_tokens, args.history, args.num_experts)
         for path in args.trace
         for kind in kinds
     ]

@@ -31,6 +31,7 @@ def as_json(jobs: Sequence[Job], outcomes: Sequence[Outcome], seconds: float) ->
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "seconds": round(seconds, 1),
         "part": jobs[0].part,
+        "history_tokens": jobs[0].history_tokens,
         "num_tokens": {
             f"{job.path.stem} {job.steps}": outcome.num_tokens
             for job, outcome in zip(jobs, outcomes, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from moeserve.cache.numbering import ExpertNumbers
 from moeserve.cache.policies.belady import BeladyPolicy
 from moeserve.cache.policies.registry import build_policy
-from moeserve.cache.replay import Contender, Foresight, Rules, TierReplay, all_uses, replay
+from moeserve.cache.replay import (
+    Contender,
+    Foresight,
+    Rules,
+    TierReplay,
+    all_uses,
+    numbered_uses,
+    replay,
+)
 from moeserve.cache.routing_trace import (
     Request,
     RoutingTrace,
@@ -39,7 +47,9 @@ class Job:
 
     steps: "single" (a token per step), "streams:N" (N requests at once), "chunk:N" (N tokens of a
     request). part: "tune" takes every second request beginning with the first, "report" the others.
-    num_tokens: about so many, in whole requests; None for all.
+    num_tokens: about so many, in whole requests; None for all. history_tokens: of the other part,
+    one by one, which policies have seen before while their slots stayed empty, as in a server that
+    has been running.
     """
 
     path: Path
@@ -48,6 +58,7 @@ class Job:
     policies: tuple[str, ...]
     part: str = "report"
     num_tokens: int | None = None
+    history_tokens: int = 0
     num_experts: int | None = None
 
 
@@ -80,10 +91,26 @@ def run_job(job: Job) -> Outcome:
     requests = whole_requests(part_of(trace.requests, job.part), job.num_tokens)
     steps = make_steps(requests, job.steps)
     contenders = list(_contenders(trace, steps, job))
+    _remember(trace, job, contenders)
     asked = replay(trace, steps, contenders)
     figures = _figures(trace.name, job.steps, contenders, int(asked.sum()))
     groups = _by_group(trace, steps, contenders, asked) if job.steps == "single" else {}
     return Outcome(sum(map(len, steps)), figures, groups)
+
+
+def _remember(trace: RoutingTrace, job: Job, contenders: Sequence[Contender]) -> None:
+    """What came before the replay; an oracle needs no past."""
+    if not job.history_tokens:
+        return
+    if job.part == "all":
+        raise ConfigError("history: the whole trace is replayed; nothing is left to come before it")
+    other = part_of(trace.requests, "tune" if job.part == "report" else "report")
+    numbers = ExpertNumbers(trace.experts_per_layer)
+    learners = [contender for contender in contenders if contender.name != "belady"]
+    for step in one_by_one(whole_requests(other, job.history_tokens)):
+        uses = numbered_uses(trace, step, numbers)
+        for contender in learners:
+            contender.remember(uses, step)
 
 
 def part_of(requests: Sequence[Request], part: str) -> Sequence[Request]:
@@ -131,30 +158,38 @@ def markov_foresight(trace: RoutingTrace) -> Foresight:
 
 
 def _contenders(trace: RoutingTrace, steps: Sequence[Step], job: Job) -> list[Contender]:
-    numbers = ExpertNumbers(trace.experts_per_layer)
     rules = [Rules(share, per_layer) for per_layer, share in product((False, True), job.shares)]
-    built = []
-    for name in job.policies:
-        if name == "belady":
-            # the optimum may leave an expert out, and overwrite one as soon as it has been read
-            free = [Rules(r.share, r.per_layer, bypass=True, keep_used=False) for r in rules]
-            oracle = BeladyPolicy(numbers, all_uses(trace, steps))
-            built.append(Contender(name, oracle, [TierReplay(numbers, r) for r in free]))
-        elif name in ("score", "score+markov"):
-            choosing = [Rules(r.share, r.per_layer, bypass=True) for r in rules]
-            tiers = [TierReplay(numbers, r) for r in rules + choosing]
-            foresight = markov_foresight(trace) if name == "score+markov" else None
-            policy = build_policy("score", trace.experts_per_layer)
-            built.append(Contender(name, policy, tiers, foresight))
-        else:
-            # one policy per tier: what these remember may depend on what the tier holds
-            built += [
-                Contender(
-                    name, build_policy(name, trace.experts_per_layer), [TierReplay(numbers, r)]
-                )
-                for r in rules
-            ]
-    return built
+    return [
+        contender
+        for name in job.policies
+        for contender in _contenders_named(name, trace, steps, rules)
+    ]
+
+
+def _contenders_named(
+    name: str, trace: RoutingTrace, steps: Sequence[Step], rules: Sequence[Rules]
+) -> list[Contender]:
+    numbers = ExpertNumbers(trace.experts_per_layer)
+
+    def tiers(which: Sequence[Rules]) -> list[TierReplay]:
+        return [TierReplay(numbers, r) for r in which]
+
+    if name == "belady":
+        # the optimum may leave an expert out, and overwrite one as soon as it has been read
+        free = [replace(r, bypass=True, keep_used=False) for r in rules]
+        return [Contender(name, BeladyPolicy(numbers, all_uses(trace, steps)), tiers(free))]
+    policy, _, predictor = name.partition("+")
+    if policy == "least_stale":  # remembers arrivals, which differ from tier to tier
+        return [
+            Contender(name, build_policy(policy, trace.experts_per_layer), tiers([r]))
+            for r in rules
+        ]
+    built = build_policy(policy, trace.experts_per_layer)
+    if predictor:
+        shared = [r for r in rules if not r.per_layer]
+        return [Contender(name, built, tiers(shared), markov_foresight(trace))]
+    choosing = [replace(r, bypass=True) for r in rules] if policy == "score" else []
+    return [Contender(name, built, tiers([*rules, *choosing]))]
 
 
 def _figures(trace: str, steps: str, contenders: Sequence[Contender], asked: int) -> list[Figure]:

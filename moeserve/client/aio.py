@@ -15,7 +15,6 @@ from moeserve.client.connection import Connection
 from moeserve.client.control import ControlCall, Reply
 from moeserve.client.endpoint import default_endpoint, load_keys
 from moeserve.client.types import (
-    Answer,
     Chunk,
     ClientError,
     ConnectionLost,
@@ -26,6 +25,7 @@ from moeserve.client.types import (
     TimedOut,
     Timing,
     Usage,
+    join_chunks,
 )
 
 Messages = Sequence[Mapping[str, str]]
@@ -276,7 +276,7 @@ class AsyncStream:
             parts.setdefault(chunk.index, []).append(chunk)
         if self.usage is None or self.timing is None:
             raise ClientError("the stream was closed before its end", code="cancelled")
-        answers = tuple(_join(parts[index]) for index in sorted(parts))
+        answers = tuple(join_chunks(parts[index]) for index in sorted(parts))
         return Result(answers, self.usage, self.timing, self.prompt_logprobs)
 
     async def cancel(self) -> None:
@@ -341,15 +341,3 @@ class AsyncStream:
 
     def fail(self, error: ClientError) -> None:
         self._arrived.put_nowait(error)
-
-
-def _join(chunks: list[Chunk]) -> Answer:
-    scored = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
-    return Answer(
-        index=chunks[0].index,
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        logprobs=tuple(one for part in scored for one in part) if scored else None,
-        finish_reason=chunks[-1].finish_reason,
-        stop=chunks[-1].stop,
-    )

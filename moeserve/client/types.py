@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -99,6 +100,19 @@ class Answer:
     logprobs: tuple[Logprob, ...] | None
     finish_reason: str | None
     stop: str | int | None
+
+
+def join_chunks(chunks: Sequence[Chunk]) -> Answer:
+    """All chunks of one answer as one."""
+    scored = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+    return Answer(
+        index=chunks[0].index,
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(one for part in scored for one in part) if scored else None,
+        finish_reason=chunks[-1].finish_reason,
+        stop=chunks[-1].stop,
+    )
 
 
 @dataclass(frozen=True)

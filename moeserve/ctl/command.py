@@ -73,6 +73,13 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--curve-client", default="client", metavar="NAME", help="whose keys to use there"
     )
+    group.add_argument(
+        "--connect-timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long to wait for a server (%(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +94,12 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _server(args: argparse.Namespace) -> Iterator[Control]:
-    with Client(args.zmq, curve_dir=args.curve_dir, curve_client=args.curve_client) as client:
+    with Client(
+        args.zmq,
+        curve_dir=args.curve_dir,
+        curve_client=args.curve_client,
+        connect_timeout_s=args.connect_timeout,
+    ) as client:
         yield Control(client)
 
 

@@ -40,6 +40,7 @@ from moeserve.gateway.zmq_session import (
     done_message,
     error_message,
     generate_request,
+    welcome_message,
 )
 from moeserve.messages import (
     Accepted,
@@ -51,7 +52,6 @@ from moeserve.messages import (
     Ping,
     Pong,
     Submit,
-    Welcome,
 )
 
 MAX_SESSIONS = 1024
@@ -234,18 +234,7 @@ class ZmqFront:
             models = [self._service().info.name]
         except RequestError:
             models = []  # still loading: requests will say so
-        config = self._config
-        self._send(
-            session,
-            Welcome(
-                server=self._server,
-                models=models,
-                heartbeat_ms=round(config.heartbeat_s * 1000),
-                timeout_ms=round(config.peer_timeout_s * 1000),
-                max_message_bytes=config.max_message_bytes,
-                max_in_flight=config.max_in_flight,
-            ),
-        )
+        self._send(session, welcome_message(self._config, self._server, models))
 
     def _take_stranger(self, peer: bytes, message: FromClient | ControlRequest) -> None:
         """Someone whose session is over, or who never said hello."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from moeserve.config import ZmqConfig
 from moeserve.core import ErrorCode, MoeserveError, RequestError
 from moeserve.gateway.service import Generation
 from moeserve.gateway.zmq_control import ActiveControl
@@ -22,6 +23,7 @@ from moeserve.messages import (
     Done,
     Error,
     Submit,
+    Welcome,
     WireLogprob,
 )
 from moeserve.text.events import TextEvent, TokenText
@@ -195,6 +197,18 @@ def unpack_token_ids(frame: bytes) -> list[int]:
     if sys.byteorder == "big":
         ids.byteswap()
     return ids.tolist()
+
+
+def welcome_message(config: ZmqConfig, server: str, models: list[str]) -> Welcome:
+    """server: name and version."""
+    return Welcome(
+        server=server,
+        models=models,
+        heartbeat_ms=round(config.heartbeat_s * 1000),
+        timeout_ms=round(config.peer_timeout_s * 1000),
+        max_message_bytes=config.max_message_bytes,
+        max_in_flight=config.max_in_flight,
+    )
 
 
 def chunk_message(request_id: str, event: TextEvent) -> Chunk:

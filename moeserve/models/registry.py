@@ -39,6 +39,7 @@ from moeserve.models.hub import resolve_model
 from moeserve.models.open_file import OpenFile
 from moeserve.models.packed_model import (
     PackedModel,
+    config_sha256,
     is_packed,
     mapped_advice,
     worker_identity,
@@ -55,6 +56,7 @@ from moeserve.models.resident_part import ResidentPart
 from moeserve.models.spec import ModelSpec
 from moeserve.models.stores import HeapMemory
 from moeserve.models.transformer import Transformer
+from moeserve.predictors.residual_weights import PREDICTORS_FILE
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -173,7 +175,11 @@ def load_model(
             )
     if emulated:
         runtime = runtime.with_device(routed_experts(spec, read.weights), rest_bytes(read.weights))
-    runtime = runtime.with_predictor(lambda: expert_gates(spec, read.weights))
+    runtime = runtime.with_predictor(
+        lambda: expert_gates(spec, read.weights),
+        found.path / PREDICTORS_FILE,
+        lambda: config_sha256(found.path),
+    )
     notes = runtime.notes | found.notes | read.notes
     generation = read_generation_config(found.path)
     return LoadedModel(

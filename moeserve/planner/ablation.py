@@ -28,6 +28,8 @@ from moeserve.predictors.base import Prediction
 
 Ids = NDArray[np.int64]
 NOTHING = Prediction()
+#: most slots for what comes and goes beside experts that stay
+SPARE_SLOTS = 32
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,14 @@ class Setting:
     num_layers: int
     num_slots: int
     popular: Sequence[ExpertKey]
-    policy: str = "lru"
+    policy: str = "score"
     depth: int = 1
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """token_us: mean time of a decode step. hit_rate: wanted experts that were on the device."""
+    """token_us: mean time of a decode step. hit_rate: wanted experts that were on the device.
+    useful_prefetches, link_busy: shares of the prefetches and of the time."""
 
     token_us: float
     hit_rate: float
@@ -85,6 +88,13 @@ def popularity(ids: Ids, num_experts: int) -> list[ExpertKey]:
         counts[layer] = np.bincount(ids[:, layer].ravel(), minlength=num_experts)
     order = np.argsort(-counts.ravel(), kind="stable")
     return [ExpertKey(*divmod(int(number), num_experts)) for number in order]
+
+
+def all_resident_us(setting: Setting, experts_per_token: int) -> float:
+    """A decode step with every expert on the device: no strategy is faster."""
+    costs = setting.costs
+    layer_us = costs.device_start_us + experts_per_token * costs.device_us(1)
+    return setting.num_layers * (layer_us + setting.between_us)
 
 
 class PinnedPolicy(LruPolicy):
@@ -170,7 +180,7 @@ class DecodeSimulation:
         setting, strategy = self._setting, self._strategy
         spare = 0
         if not strategy.cache and (strategy.scheduling or strategy.prefetch):
-            spare = min(setting.num_slots // 4, 2 * SPARE_SLOTS)
+            spare = min(setting.num_slots // 4, SPARE_SLOTS)
         popular = list(setting.popular[: setting.num_slots - spare])
         policy: Policy
         if strategy.cache:
@@ -178,22 +188,22 @@ class DecodeSimulation:
         else:
             policy = PinnedPolicy(ExpertNumbers(num_experts), popular)
         cache = ExpertCache(Tier.DEVICE, num_experts, setting.num_slots, policy)
-        for load in cache.prefetch(popular):
-            cache.complete(load.key)
+        for layer in num_experts:
+            wanted = tuple(key.expert for key in popular if key.layer == layer)
+            with cache.acquire(Placement(layer, fetch_first=wanted)) as slots:
+                for load in slots.loads:
+                    cache.complete(load.key)
         return cache
 
-    def run(
-        self, ids: Ids, predictions: Sequence[Sequence[Prediction]], starts: frozenset[int]
-    ) -> Outcome:
-        """ids: [T, L, K]; one token a step. predictions: by token and layer. starts: tokens that
-        begin another request (nothing is carried out differently; times are of all)."""
+    def run(self, ids: Ids, predictions: Sequence[Sequence[Prediction]]) -> Outcome:
+        """ids: [T, L, K]; one token a step. predictions: by token and layer."""
         num_tokens, num_layers, _ = ids.shape
         hits = 0
         for token in range(num_tokens):
             for layer in range(num_layers):
                 hits += self._layer(layer, ids[token, layer], predictions[token][layer])
         counters = self._cache.counters
-        begun = int(counters.prefetches_begun.sum()) - self._setting.num_slots
+        begun = int(counters.prefetches_begun.sum())
         return Outcome(
             token_us=self._now_us / num_tokens,
             hit_rate=hits / ids.size,
@@ -216,16 +226,15 @@ class DecodeSimulation:
         with self._cache.acquire(placement):
             arrivals = self._link.demand([ExpertKey(layer, e) for e in placement.fetch_first])
             if strategy.prefetch or strategy.cache:
-                self._prefetch.prefetch(prediction if strategy.prefetch else NOTHING, placement)
+                foreseen = prediction if strategy.prefetch else NOTHING
+                for later, chances in foreseen.probabilities.items():
+                    self._cache.expect(later, chances.numpy())
+                self._prefetch.prefetch(foreseen, placement)
             took_us = layer_us(costs, rows, placement, arrivals)
         if took_us > (arrivals[-1] if arrivals else 0.0):
             self._link.advance(self._now_us + took_us)
         self._now_us += took_us + self._setting.between_us
         return len(residency.ready.intersection(wanted.tolist()))
-
-
-#: slots for what comes and goes beside experts that stay
-SPARE_SLOTS = 16
 
 
 def stay(use: LayerUse, residency: Residency) -> Placement:

@@ -103,7 +103,7 @@ def _kernel_reads(
 ) -> Iterator[ReadRate]:
     for count, runtime in runtimes.items():
         jobs = ExpertJobs.on(runtime, pool)
-        us = plan.repeats.figure(partial(jobs.one_more_us, 1, *EXPERTS))
+        us = jobs.one_more_us(plan.repeats, 1, *EXPERTS)
         rate = Figure(value=pool.record_bytes / us.value * 1e6, spread=us.spread)
         yield ReadRate(kernel=pool.gate_up_form.describe(), num_threads=count, bytes_per_s=rate)
 
@@ -123,7 +123,7 @@ def _curve(
     for rows in plan.rows:
         # A difference of long times is as well known from few experts as of short ones from many.
         few, many = EXPERTS if rows <= 16 else EXPERTS_OF_MANY_ROWS
-        us.append(plan.repeats.figure(partial(jobs.one_more_us, rows, few, many)))
+        us.append(jobs.one_more_us(plan.repeats, rows, few, many))
     return ExpertCurve(
         weights=shape.form.describe(),
         hidden_size=shape.hidden_size,

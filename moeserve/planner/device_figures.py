@@ -131,8 +131,9 @@ class _Jobs:
         routing, x = Routing(ids, weights), self._numbers(num_rows, self._hidden)
         return self._timer.us(partial(self._experts.run, x, routing, self._slots))
 
-    def one_more_us(self, num_rows: int, few: int, many: int) -> float:
-        return (self.us(many, num_rows) - self.us(few, num_rows)) / (many - few)
+    def one_more_us(self, repeats: Repeats, num_rows: int, few: int, many: int) -> Figure:
+        more, less = partial(self.us, many, num_rows), partial(self.us, few, num_rows)
+        return repeats.difference(more, less, many - few)
 
 
 def _curve(plan: DevicePlan, shape: tuple[int, int]) -> ExpertCurve:
@@ -143,5 +144,5 @@ def _curve(plan: DevicePlan, shape: tuple[int, int]) -> ExpertCurve:
         intermediate_size=shape[1],
         record_bytes=3 * shape[0] * shape[1] * 2,
         rows=list(plan.rows),
-        us=[plan.repeats.figure(partial(jobs.one_more_us, rows, *EXPERTS)) for rows in plan.rows],
+        us=[jobs.one_more_us(plan.repeats, rows, *EXPERTS) for rows in plan.rows],
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 from moeserve.cli_options import read_flags
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
+from moeserve.experts.gates import native_products
 from moeserve.models.gates import model_gates
 from moeserve.models.packed_model import config_sha256
 from moeserve.models.registry import LoadedModel
@@ -27,10 +28,12 @@ from moeserve.predictor_tools.evaluation import (
 from moeserve.predictor_tools.model_runs import loaded_model
 from moeserve.predictor_tools.plots import check_plot, plot_recall
 from moeserve.predictor_tools.texts import read_texts, token_windows
-from moeserve.predictor_tools.train_command import FILE_NAME, add_text_arguments, check_numbers
+from moeserve.predictor_tools.train_command import add_text_arguments, check_numbers
 from moeserve.predictor_tools.training import record_states
 from moeserve.predictors.base import Predictor
+from moeserve.predictors.gates import plain_product
 from moeserve.predictors.registry import PREDICTORS, make_predictor
+from moeserve.predictors.residual_weights import PREDICTORS_FILE
 from moeserve.progress import LoadingBar
 from moeserve.text.tokenizer import Tokenizer
 
@@ -48,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repeatable (default: all, gate_residual where it has been trained)",
     )
     parser.add_argument(
-        "--file", type=Path, help=f"trained predictors (default: {FILE_NAME} beside the model)"
+        "--file",
+        type=Path,
+        help=f"trained predictors (default: {PREDICTORS_FILE} beside the model)",
     )
     parser.add_argument("--depth", type=int, default=2, help="layers ahead (default: 2)")
     parser.add_argument(
@@ -113,16 +118,18 @@ def _evaluate_all(
         )
     recording = record_states(loaded, gates, windows, folder, bar)
     sizes = {gate.layer: gate.num_experts for gate in gates}
-    file = args.file or loaded.path / FILE_NAME
+    file = args.file or loaded.path / PREDICTORS_FILE
     sha256 = config_sha256(loaded.path)
     spec = next(iter(loaded.spec.moe_layers.values())).experts
     expert_bytes = expert_bytes_of(spec, loaded.dtype)
+    native = loaded.runtime.native
+    make_product = plain_product if native is None else native_products(native)
     results = []
     for name in args.predictors or _all_names(file):
 
         def make(name: str = name) -> Predictor:
             trained = file if name == "gate_residual" else None
-            return make_predictor(name, sizes, args.depth, gates, trained, sha256)
+            return make_predictor(name, sizes, args.depth, gates, trained, sha256, make_product)
 
         def report(share: float, name: str = name) -> None:
             bar(name, share)

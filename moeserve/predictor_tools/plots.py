@@ -25,6 +25,7 @@ def check_plot(path: Path) -> None:
 def plot_recall(results: Sequence[PredictorReport], path: Path) -> None:
     """One panel per distance: recall@k over the layer that is looked from."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     distances = sorted({far for result in results for far in result.mean})
     figure = Figure(figsize=(4.5 * len(distances), 3.6), layout="constrained")
@@ -40,6 +41,7 @@ def plot_recall(results: Sequence[PredictorReport], path: Path) -> None:
                 panel.plot(*zip(*points, strict=True), marker="o", label=result.name)
         panel.set_title(f"{distance} MoE layer{'s' if distance > 1 else ''} ahead")
         panel.set_xlabel("seen from layer")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("recall@k")
     panels[0].set_ylim(0, 1)

@@ -12,12 +12,11 @@ from moeserve.core import ConfigError
 from moeserve.predictor_tools.model_runs import loaded_model
 from moeserve.predictor_tools.texts import read_texts, token_windows
 from moeserve.predictor_tools.training import TrainingPlan, remove_work, train_residual
-from moeserve.predictors.residual_weights import ResidualShape
+from moeserve.predictors.residual_weights import PREDICTORS_FILE, ResidualShape
 from moeserve.predictors.train_residual import EPOCHS
 from moeserve.progress import LoadingBar
 from moeserve.text.tokenizer import Tokenizer
 
-FILE_NAME = "predictors.safetensors"
 #: settings of models and experts that matter to a run over text
 RUN_SETTINGS = frozenset(
     (
@@ -80,7 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = ResidualShape()
     add_text_arguments(parser, default_tokens=1_200_000)
     parser.add_argument(
-        "-o", "--out", type=Path, help=f"file to write (default: {FILE_NAME} beside the model)"
+        "-o",
+        "--out",
+        type=Path,
+        help=f"file to write (default: {PREDICTORS_FILE} beside the model)",
     )
     parser.add_argument(
         "--depth", type=int, default=default.depth, help=f"layers ahead (default: {default.depth})"
@@ -117,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
             end = loaded.eos_token_ids[0] if loaded.eos_token_ids else None
             window = min(args.window, loaded.context_tokens)
             windows = token_windows(tokenizer, texts, end, window, args.tokens)
-            out = args.out or loaded.path / FILE_NAME
+            out = args.out or loaded.path / PREDICTORS_FILE
             work_dir = args.work_dir or out.with_name(out.name + ".work")
             plan = TrainingPlan(windows, shape, args.epochs)
             trained = train_residual(loaded, plan, work_dir, bar)

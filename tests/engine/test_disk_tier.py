@@ -9,27 +9,21 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 
 from moeserve.cache.policies import registry
 from moeserve.config import (
     BUNDLED_MODEL,
-    EngineConfig,
-    ExpertConfig,
-    KvConfig,
     ModelConfig,
-    SchedulerConfig,
 )
 from moeserve.core import (
     ConfigError,
-    EngineRequest,
     ErrorCode,
     FinishReason,
     ModelError,
-    SamplingParams,
 )
 from moeserve.engine.engine import Engine
 from moeserve.experts.disk_supply import DiskSupply
@@ -39,55 +33,12 @@ from moeserve.models.packed_model import MANIFEST
 
 POLICIES = sorted(set(registry.POLICIES) - {"resident"})
 PREDICTORS = ("none", "frequency", "markov", "gate_lookahead")
-#: token ids and their log-probabilities, by request
-Answers = dict[str, list[tuple[int, float]]]
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "tiny"
     return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
-
-
-def make_engine(path: Path, max_batch_tokens: int = 24, **experts: Any) -> Engine:
-    return Engine.from_config(
-        EngineConfig(
-            model=ModelConfig(model=str(path)),
-            kv=KvConfig(num_blocks=128),
-            scheduler=SchedulerConfig(max_batch_tokens=max_batch_tokens),
-            experts=ExpertConfig(cpu_backend="native", num_threads=2, **experts),
-        )
-    )
-
-
-def make_requests(rng: random.Random, vocab_size: int) -> list[EngineRequest]:
-    return [
-        EngineRequest(
-            request_id=f"r{number}",
-            token_ids=[rng.randrange(vocab_size) for _ in range(rng.randint(1, 40))],
-            params=SamplingParams(
-                max_tokens=rng.randint(2, 12), temperature=0, ignore_eos=True, logprobs=0
-            ),
-        )
-        for number in range(5)
-    ]
-
-
-def answers(engine: Engine, requests: list[EngineRequest], between: Any = None) -> Answers:
-    """Requests join while others run."""
-    found: Answers = {request.request_id: [] for request in requests}
-    waiting = list(requests)
-    while engine.has_work or waiting:
-        if waiting:
-            engine.add(waiting.pop(0))
-        for delta in engine.step():
-            assert delta.error is None, delta.error
-            for entry in delta.logprobs or ():
-                found[delta.request_id].append((entry.token_id, entry.logprob))
-        if between is not None:
-            between()
-    engine.check_integrity()
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from moeserve.planner.cpu_figures import CpuPlan, ExpertShape, measure_cpu, thre
 from moeserve.planner.device_figures import DevicePlan, measure_device, measure_link
 from moeserve.planner.disk_figures import DirectReader, DiskPlan, measure_disk
 from moeserve.planner.hardware import last_level_cache_bytes, this_hardware
-from moeserve.planner.repeats import Repeats, summarise
+from moeserve.planner.repeats import Repeats
 
 SHORT = Repeats(at_least=3, at_most=3, limit_s=0.01)
 SHAPE = (256, 128)
@@ -179,7 +179,16 @@ def test_repeats_stop_when_the_median_is_known_or_the_samples_end() -> None:
     assert Repeats(at_least=2, at_most=20, limit_s=60.0).figure(lambda: next(jumps)).value == 5.0
     assert not list(jumps)
     with pytest.raises(MoeserveError, match="measure when nothing else runs"):
-        summarise([-1.0, 0.0, 0.0, 1.0])
+        SHORT.figure(lambda: -1.0)
+
+
+def test_a_difference_is_that_of_the_shortest() -> None:
+    more, less = iter([0.0, 30.0, 32.0, 900.0]), iter([0.0, 10.0, 12.0, 10.0])
+    figure = SHORT.difference(lambda: next(more), lambda: next(less), 2)
+    assert figure.value == (30.0 - 10.0) / 2
+    assert figure.spread == pytest.approx((435.0**2 + 1.0**2) ** 0.5 / 20.0)
+    with pytest.raises(MoeserveError, match="came out as nothing"):
+        SHORT.difference(lambda: 1.0, lambda: 2.0, 1)
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

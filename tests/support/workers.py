@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from moeserve.config import ModelConfig
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.shards import Shard
 from moeserve.cpu_backend.worker import ExpertWorker
+from moeserve.cpu_backend.worker_wire import worker_side_wire
 from moeserve.models.shard import load_shard
+from moeserve.worker_messages import WorkerHello, WorkerJob, WorkerWelcome
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,3 +79,49 @@ def worker_process(model: Path, endpoint: str, *flags: str) -> Iterator[WorkerPr
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+Reply = Callable[[WorkerJob], Sequence[bytes] | None]
+
+
+@contextmanager
+def fake_worker(endpoint: str, shard: str, reply: Reply) -> Iterator[list[WorkerJob]]:
+    """Welcomes every engine, whatever it has, and answers jobs with the frames that `reply` gives,
+    with None not at all. Gives the list of jobs that it got."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.linger = 0
+    socket.bind(endpoint)
+    wire, jobs = worker_side_wire(), []
+
+    def serve() -> None:
+        try:
+            while True:
+                sender, *frames = socket.recv_multipart()
+                message, _ = wire.decode(frames)
+                answer: Sequence[bytes] | None
+                if isinstance(message, WorkerHello):
+                    answer = wire.encode(
+                        WorkerWelcome(
+                            epoch="fake",
+                            identity=message.identity,
+                            shard=shard,
+                            standby=False,
+                            shared=False,
+                        )
+                    )
+                else:
+                    jobs.append(message)
+                    answer = reply(message)
+                if answer is not None:
+                    socket.send_multipart([sender, *answer])
+        except zmq.ContextTerminated:
+            socket.close()
+
+    thread = threading.Thread(target=serve, name="fake worker")
+    thread.start()
+    try:
+        yield jobs
+    finally:
+        context.term()
+        thread.join()

@@ -1,0 +1,100 @@
+"""`moeserve bench cache` on synthetic routing."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.routing_samples import topical_trace
+
+from moeserve.bench.cache_report import below_lru, markdown
+from moeserve.bench.cache_suite import Job, run_job, whole_requests
+from moeserve.cache.routing_trace import Request
+from moeserve.cli import main
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    seed = random.randrange(2**32)
+    made = topical_trace(seed, num_tokens=160)
+    path = tmp_path / f"seed{seed}.npz"
+    lens = np.full(8, 20)
+    np.savez(path, ids=made.ids.astype(np.uint8), probs=made.weights.astype(np.float16), lens=lens)
+    return path
+
+
+def test_last_line_is_the_result(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policies = "lru,score,score+markov,belady"
+    arguments = ["bench", "cache", "--trace", str(trace), "--steps", "single,streams:2,chunk:5"]
+    assert main([*arguments, "--policies", policies, "--tokens", "0", "--history", "40"]) == 0
+    table, _, last = capsys.readouterr().out.rstrip().rpartition("\n")
+    report = json.loads(last)
+    assert report["num_tokens"][f"{trace.stem} single"] == 80
+    for figure in report["figures"]:
+        assert 0 <= figure["hit_rate"] <= 1
+        low, high = (
+            next(
+                other["hit_rate"]
+                for other in report["figures"]
+                if other["policy"] == end
+                and all(other[k] == figure[k] for k in ("steps", "slots", "share"))
+            )
+            for end in ("lru", "belady")
+        )
+        assert figure["hit_rate"] <= high + 1e-12, trace.stem
+        if figure["closed"] is not None:
+            assert figure["closed"] == pytest.approx((figure["hit_rate"] - low) / (high - low))
+    shown = {(f["policy"], f["slots"]) for f in report["figures"] if f["steps"] == "single"}
+    assert ("score+bypass", "per layer") in shown
+    assert ("score+markov", "shared") in shown
+    assert markdown(report) in table
+    assert set(report["groups"][trace.stem]) >= {"lru 0.25", "score 0.5"}
+
+
+def test_history_changes_what_policies_know_and_not_what_is_held(trace: Path) -> None:
+    """LFU remembers; a cache that starts empty still misses every expert once."""
+    plain = Job(trace, "single", (1.0,), ("lru", "lfu"))
+    with_history = Job(trace, "single", (0.5,), ("lfu",), history_tokens=80)
+    without = Job(trace, "single", (0.5,), ("lfu",))
+    first = run_job(plain).figures
+    assert len({f.hit_rate for f in first}) == 1
+    assert run_job(with_history).figures != run_job(without).figures, trace.stem
+
+
+def test_below_lru_names_the_groups() -> None:
+    rates = {
+        "lru 0.5": {"a": 0.5, "b": 0.6},
+        "score 0.5": {"a": 0.4, "b": 0.7},
+        "mrs 0.5": {"a": 0.0, "b": 0.0},
+    }
+    assert below_lru(rates) == {"score 0.5": ["a"]}
+
+
+def test_whole_requests_come_from_all_over() -> None:
+    requests = [Request(10 * n, 10, "") for n in range(20)]
+    assert whole_requests(requests, None) == requests
+    chosen = whole_requests(requests, 40)
+    assert sum(r.length for r in chosen) == 40
+    assert (chosen[0], chosen[-1]) == (requests[0], requests[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "trace: none given"),
+        (["--trace", "nowhere.npz"], "nowhere.npz: trace: cannot be read"),
+        (["--trace", "x.npz", "--slots", "150%"], "slots: '150%'; allowed"),
+        (["--trace", "x.npz", "--slots", "half"], "slots: 'half'; allowed"),
+        (["--trace", "x.npz", "--policies", "lur"], "policies: 'lur'; there are lru"),
+        (["--trace", "x.npz", "--steps", "streams:0"], "steps: 'streams:0'; allowed"),
+        (["--trace", "x.npz", "--tokens", "-1"], "tokens: -1; allowed"),
+    ],
+)
+def test_wrong_input(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "cache", *arguments]) == 2
+    assert message in capsys.readouterr().err

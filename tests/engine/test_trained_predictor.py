@@ -1,0 +1,59 @@
+"""gate_residual while serving: found beside the model or where it is said, refusals."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moeserve.config import BUNDLED_MODEL, ExpertConfig, ModelConfig
+from moeserve.core import ConfigError
+from moeserve.llm import LLM
+from moeserve.models.pack import pack_model
+from moeserve.predictors.residual_weights import PREDICTORS_FILE
+
+PROMPTS = ["Once upon a time, there was a", "def read_lines(path):"]
+TRAINED = BUNDLED_MODEL / PREDICTORS_FILE
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "tiny"
+    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int8"), out).path
+
+
+def answers(packed: Path, **settings: object) -> list[str]:
+    with LLM(str(packed), num_threads=1, host_slots=30, **settings) as llm:
+        return [each.text for each in llm.generate(PROMPTS, max_tokens=24, temperature=0.0)]
+
+
+def test_the_tokens_do_not_depend_on_it(packed: Path) -> None:
+    expected = answers(packed)
+    trained = {"predictor": "gate_residual", "predictor_file": TRAINED}
+    assert answers(packed, **trained) == expected
+    assert answers(packed, **trained, prefetch_depth=1) == expected
+
+
+def test_it_is_looked_for_beside_the_model(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="predictors train"):
+        answers(packed, predictor="gate_residual")
+    model = tmp_path / "model"
+    shutil.copytree(packed, model)
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(TRAINED.with_suffix(suffix), model / f"predictors{suffix}")
+    assert answers(model, predictor="gate_residual") == answers(packed)
+
+
+def test_another_models_is_refused(packed: Path, tmp_path: Path) -> None:
+    file = tmp_path / PREDICTORS_FILE
+    shutil.copy(TRAINED, file)
+    about = TRAINED.with_suffix(".json").read_text()
+    file.with_suffix(".json").write_text(about.replace('"config_sha256": "', '"config_sha256": "0'))
+    with pytest.raises(ConfigError, match="another model"):
+        answers(packed, predictor="gate_residual", predictor_file=file)
+
+
+def test_a_file_for_a_predictor_that_takes_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="predictor_file"):
+        ExpertConfig(host_slots=8, predictor="markov", predictor_file=Path("x"))
