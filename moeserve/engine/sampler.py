@@ -92,7 +92,7 @@ class Sampler:
         if not rows:
             return []
         logprobs = self._own_logprobs(logits, rows)
-        good = (~logits.isnan().any(dim=-1)).tolist()
+        good = (~logits.amax(dim=-1).isnan()).tolist()  # a maximum is NaN where one number is
         for row_logits, row in zip(logits, rows, strict=True):
             self._transform(row_logits, row)
         tokens = self._choose(logits, rows)
