@@ -280,7 +280,7 @@ class ExpertConfig:
             value = getattr(self, name)
             if value is not None:
                 _at_least(name, value, least)
-        _at_least("prefetch_depth", self.prefetch_depth, 0)
+        _at_least("prefetch_depth", self.prefetch_depth, 1)
         if self.num_threads is not None:
             _at_least("num_threads", self.num_threads, 1)
         _at_least("spin_us", self.spin_us, 0)

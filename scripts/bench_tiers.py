@@ -51,8 +51,8 @@ WARM = 48
 TOKENS = 96
 #: (name, policy, predictor, depth)
 CASES = (
-    ("on-demand lru", "lru", "none", 0),
-    ("score", "score", "none", 0),
+    ("on-demand lru", "lru", "none", 1),
+    ("score", "score", "none", 1),
     ("score, markov", "score", "markov", 1),
 )
 

@@ -43,7 +43,10 @@ MAX_SHARD_BYTES = 4 << 30
 #: pages that were written are given back after so many bytes of the checkpoint
 RELEASE_BYTES = 256 << 20
 #: everything that belongs to a model besides its weights
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README*")
+COPIED = (
+    "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README*",
+    "predictors.safetensors",
+)  # fmt: skip
 NOT_COPIED = ("model.safetensors.index.json", MANIFEST)
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -32,7 +32,7 @@ from moeserve.models.pack import pack_model
 from moeserve.models.packed_model import MANIFEST
 
 POLICIES = sorted(set(registry.POLICIES) - {"resident"})
-PREDICTORS = ("none", "frequency", "markov", "gate_lookahead")
+PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")
 
 
 @pytest.fixture(scope="module")
