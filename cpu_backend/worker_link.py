@@ -20,29 +20,29 @@ from typing import cast
 import numpy as np
 import torch
 import zmq
-from numpy.typing import NDArray
 from torch import Tensor
 from zmq.utils.monitor import parse_monitor_message
 
-from moeserve.client.endpoint import CurveKeys
-from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.shards import Shard
 from moeserve.cpu_backend.shared_rows import PAGE_BYTES, SHARED_BYTES, SharedRows
+from moeserve.cpu_backend.worker_types import (
+    Answer,
+    LinkSettings,
+    PairRows,
+    differences,
+    is_near,
+)
 from moeserve.cpu_backend.worker_wire import WORKER_MAX_BYTES, engine_side_wire
-from moeserve.endpoints import is_loopback, tcp_host
 from moeserve.framing import ProtocolError
 from moeserve.messages import Ping
 from moeserve.worker_messages import (
     WorkerHello,
-    WorkerIdentity,
     WorkerJob,
     WorkerRefusal,
     WorkerResult,
     WorkerWelcome,
 )
-
-Pairs = NDArray[np.int64]
 
 #: rows and results of one job together; larger ones are cut
 MAX_JOB_BYTES = 16 << 20
@@ -60,41 +60,10 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True)
-class PairRows:
-    """Rows for experts of one layer. pairs: [P] numbers of the caller's, sorted by `experts` [P];
-    rows: [P, H]."""
-
-    layer: int
-    pairs: Pairs
-    experts: NDArray[np.int64]
-    rows: Tensor
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a worker gave for pairs [P]: [P, H] float32, valid until the link's next job."""
-
-    pairs: Pairs
-    experts: NDArray[np.int64]
-    results: Tensor
-
-
-@dataclass(frozen=True)
 class _Job:
     work: PairRows
     deadline_s: float
     results: Tensor | None  # in shared memory
-
-
-@dataclass(frozen=True)
-class LinkSettings:
-    """The same for all workers of an engine. sockets: all that are open. keys: None: no CURVE."""
-
-    context: zmq.Context[zmq.Socket[bytes]]
-    sockets: set[zmq.Socket[bytes]]
-    identity: WorkerIdentity
-    config: ExpertConfig
-    keys: CurveKeys | None
 
 
 class WorkerLink:
@@ -260,7 +229,7 @@ class WorkerLink:
     def _hello(self) -> None:
         self._greeted = True
         self._rows = None
-        if _is_near(self.endpoint):
+        if is_near(self.endpoint):
             self._rows = SharedRows.create(SHARED_BYTES)
         memory = None if self._rows is None else self._rows.offer
         hello = WorkerHello(identity=self._settings.identity, memory=memory)
@@ -397,18 +366,3 @@ class WorkerLink:
         except zmq.Again:
             return False
         return True
-
-
-def differences(ours: WorkerIdentity, theirs: WorkerIdentity) -> str | None:
-    """What would make the worker's results other bits than ours; None: nothing."""
-    found = [
-        f"{name} {getattr(theirs, name)} there, {getattr(ours, name)} here"
-        for name in WorkerIdentity.__struct_fields__
-        if getattr(theirs, name) != getattr(ours, name)
-    ]
-    return "; ".join(found) or None
-
-
-def _is_near(endpoint: str) -> bool:
-    """Whether the worker may be on this machine; the token in the memory then tells."""
-    return endpoint.startswith("ipc://") or is_loopback(tcp_host(endpoint))

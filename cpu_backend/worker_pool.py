@@ -25,14 +25,8 @@ from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.backend import ExpertJob
 from moeserve.cpu_backend.shards import Shard
-from moeserve.cpu_backend.worker_link import (
-    Answer,
-    LinkSettings,
-    PairRows,
-    Pairs,
-    Stage,
-    WorkerLink,
-)
+from moeserve.cpu_backend.worker_link import Stage, WorkerLink
+from moeserve.cpu_backend.worker_types import Answer, LinkSettings, PairRows, Pairs
 from moeserve.worker_messages import WorkerIdentity
 
 Put = Callable[[Pairs, Tensor], None]

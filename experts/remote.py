@@ -8,6 +8,8 @@ comes, the executor has the supply bring it and computes it itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,8 +19,8 @@ from moeserve.cache.expert_cache import ExpertCache, Residency
 from moeserve.core import LayerUse, Placement, Routing
 from moeserve.cpu_backend.backend import ExpertJob
 from moeserve.cpu_backend.native_backend import NativeBackend
-from moeserve.cpu_backend.worker_link import Pairs
 from moeserve.cpu_backend.worker_pool import WorkerPool
+from moeserve.cpu_backend.worker_types import Pairs
 from moeserve.experts.executor import Executor
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler
 from moeserve.experts.supply import ExpertSupply, Supplied
@@ -27,20 +29,18 @@ from moeserve.predictors.base import Prediction, Predictor
 
 
 class LocalUse:
-    """What a step asks of the engine's own tiers."""
+    """What a step asks of the engine's own tiers: all of it but what workers hold."""
 
-    def __init__(self, pool: WorkerPool) -> None:
+    def __init__(self, pool: WorkerPool, count: Callable[[int, Routing, int], LayerUse]) -> None:
         self._pool = pool
+        self._count = count
 
     def __call__(self, layer: int, routing: Routing, num_experts: int) -> LayerUse:
         """routing's ids and weights [T, K] must be on the CPU."""
         self._pool.refresh()
-        ids = routing.ids.numpy().ravel()
-        rows = np.bincount(ids, minlength=num_experts).astype(np.int32)
-        weights = np.bincount(ids, routing.weights.numpy().ravel(), num_experts).astype(np.float32)
-        held = self._pool.held(num_experts)
-        rows[held], weights[held] = 0, 0
-        return LayerUse(layer, rows, weights)
+        use = self._count(layer, routing, num_experts)
+        here = ~self._pool.held(num_experts)
+        return LayerUse(layer, use.rows * here, use.weights * here)
 
 
 class UsedPlacement(IntraLayerScheduler):

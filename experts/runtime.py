@@ -149,7 +149,7 @@ class ExpertRuntime:
         self.notes["workers"] = pool.describe()
         resident = isinstance(self.supply, ResidentSupply)
         intra = UsedPlacement() if resident else self.intra
-        return replace(self, workers=pool, count_use=LocalUse(pool), intra=intra)
+        return replace(self, workers=pool, count_use=LocalUse(pool, count_use), intra=intra)
 
     def add_layer(self, layer: int, experts: PackedExperts) -> None:
         """Where experts stay on disk: their records are put into slots from now on."""

@@ -15,7 +15,7 @@ from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.cpu_backend.shards import Shard
 from moeserve.cpu_backend.worker import HeldExperts
-from moeserve.models.packed_model import PackedModel, is_packed, worker_identity
+from moeserve.models.packed_model import PackedModel, is_packed, mapped_advice, worker_identity
 from moeserve.models.read_weights import check_packed_settings, read_packed
 from moeserve.models.registry import find_model
 
@@ -35,7 +35,8 @@ def load_shard(
             hint=f"run `moeserve pack {config.model} OUT` once and use OUT",
         )
     check_packed_settings(config, torch.device("cpu"))
-    with closing(PackedModel(found.path, mmap.MADV_RANDOM)) as packed:
+    advice = mapped_advice() if mapped else mmap.MADV_RANDOM
+    with closing(PackedModel(found.path, advice)) as packed:
         weights = read_packed(packed, packed, found, config, native).weights
         layers: dict[int, PackedExperts] = {}
         for layer in found.spec.moe_layers:
