@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,9 +18,10 @@ from moeserve.config import BUNDLED_MODEL, EngineConfig, ExpertConfig, ModelConf
 from moeserve.core import ConfigError
 from moeserve.cpu_backend import worker_link
 from moeserve.cpu_backend.shared_rows import SharedRows
-from moeserve.cpu_backend.worker_pool import WorkerPool
+from moeserve.cpu_backend.worker_pool import Exchange, Put, WorkerPool
 from moeserve.cpu_backend.worker_wire import WORKER_VERSION, worker_side_wire
 from moeserve.engine.engine import Engine
+from moeserve.llm import LLM
 from moeserve.models.pack import pack_model
 from moeserve.worker_messages import WorkerJob, WorkerRefusal, WorkerResult
 
@@ -252,3 +254,27 @@ def test_endpoints_that_cannot_be_workers(endpoint: str, reason: str) -> None:
         ExpertConfig(workers=("ipc:///a", "ipc:///b", "ipc:///a"))
     with pytest.raises(ConfigError, match=r"worker_timeout_s: 1\.5 is below the minimum 2"):
         ExpertConfig(worker_timeout_s=1.5)
+
+
+def test_an_interrupt_leaves_nothing_that_a_later_step_could_take_for_its_own(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(fresh_seed())
+    prompt = [rng.randrange(3072) for _ in range(9)]
+    endpoint, interrupt_at = f"ipc://{tmp_path}/worker", rng.randint(1, 20)
+    calls = itertools.count()
+    collect = Exchange.collect
+
+    def interrupted(self: Exchange, put: Put) -> tuple[int, ...]:
+        if next(calls) == interrupt_at:
+            raise KeyboardInterrupt
+        return collect(self, put)
+
+    settings = {"workers": (endpoint,), "cpu_backend": "native", "num_threads": 1, **PATIENT}
+    sampling = {"max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    with worker_thread(packed, endpoint, "0/2"), LLM(str(packed), **settings) as llm:
+        expected = llm.generate(prompt, sampling)[0].text
+        monkeypatch.setattr(Exchange, "collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompt, sampling)
+        assert [llm.generate(prompt, sampling)[0].text for _ in range(2)] == [expected] * 2
