@@ -29,6 +29,7 @@ from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
 from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.model_runner import ModelRunner, StepOutput, chunk_rows
 from moeserve.engine.request_scheduler import RequestScheduler
+from moeserve.engine.row_links import LastRouting, RowLinks
 from moeserve.engine.sampler import Sampler, SampleRow, score
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.registry import LoadedModel, load_model
@@ -54,11 +55,14 @@ class Engine:
         block_tokens = config.kv.block_tokens
         num_blocks = _num_kv_blocks(config, loaded)
         self.blocks = BlockManager(num_blocks, block_tokens, config.kv.prefix_reuse)
+        self._row_links = RowLinks()
+        self._last_routing = self._remember_routing()
         self.scheduler = RequestScheduler(
             config.scheduler,
             self.blocks,
             loaded.eos_token_ids,
             loaded.context_tokens,
+            predicted_experts=None if self._last_routing is None else self._last_routing.predicted,
             kv_switch_tokens=loaded.spec.kv_switch_tokens,
         )
         block_bytes = KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
@@ -144,6 +148,9 @@ class Engine:
         if batch is None:
             return self._ended(self.scheduler.drain_events())
         self.loaded.check_files()
+        self.loaded.runtime.predictor.begin_step(self._row_links.of(batch))
+        if self._last_routing is not None:
+            self._last_routing.begin(batch)
         try:
             output = self.runner.forward(batch)
         except StoreError as error:
@@ -198,6 +205,15 @@ class Engine:
     def close(self) -> None:
         """Ends the threads that compute experts. Nothing may be called after it."""
         self.loaded.close()
+
+    def _remember_routing(self) -> LastRouting | None:
+        """What decodes are grouped by; None where they are not."""
+        numbers = {i: ffn.experts.num_experts for i, ffn in self.loaded.spec.moe_layers.items()}
+        if self.config.scheduler.decode_group is None or not numbers:
+            return None
+        routing = LastRouting(numbers)
+        self.loaded.runtime.observers.append(routing.observe)
+        return routing
 
     def _sample(
         self, batch: ScheduledBatch, output: StepOutput
