@@ -13,7 +13,9 @@ where Belady's oracle knows the tokens to come; computing may hide behind readin
 beside it: `lru`, fetching on demand, which is what everybody does; our policies; and prefetching on
 a prediction, which reads while computing and may read in vain. Routing is forced from a recorded
 trace (experts/replay.py), because random weights route as no model does; the tokens are taken from
-the end of the trace. Every case is a process of its own. WARM tokens fill the slots, then TOKENS
+the end of the trace. A policy that learns while serving is given what it would have seen of the
+HISTORY tokens before those, without computing them; what LRU would hold after them is filled in by
+the tokens that follow. Every case is a process of its own. WARM tokens fill the slots, then TOKENS
 are timed. Disk bandwidth: of whole records read by the same threads, in every process, median.
 
 Last line: one JSON object.
@@ -36,7 +38,7 @@ import numpy as np
 
 from moeserve.cache.numbering import ExpertNumbers
 from moeserve.cache.policies.belady import BeladyPolicy
-from moeserve.cache.replay import Contender, Rules, TierReplay, all_uses, replay
+from moeserve.cache.replay import Contender, Rules, TierReplay, all_uses, replay, uses_of
 from moeserve.cache.routing_trace import RoutingTrace, load_trace
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig
 from moeserve.core import EngineRequest, SamplingParams
@@ -47,6 +49,7 @@ from moeserve.experts.replay import RoutingReplay, force_routing
 from moeserve.experts.schedule.intra_layer import FetchOrder
 from moeserve.models.transformer import MoeFfn
 
+HISTORY = 8000
 WARM = 48
 TOKENS = 96
 #: (name, policy, predictor, depth)
@@ -126,6 +129,9 @@ def run_case(
     assert isinstance(supply, DiskSupply)
     layers = [x.ffn.routed for x in engine.loaded.model.layers if isinstance(x.ffn, MoeFfn)]
     force_routing(layers, RoutingReplay(trace, [first]), trace)
+    for token in range(max(0, first - HISTORY), first):
+        for use in uses_of(trace, np.array([token])):
+            supply.cache.policy.observed(use)
     params = SamplingParams(max_tokens=WARM + TOKENS, temperature=0, ignore_eos=True)
     engine.add(EngineRequest(request_id="r", token_ids=[1], params=params))
     for _ in range(WARM):
