@@ -62,7 +62,7 @@ class ExpertParts(ABC):
 
     @abstractmethod
     def add(self, experts: Sequence[int]) -> None:
-        """Computes these experts, which no part had before; those that no row chose cost nothing."""
+        """Computes these, which no part had before; experts that no row chose cost nothing."""
 
     @abstractmethod
     def total(self) -> Tensor:
