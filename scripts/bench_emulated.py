@@ -1,7 +1,7 @@
 """Decode over an emulated device: what scheduling, prefetching and caching bring.
 
-    python scripts/bench_emulated.py ../shared/data/routing [--shares 25,50,75] [--tokens 300]
-        [--learn 3000] [--profile rtx4090-pcie4] [--out benchmarks/results]
+    python scripts/bench_emulated.py ../shared/data/routing [--shares 25,50,75] [--tokens 2000]
+        [--learn 6000] [--model NAME] [--profile rtx4090-pcie4] [--out benchmarks/results]
 
 Theory. Static placement keeps the most popular experts on the device; what is wanted and not there
 runs on the CPU, at its memory's bandwidth. While a layer lasts T us, the link can bring T / copy
@@ -41,10 +41,11 @@ POLICY, PREDICTOR = "score", "markov"
 
 def main() -> int:
     args = arguments()
+    by_name = {shape.name: shape for shape in SHAPES}
     profile = find_profile(args.profile)
     native = NativeRuntime(1)
     rows: list[Row] = []
-    for shape in SHAPES:
+    for shape in SHAPES if args.model is None else [by_name[args.model]]:
         case = load_case(shape, args.traces, profile, args.learn, args.tokens)
         learnt = learn(case, POLICY, PREDICTOR)
         decoder = Decoder(case, native)
@@ -67,7 +68,8 @@ def main() -> int:
         if len(bits) != 1:
             raise SystemExit(f"{shape.name}: strategies gave different bits: {sorted(bits)}")
     about = [
-        f"`scripts/bench_emulated.py`, {date.today()}. Device, link and CPU by the profile"
+        f"`scripts/bench_emulated.py --tokens {args.tokens} --learn {args.learn}`, {date.today()}."
+        f" Device, link and CPU by the profile"
         f" `{args.profile}`: {profile.device.name if profile.device else ''}, {profile.cpu.name}."
         f" Policy `{POLICY}`, predictor `{PREDICTOR}`, {DEPTH} layers ahead at most. One stream."
         " Time is emulated, results are computed: all strategies gave the same bits. The time of"
@@ -88,8 +90,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("traces", type=Path, help="folder with the recorded routing")
     parser.add_argument("--shares", type=shares, default=(0.25, 0.5, 0.75), metavar="PERCENT,…")
-    parser.add_argument("--tokens", type=int, default=300, help="that are timed")
-    parser.add_argument("--learn", type=int, default=3000, help="tokens that are learnt from")
+    parser.add_argument("--tokens", type=int, default=2000, help="that are timed")
+    parser.add_argument("--learn", type=int, default=6000, help="tokens that are learnt from")
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--model", choices=names, help="default: both")
     parser.add_argument("--profile", default="rtx4090-pcie4")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args()

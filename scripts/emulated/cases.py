@@ -16,9 +16,6 @@ from moeserve.experts.device_tier import rest_of_layer_us
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.profile import Profile
 
-#: a request's tokens beyond that are left out, so that more requests are heard
-MOST_TOKENS = 100
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -91,12 +88,7 @@ def load_case(shape: Shape, folder: Path, profile: Profile, num_learn: int, num_
 
 
 def _tokens(requests: Sequence[Request], num_tokens: int) -> NDArray[np.int64]:
-    """The first tokens of requests that are spread over all of them, each request at a stretch."""
-    lengths = np.array([min(r.length, MOST_TOKENS) for r in requests])
-    share = min(1.0, num_tokens / lengths.sum())
-    every = max(1, round(1 / share))
-    chosen = [
-        np.arange(r.start, r.start + length)
-        for r, length in list(zip(requests, lengths.tolist(), strict=True))[::every]
-    ]
-    return np.concatenate(chosen)[:num_tokens]
+    """Whole requests that are spread over all of them; the last is cut to make it so many."""
+    total = sum(r.length for r in requests)
+    chosen = requests[:: max(1, round(total / num_tokens))]
+    return np.concatenate([np.arange(r.start, r.start + r.length) for r in chosen])[:num_tokens]
