@@ -62,7 +62,7 @@ def test_a_model_runs_the_experts_of_the_trace(tmp_path: Path) -> None:
     spec = layers[0].router.spec
     ids, weights = random_trace(rng, 40, len(layers), spec.top_k, spec.num_experts)
     file = tmp_path / "trace.npz"
-    np.savez(file, ids=ids, probs=weights.astype(np.float16))
+    np.savez(file, ids=ids, probs=weights.astype(np.float16), lens=np.array([40]))
     trace = load_trace(file, spec.num_experts)
     force_routing(layers, RoutingReplay(trace), trace)
     seen: list[tuple[int, np.ndarray]] = []

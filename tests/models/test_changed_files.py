@@ -92,7 +92,7 @@ config = EngineConfig(model=ModelConfig(model=sys.argv[1]), experts=ExpertConfig
 engine = Engine.from_config(config)
 engine.add(EngineRequest(request_id="r", token_ids=[1, 2, 3], params=SamplingParams(max_tokens=8)))
 engine.step()
-(file,) = Path(sys.argv[1]).glob("*.safetensors")
+(file,) = Path(sys.argv[1]).glob("packed-*.safetensors")
 if sys.argv[2] == "cut":
     os.truncate(file, 8192)
 else:
