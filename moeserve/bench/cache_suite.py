@@ -193,7 +193,12 @@ def _contenders_named(
 
 
 def _figures(trace: str, steps: str, contenders: Sequence[Contender], asked: int) -> list[Figure]:
-    """Hit rates, and how they stand between LRU and Belady with the same slots."""
+    """Hit rates, and how they stand between LRU and Belady with the same slots.
+
+    None where a trace has too few requests for such steps.
+    """
+    if not asked:
+        return []
     rates: dict[tuple[bool, float], dict[str, float]] = {}
     for contender in contenders:
         for tier in contender.tiers:
