@@ -218,9 +218,12 @@ class ExpertCache:
         return tuple(self._begin_load(int(n)) for n in absent)
 
     def prefetch(
-        self, keys: Iterable[ExpertKey], protect: Placement | None = None
+        self, keys: Iterable[ExpertKey], protect: Placement | None = None, guess: bool = True
     ) -> tuple[Load, ...]:
         """Begins to load the keys, most wanted first, as far as slots can be had for them.
+
+        guess: whether they may turn out not to be wanted. What the running step will need in any
+        case is worth any slot, and is not counted among the prefetches.
 
         Takes nothing that a lease or `protect` names (DESIGN, invariant 2), nothing that is still
         on its way and nothing that the policy holds for worth more. Present experts are skipped.
@@ -229,11 +232,13 @@ class ExpertCache:
         number = self.numbers.number
         wanted = np.fromiter((number(key) for key in dict.fromkeys(keys)), np.int64)
         absent: Numbers = wanted[self._state[wanted] == _ABSENT]
-        for victim in self._victims(len(absent), protect=protect, incoming=absent):
+        incoming = absent if guess else None
+        for victim in self._victims(len(absent), protect=protect, incoming=incoming):
             self._evict(victim)
         absent = absent[: self.num_free]
-        self._unproven[absent] = True
-        np.add.at(self.counters.prefetches_begun, self.numbers.rank[absent], 1)
+        if guess:
+            self._unproven[absent] = True
+            np.add.at(self.counters.prefetches_begun, self.numbers.rank[absent], 1)
         return tuple(self._begin_load(int(n)) for n in absent)
 
     def complete(self, key: ExpertKey) -> None:

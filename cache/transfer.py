@@ -278,6 +278,8 @@ class Transfers:
         )
 
     def _warn_of_stall(self) -> None:
+        # Else what is on its way would be waited for without an end.
+        assert all(thread.is_alive() for thread in self._threads), "a transfer thread has died"
         now = time.perf_counter()
         oldest = max(self._active.values(), key=lambda copy: now - copy.begun_s)
         logger.warning(

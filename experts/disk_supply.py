@@ -119,7 +119,7 @@ class DiskSupply(ExpertSupply):
                 self._begin(slots.loads, Urgency.DEMAND)
                 if rest:  # a later wave needs them in any case: no guess
                     ahead = [ExpertKey(placement.layer, e) for e in rest]
-                    self._begin(self.cache.prefetch(ahead, wave), Urgency.DEMAND)
+                    self._begin(self.cache.prefetch(ahead, wave, guess=False), Urgency.DEMAND)
                 if not begun:
                     begun = True
                     yield ()

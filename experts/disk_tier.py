@@ -16,7 +16,7 @@ from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError, ExpertKey, ExpertSpec
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.experts.disk_supply import DiskSupply
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel, Curve, roofline
 from moeserve.experts.schedule.intra_layer import FetchOrder
 from moeserve.timeline import Timeline
 
@@ -79,18 +79,6 @@ def build_disk_tier(
         "policy": policy,
     }
     return DiskTier(cache, DiskSupply(cache, store, slots, transfers), FetchOrder(costs), notes)
-
-
-def roofline(num_bytes: int, spec: ExpertSpec, read_rate: float, dot_rate: float) -> Curve:
-    """Microseconds by rows: reading the weights, or multiplying them where that takes longer.
-
-    read_rate: bytes per second; dot_rate: operations per second. Only to tell what is worth
-    fetching first, where a fetch takes ten times as long.
-    """
-    read_us = num_bytes / read_rate * 1e6
-    row_us = 6 * spec.hidden_size * spec.intermediate_size / dot_rate * 1e6
-    ridge = max(2, round(read_us / row_us))
-    return Curve([1, ridge, 2 * ridge], [read_us, ridge * row_us, 2 * ridge * row_us])
 
 
 def check_num_slots(

@@ -138,8 +138,16 @@ def _roofline(processor: Processor, spec: ExpertSpec, weights: str, expert_bytes
             field="profile",
             hint="measure again with `moeserve calibrate`",
         )
-    read_us = expert_bytes / rate.bytes_per_s.value * 1e6
-    row_us = 6 * spec.hidden_size * spec.intermediate_size / peak * 1e6
+    return roofline(expert_bytes, spec, rate.bytes_per_s.value, peak)
+
+
+def roofline(expert_bytes: int, spec: ExpertSpec, bytes_per_s: float, ops_per_s: float) -> Curve:
+    """Microseconds of an expert by rows: the longer of reading its weights and multiplying them.
+
+    bytes_per_s: of memory; ops_per_s: a multiply-add is two.
+    """
+    read_us = expert_bytes / bytes_per_s * 1e6
+    row_us = 6 * spec.hidden_size * spec.intermediate_size / ops_per_s * 1e6
     ridge = int(read_us / row_us) + 1  # the first number of rows at which products take longer
     points = {1: max(read_us, row_us), ridge: ridge * row_us, ridge + 1: (ridge + 1) * row_us}
     if ridge > 2:

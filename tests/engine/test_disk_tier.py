@@ -77,6 +77,9 @@ def test_same_bits_whatever_the_machinery(policy: str, packed: Path, resident: E
         engine = make_engine(packed, max_batch_tokens=rng.choice((3, 24, 200)), **settings)
         try:
             assert answers(engine, requests) == expected
+            if predictor == "none":  # waves are no guesses
+                counts = supply_of(engine).cache.counters.totals()
+                assert counts["prefetches_begun"] == counts["prefetches_wasted"] == 0
         finally:
             engine.close()
 
