@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 
 from moeserve import __version__
-from moeserve.config import ExpertConfig, read_environment
+from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.backend import CpuBackend, Demands
 from moeserve.cpu_backend.cgroup import cgroup_cores
@@ -31,6 +31,7 @@ from moeserve.cpu_backend.native_runtime import NativeRuntime, choose_isa
 from moeserve.cpu_backend.remembered import Machine, Measured, recall, remember
 from moeserve.cpu_backend.threads import affinity_cores, plan_threads
 from moeserve.cpu_backend.torch_backend import TorchBackend
+from moeserve.environment import read_environment
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ def _serve(args: argparse.Namespace) -> int:
     import asyncio
 
     from moeserve.cli_options import gateway_config
-    from moeserve.config import read_environment
+    from moeserve.environment import read_environment
     from moeserve.gateway.server import run_gateway
 
     environment = read_environment()

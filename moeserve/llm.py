@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
-from moeserve.config import (
-    EngineConfig,
-    ExpertConfig,
-    KvConfig,
-    ModelConfig,
-    SchedulerConfig,
-    tune_native_libraries,
-)
+from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
 from moeserve.core import (
     ConfigError,
     EngineRequest,
@@ -33,6 +26,7 @@ from moeserve.core import (
     RequestError,
     SamplingParams,
 )
+from moeserve.environment import tune_native_libraries
 from moeserve.text.assets import TextAssets
 from moeserve.text.events import TextEvent
 from moeserve.text.generation import GenerationState

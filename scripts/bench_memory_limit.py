@@ -124,13 +124,8 @@ def leave_page_cache(path: Path) -> None:
 
 
 def run_ours(args: argparse.Namespace) -> dict[str, Any]:
-    from moeserve.config import (
-        EngineConfig,
-        ExpertConfig,
-        KvConfig,
-        ModelConfig,
-        tune_native_libraries,
-    )
+    from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig
+    from moeserve.environment import tune_native_libraries
 
     tune_native_libraries()
     from moeserve.core import EngineRequest, SamplingParams

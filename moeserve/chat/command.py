@@ -16,8 +16,8 @@ from moeserve.cli_options import (
     engine_config,
     sampling_params,
 )
-from moeserve.config import Environment, read_environment
 from moeserve.core import MoeserveError
+from moeserve.environment import Environment, read_environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from moeserve import __version__
-from moeserve.config import read_environment
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.backend import Demands
 from moeserve.cpu_backend.cgroup import cgroup_cores, cgroup_memory_bytes
@@ -29,6 +28,7 @@ from moeserve.cpu_backend.machine import (
 )
 from moeserve.cpu_backend.native_runtime import choose_isa
 from moeserve.cpu_backend.threads import affinity_cores, plan_threads
+from moeserve.environment import read_environment
 
 READ_BYTES = 512 << 20
 DOT_TYPES = ("f32", "bf16", "int8")

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from moeserve.config import EngineConfig, tune_native_libraries
+from moeserve.config import EngineConfig
 from moeserve.control_messages import EngineControl, EngineControlEnd
 from moeserve.core import EngineDelta, ErrorCode, FinishReason, MoeserveError, RequestError
 from moeserve.engine.channel import Command, EngineChannel
+from moeserve.environment import tune_native_libraries
 from moeserve.messages import EngineAbort, EngineShutdown, EngineSubmit
 
 if TYPE_CHECKING:

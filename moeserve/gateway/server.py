@@ -19,14 +19,9 @@ from pathlib import Path
 import msgspec
 
 from moeserve import __version__
-from moeserve.config import (
-    Environment,
-    GatewayConfig,
-    HttpConfig,
-    default_endpoint,
-    read_environment,
-)
+from moeserve.config import GatewayConfig, HttpConfig
 from moeserve.core import ConfigError, ModelInfo
+from moeserve.environment import Environment, default_endpoint, read_environment
 from moeserve.gateway import http_server
 from moeserve.gateway.app import create_app
 from moeserve.gateway.host_check import is_loopback

@@ -20,8 +20,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from moeserve.config import Environment, ModelConfig
+from moeserve.config import ModelConfig
 from moeserve.core import ConfigError, ModelError
+from moeserve.environment import Environment
 
 # Nothing that could hold code or a pickle, and nothing below the top: repositories keep the same
 # weights there once more in other formats.

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from moeserve.config import ExpertConfig, ModelConfig, read_environment
+from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ConfigError, ModelError
+from moeserve.environment import read_environment
 from moeserve.experts.runtime import ExpertRuntime, build_expert_runtime
 from moeserve.models import (
     deepseek_v2,

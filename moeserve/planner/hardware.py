@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from moeserve.config import read_environment
 from moeserve.cpu_backend.cgroup import cgroup_cores
 from moeserve.cpu_backend.machine import SYS, cpu_model, memory_bytes
 from moeserve.cpu_backend.native_runtime import choose_isa
 from moeserve.cpu_backend.threads import affinity_cores, plan_threads
+from moeserve.environment import read_environment
 from moeserve.experts.schedule.profile import Hardware
 
 #: the profile of this machine in the user's cache directory: it can be measured again

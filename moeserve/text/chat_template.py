@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moeserve.config import bare_environment
 from moeserve.core import ErrorCode, ModelError, RequestError
+from moeserve.environment import bare_environment
 from moeserve.text import template_renderer
 from moeserve.text.checks import read_json
 

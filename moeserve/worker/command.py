@@ -16,13 +16,14 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from moeserve.cli_options import add_flags, read_flags
-from moeserve.config import ExpertConfig, ModelConfig, read_environment
+from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.machine import allowed_cores, numa_nodes
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.shards import Shard
 from moeserve.cpu_backend.worker import ExpertWorker
 from moeserve.cpu_backend.worker_wire import WORKER_MAX_BYTES
+from moeserve.environment import read_environment
 from moeserve.gateway.curve import ZAP_DOMAIN, ServerKeys, load_server_keys
 from moeserve.gateway.zmq_endpoint import check_endpoint, remove_socket_file
 from moeserve.models.shard import load_shard

@@ -9,14 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moeserve.config import (
-    EngineConfig,
-    ExpertConfig,
-    KvConfig,
-    ModelConfig,
-    SchedulerConfig,
-    tune_native_libraries,
-)
+from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
+from moeserve.environment import tune_native_libraries
 
 tune_native_libraries()  # before torch is imported, as moeserve's own commands do
 

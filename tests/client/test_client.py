@@ -24,8 +24,9 @@ from moeserve.client import (
     command,
     default_endpoint,
 )
-from moeserve.config import Environment, ZmqConfig, read_environment
-from moeserve.config import default_endpoint as server_default_endpoint
+from moeserve.config import ZmqConfig
+from moeserve.environment import Environment, read_environment
+from moeserve.environment import default_endpoint as server_default_endpoint
 
 Body = Callable[[Stack, AsyncClient], Awaitable[None]]
 

@@ -11,13 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moeserve.config import ExpertConfig, read_environment
+from moeserve.config import ExpertConfig
 from moeserve.core import ExpertSpec
 from moeserve.cpu_backend.backend import Demands
 from moeserve.cpu_backend.choice import choose_backend
 from moeserve.cpu_backend.ipex_backend import IpexBackend, why_not_usable
 from moeserve.cpu_backend.measurement import MeasurementFailed, measure_in_own_process, score_ms
 from moeserve.cpu_backend.remembered import Machine, Measured, recall, remember
+from moeserve.environment import read_environment
 
 CONFIG = ExpertConfig(num_threads=1)
 #: ipex computes no gelu, so that torch and native remain, wherever this runs

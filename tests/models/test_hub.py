@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from moeserve.config import Environment, ModelConfig
+from moeserve.config import ModelConfig
 from moeserve.core import ConfigError, ModelError
+from moeserve.environment import Environment
 from moeserve.models.hub import resolve_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
