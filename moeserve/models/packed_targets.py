@@ -102,10 +102,8 @@ class PackedTargets:
         self._memory = memory
 
     def make(self, rules: Sequence[WeightRule]) -> dict[str, Target]:
-        by_store: dict[str, list[WeightRule]] = {}
-        for rule in (*rules, *tied_head_rules(self._spec)):
-            by_store.setdefault(store_of(rule), []).append(rule)
-        stores = [self._store(name, own) for name, own in by_store.items()]
+        by_store = rules_by_store(self._spec, rules)
+        stores = stores_of(self._spec, rules, self._choose, self._dtype)
         rooms = self._memory.reserve(stores)
         made: dict[str, Target] = {}
         for store in stores:
@@ -121,20 +119,6 @@ class PackedTargets:
             head.put(torch.arange(len(embedding)), embedding)
         return weights
 
-    def _store(self, name: str, rules: Sequence[WeightRule]) -> Store:
-        if rules[0].use in EXPERT_USES:
-            by_use = {rule.use: rule for rule in rules}
-            forms = self._choose(by_use[Use.GATE_UP]), self._choose(by_use[Use.DOWN])
-            experts = expert_spec(self._spec, name)
-            num_bytes = PackedExperts.bytes_of_record(experts, *forms)
-            return Store(name, (experts.num_experts, num_bytes), torch.uint8, forms)
-        (rule,) = rules
-        if rule.use is Use.PLAIN:
-            return Store(name, rule.shape, rule.dtype or self._dtype)
-        form = self._choose(rule)
-        num_bytes = form.layout(torch.Size(rule.shape[:-1]).numel(), rule.shape[-1]).num_bytes
-        return Store(name, (num_bytes,), torch.uint8, (form,))
-
     def _targets(
         self, store: Store, rules: Sequence[WeightRule], room: Tensor
     ) -> dict[str, Target]:
@@ -148,6 +132,39 @@ class PackedTargets:
             return {rule.target: TensorTarget(room)}
         weight = PackedWeight(self._runtime, rule.shape, store.forms[0], room.numpy())
         return {rule.target: PackedWeightTarget(weight)}
+
+
+def rules_by_store(spec: ModelSpec, rules: Sequence[WeightRule]) -> dict[str, list[WeightRule]]:
+    """The rules that fill each stored weight, that of a tied head included."""
+    by_store: dict[str, list[WeightRule]] = {}
+    for rule in (*rules, *tied_head_rules(spec)):
+        by_store.setdefault(store_of(rule), []).append(rule)
+    return by_store
+
+
+def stores_of(
+    spec: ModelSpec, rules: Sequence[WeightRule], choose: ChooseForm, dtype: torch.dtype
+) -> list[Store]:
+    """What packed weights of a model will look like, before any memory is taken.
+
+    dtype: of plain tensors whose rules name none. Raises ModelError for sizes that no form has.
+    """
+
+    def store(name: str, own: Sequence[WeightRule]) -> Store:
+        if own[0].use in EXPERT_USES:
+            by_use = {rule.use: rule for rule in own}
+            forms = choose(by_use[Use.GATE_UP]), choose(by_use[Use.DOWN])
+            experts = expert_spec(spec, name)
+            num_bytes = PackedExperts.bytes_of_record(experts, *forms)
+            return Store(name, (experts.num_experts, num_bytes), torch.uint8, forms)
+        (rule,) = own
+        if rule.use is Use.PLAIN:
+            return Store(name, rule.shape, rule.dtype or dtype)
+        form = choose(rule)
+        num_bytes = form.layout(torch.Size(rule.shape[:-1]).numel(), rule.shape[-1]).num_bytes
+        return Store(name, (num_bytes,), torch.uint8, (form,))
+
+    return [store(name, own) for name, own in rules_by_store(spec, rules).items()]
 
 
 def tied_head_rules(spec: ModelSpec) -> list[WeightRule]:
