@@ -69,20 +69,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_model_config(path: Path, families: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """config.json of a checkpoint directory, and notes about what in it is not used.
+    """config.json of a checkpoint directory, or by itself, and notes about what in it is not used.
 
     families: the values of `model_type` that moeserve implements. A config that names Python code
     of its own (`auto_map`) is refused unless its family is one of them; then that code is not
     needed, is never run, and a note says so. Raises ModelError.
     """
-    config = read_json(path / "config.json")
+    file = path if path.is_file() else path / "config.json"
+    config = read_json(file)
     known = sorted(families)
     model_type = config.get("model_type")
     auto_map = config.get("auto_map")
     if model_type not in known:
         code = f"; its auto_map asks to run Python code of the checkpoint ({auto_map})"
         raise ModelError(
-            f"{path / 'config.json'}: model_type: {model_type!r} is not one of {', '.join(known)}"
+            f"{file}: model_type: {model_type!r} is not one of {', '.join(known)}"
             + (f"{code}, which moeserve never does (no trust_remote_code)" if auto_map else ""),
             field="model_type",
         )

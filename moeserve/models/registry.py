@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,18 +15,6 @@ from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ConfigError, ModelError
 from moeserve.environment import read_environment
 from moeserve.experts.runtime import ExpertRuntime, build_expert_runtime
-from moeserve.models import (
-    deepseek_v2,
-    deepseek_v3,
-    glm4_moe,
-    gpt_oss,
-    llama,
-    mixtral,
-    olmoe,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-)
 from moeserve.models.builder import (
     build_transformer,
     expert_gates,
@@ -35,7 +22,7 @@ from moeserve.models.builder import (
     routed_experts,
 )
 from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_model_config
-from moeserve.models.family import Family
+from moeserve.models.families import FAMILIES
 from moeserve.models.hub import resolve_model
 from moeserve.models.open_file import OpenFile
 from moeserve.models.packed_model import (
@@ -59,23 +46,6 @@ from moeserve.models.stores import HeapMemory
 from moeserve.models.transformer import Transformer
 from moeserve.predictors.residual_weights import PREDICTORS_FILE
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        module.FAMILY.model_type: module.FAMILY
-        for module in (
-            deepseek_v2,
-            deepseek_v3,
-            glm4_moe,
-            gpt_oss,
-            llama,
-            mixtral,
-            olmoe,
-            qwen2_moe,
-            qwen3,
-            qwen3_moe,
-        )
-    }
-)
 Progress = Callable[[str, float], None]
 
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moeserve.config import ExpertConfig, ModelConfig
-from moeserve.models.registry import FAMILIES, LoadedModel, load_model
+from moeserve.models.families import FAMILIES
+from moeserve.models.registry import LoadedModel, load_model
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
