@@ -12,8 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ConfigError, ModelError
-from moeserve.models.kv_pool import KvPool
 from moeserve.models.families import FAMILIES
+from moeserve.models.kv_pool import KvPool
 from moeserve.models.registry import load_model
 from moeserve.models.rope import inverse_frequencies
 from moeserve.models.spec import (
