@@ -108,7 +108,8 @@ class LayerShape:
 class ModelShape:
     """A model as its sizes. dtype: of computation and kv. context_tokens: the model's own limit.
     embedding_bytes, other_bytes: beside the layers. head: stored apart also where it is tied.
-    packed: whether weights come from a `moeserve pack` directory, mapped.
+    native: whether weights are packed for the native kernels; else they are tensors.
+    packed: whether they come from a `moeserve pack` directory, mapped.
     checkpoint_bytes: of the weights on disk; 0 where only config.json is there."""
 
     name: str
@@ -123,6 +124,7 @@ class ModelShape:
     other_bytes: int
     head: Matrix
     layers: tuple[LayerShape, ...]
+    native: bool = True
     packed: bool = False
     checkpoint_bytes: int = 0
 
