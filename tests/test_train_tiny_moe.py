@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_moe.checkpoint import STATE, CheckpointError, load_state, load_tensors
 from tiny_moe.data import Dataset, Stream
-from tiny_moe.model import ModelConfig
+from tiny_moe.model import DenseConfig, ModelConfig
 from tiny_moe.train import TrainConfig, evaluate, load_best, train
 
 MODEL = ModelConfig(
@@ -131,3 +131,18 @@ def test_the_numbers_are_plain_json(uninterrupted: Path) -> None:
     state = json.loads((uninterrupted / STATE).read_text())
     assert state["train_config"] == asdict(CONFIG)
     assert state["model_config"] == asdict(MODEL)
+
+
+def test_a_dense_model_trains_and_stops_when_asked(
+    streams: dict[str, dict[str, Stream]], tmp_path: Path
+) -> None:
+    sizes = {name: value for name, value in asdict(MODEL).items() if "expert" not in name}
+    del sizes["moe_intermediate_size"]
+    dense = DenseConfig(**sizes, intermediate_size=24)
+    asked = iter([False, True])
+    config = TrainConfig(steps=4, batch_tokens=2048, warmup_steps=2, eval_every=4)
+    train(dense, config, Dataset(**streams), tmp_path, lambda: next(asked))
+    assert load_state(tmp_path)["progress"]["step"] == 2
+    train(dense, config, Dataset(**streams), tmp_path)
+    model, progress, _ = load_best(tmp_path)
+    assert (model.config, progress.best_step) == (dense, 4)

@@ -14,7 +14,7 @@ import torch
 
 from tiny_moe.data import Corpus, Dataset
 from tiny_moe.export import Sample
-from tiny_moe.model import TinyMoE
+from tiny_moe.model import TinyModel
 from tiny_moe.routing import ExpertLoad
 from tiny_moe.train import EVAL_LENGTH, Progress, TrainConfig
 
@@ -37,7 +37,7 @@ COMMAND = (
 class Facts:
     """Everything the card reports."""
 
-    model: TinyMoE
+    model: TinyModel
     config: TrainConfig
     progress: Progress
     corpora: list[Corpus]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tiny_moe.chat import CHAT_TEMPLATE, SPECIAL_TOKENS
 from tiny_moe.data import END_OF_TEXT, token_id
-from tiny_moe.model import TinyMoE
+from tiny_moe.model import TinyModel
 
 END_OF_TURN = "<|end|>"
 WEIGHTS = "model.safetensors"
@@ -33,7 +33,7 @@ class Sample:
     stopped: bool
 
 
-def export_model(model: TinyMoE, tokenizer: Tokenizer, out: Path) -> None:
+def export_model(model: TinyModel, tokenizer: Tokenizer, out: Path) -> None:
     """Write weights (bfloat16), configuration, tokenizer and chat template."""
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: t.to(torch.bfloat16).contiguous() for name, t in model.state_dict().items()}
@@ -71,15 +71,15 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def load_exported(model: TinyMoE, out: Path) -> TinyMoE:
+def load_exported(model: TinyModel, out: Path) -> TinyModel:
     """Return the model that a reader of the directory gets: bfloat16 weights, float32 sums."""
-    exported = TinyMoE(model.config)
+    exported = TinyModel(model.config)
     exported.load_state_dict({name: t.float() for name, t in load_file(out / WEIGHTS).items()})
     return exported.eval()
 
 
 @torch.no_grad()
-def verify(exported: TinyMoE, out: Path, rows: Tensor) -> float:
+def verify(exported: TinyModel, out: Path, rows: Tensor) -> float:
     """Compare with transformers on held-out rows; return the largest logit difference."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiny_moe.data import Stream
-from tiny_moe.model import TinyMoE
+from tiny_moe.model import TinyModel
 
 WINDOW = 512
 
@@ -49,7 +49,7 @@ def total_variation(a: Tensor, b: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def measure_load(model: TinyMoE, streams: dict[str, Stream]) -> ExpertLoad:
+def measure_load(model: TinyModel, streams: dict[str, Stream]) -> ExpertLoad:
     """Route whole held-out streams and count."""
     shares, half_distance, repeat, num_tokens = {}, {}, {}, {}
     for name, stream in streams.items():
@@ -64,7 +64,7 @@ def measure_load(model: TinyMoE, streams: dict[str, Stream]) -> ExpertLoad:
     return ExpertLoad(shares, half_distance, repeat, num_tokens)
 
 
-def _route(model: TinyMoE, stream: Stream) -> Tensor:
+def _route(model: TinyModel, stream: Stream) -> Tensor:
     """Return the chosen experts of every layer, window and position: [L, N, S, K]."""
     batches = []
     for rows in torch.split(stream.windows(WINDOW), 8):

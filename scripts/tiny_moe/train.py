@@ -1,8 +1,12 @@
-"""The training loop: trapezoidal learning rate, held-out evaluation, resumable checkpoints."""
+"""The training loop of dense models and those with experts.
+
+Trapezoidal learning rate, held-out evaluation, resumable checkpoints.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,7 +25,14 @@ from tiny_moe.checkpoint import (
     unpack,
 )
 from tiny_moe.data import Dataset, Stream
-from tiny_moe.model import ModelConfig, TinyMoE, balance_loss, z_loss
+from tiny_moe.model import (
+    DenseConfig,
+    ModelConfig,
+    TinyModel,
+    balance_loss,
+    read_config,
+    z_loss,
+)
 
 EVAL_LENGTH = 512
 
@@ -69,7 +80,7 @@ class Progress:
     best_loss: float = float("inf")
 
 
-def make_optimizer(model: TinyMoE, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: TinyModel, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; norms are not decayed."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
@@ -81,7 +92,7 @@ def make_optimizer(model: TinyMoE, config: TrainConfig) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
-def stream_loss(model: TinyMoE, stream: Stream, max_windows: int | None = None) -> float:
+def stream_loss(model: TinyModel, stream: Stream, max_windows: int | None = None) -> float:
     """Mean next-token loss over windows of the stream, evenly spread when limited."""
     windows = stream.windows(EVAL_LENGTH + 1)
     if max_windows is not None and len(windows) > max_windows:
@@ -93,7 +104,9 @@ def stream_loss(model: TinyMoE, stream: Stream, max_windows: int | None = None) 
     return total / len(windows)
 
 
-def evaluate(model: TinyMoE, dataset: Dataset, max_windows: int | None = None) -> dict[str, float]:
+def evaluate(
+    model: TinyModel, dataset: Dataset, max_windows: int | None = None
+) -> dict[str, float]:
     """Held-out loss of every domain, of chat, and the mean over the domains."""
     model.eval()
     losses = {name: stream_loss(model, s, max_windows) for name, s in dataset.valid.items()}
@@ -104,13 +117,15 @@ def evaluate(model: TinyMoE, dataset: Dataset, max_windows: int | None = None) -
 
 
 def train_step(
-    model: TinyMoE, optimizer: torch.optim.Optimizer, rows: Tensor, config: TrainConfig
+    model: TinyModel, optimizer: torch.optim.Optimizer, rows: Tensor, config: TrainConfig
 ) -> float:
     """One optimiser step; returns the language-model loss."""
     output = model(rows[:, :-1])
     loss = F.cross_entropy(output.logits.flatten(0, 1), rows[:, 1:].flatten())
-    router_loss = config.balance_coefficient * balance_loss(output)
-    total = loss + router_loss + config.z_coefficient * z_loss(output)
+    total = loss
+    if output.router_logits:
+        total = total + config.balance_coefficient * balance_loss(output)
+        total = total + config.z_coefficient * z_loss(output)
     torch.autograd.backward(total)
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
     optimizer.step()
@@ -118,18 +133,27 @@ def train_step(
     return float(loss.detach())
 
 
-def load_best(work_dir: Path) -> tuple[TinyMoE, Progress, TrainConfig]:
+def load_best(work_dir: Path) -> tuple[TinyModel, Progress, TrainConfig]:
     """Return the model with the best validation loss so far and how it came about."""
     state = load_state(work_dir)
-    model = TinyMoE(ModelConfig(**state["model_config"]))
+    model = TinyModel(read_config(state["model_config"]))
     model.load_state_dict(load_tensors(work_dir, state["files"]["best"]))
     return model.eval(), Progress(**state["progress"]), TrainConfig(**state["train_config"])
 
 
-def train(model_config: ModelConfig, config: TrainConfig, dataset: Dataset, work_dir: Path) -> None:
-    """Train until `config.steps`, from the checkpoint in `work_dir` when there is one."""
+def train(
+    model_config: ModelConfig | DenseConfig,
+    config: TrainConfig,
+    dataset: Dataset,
+    work_dir: Path,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train until `config.steps`, from the checkpoint in `work_dir` when there is one.
+
+    stop: asked after every step; True saves the run and returns.
+    """
     torch.manual_seed(config.seed)
-    model = TinyMoE(model_config, config.dropout)
+    model = TinyModel(model_config, config.dropout)
     optimizer = make_optimizer(model, config)
     progress = Progress()
     files: dict[str, str] = {}
@@ -138,6 +162,13 @@ def train(model_config: ModelConfig, config: TrainConfig, dataset: Dataset, work
         files, progress = state["files"], Progress(**state["progress"])
         unpack(load_tensors(work_dir, files["run"]), model, optimizer)
     started = time.monotonic() - progress.elapsed_s
+
+    def save() -> None:
+        progress.elapsed_s = time.monotonic() - started
+        files["run"] = save_tensors(work_dir, "run", progress.step, pack(model, optimizer))
+        configs = {"model_config": asdict(model_config), "train_config": asdict(config)}
+        save_state(work_dir, files, {"progress": asdict(progress), **configs})
+
     bar = tqdm(total=config.steps, initial=progress.step, desc="training", unit="step")
     while progress.step < config.steps:
         rate = config.rate(progress.step)
@@ -161,10 +192,10 @@ def train(model_config: ModelConfig, config: TrainConfig, dataset: Dataset, work
                 progress.best_loss = losses["mean"]
                 progress.best_step, progress.best_tokens = progress.step, progress.tokens
                 files["best"] = save_tensors(work_dir, "best", progress.step, model.state_dict())
-            progress.elapsed_s = time.monotonic() - started
-            files["run"] = save_tensors(work_dir, "run", progress.step, pack(model, optimizer))
-            configs = {"model_config": asdict(model_config), "train_config": asdict(config)}
-            save_state(work_dir, files, {"progress": asdict(progress), **configs})
+            save()
+        elif stop():
+            save()
+            break
     bar.close()
 
 
