@@ -145,6 +145,10 @@ class ConfigReader:
     def has(self, *names: str) -> bool:
         return any(self._config.get(name) is not None for name in names)
 
+    def names(self, name: str) -> bool:
+        """Whether the field is there, be it null."""
+        return name in self._config
+
     def finish(self) -> None:
         """Refuses every field that nothing has read."""
         for name in ONLY_OFF:

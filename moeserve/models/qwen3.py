@@ -36,12 +36,12 @@ def read(reader: ConfigReader) -> ModelSpec:
             ),
             ffn=ffn,
         )
-        for window in _windows(reader)
+        for window in read_windows(reader)
     ]
     return read_frame(reader, layers, norm_eps=1e-6)
 
 
-def _windows(reader: ConfigReader) -> tuple[int | None, ...]:
+def read_windows(reader: ConfigReader) -> tuple[int | None, ...]:
     """Sliding layers are named in layer_types, or are those from max_window_layers on."""
     window = reader.optional_integer("sliding_window", at_least=0)
     if not reader.flag("use_sliding_window", default=False):

@@ -67,6 +67,23 @@ def llama(rng: random.Random) -> Config:
     }
 
 
+def mistral(rng: random.Random) -> Config:
+    return grouped(rng) | {
+        "head_dim": rng.choice([8, 12]),
+        "sliding_window": rng.choice([None, 7, 40]),
+        "rope_parameters": rope_parameters(rng, ALL_ROPES),
+    }
+
+
+def qwen2(rng: random.Random) -> Config:
+    return grouped(rng) | {
+        "use_sliding_window": rng.random() < 0.7,
+        "sliding_window": rng.choice([5, 17]),
+        "max_window_layers": rng.choice([0, 1]),
+        "rope_parameters": rope_parameters(rng, ALL_ROPES),
+    }
+
+
 def qwen3(rng: random.Random) -> Config:
     slides = rng.random() < 0.7
     return grouped(rng) | {
@@ -240,6 +257,8 @@ DRAW = {
         glm4_moe,
         gpt_oss,
         llama,
+        mistral,
+        qwen2,
         qwen3,
     )
 }
