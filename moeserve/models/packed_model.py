@@ -189,6 +189,11 @@ class PackedModel:
         """What the mapped weights lie in."""
         return tuple(file.file for file in self._files.values())
 
+    def release(self, name: str) -> None:
+        """Unmaps the pages of a weight until it is read again: while they are mapped they count as
+        memory of this process, and the system does not forget them."""
+        self._files[self.manifest.weights[name].file].release(name)
+
     def leave_page_cache(self) -> None:
         """Asks the system to forget what it holds of the files."""
         for file in self._files.values():

@@ -41,6 +41,7 @@ class ResidentPart:
         for store in copied:
             rooms[store.name].copy_(mapped.pop(store.name))
             self.num_bytes += rooms[store.name].nbytes
+            self._packed.release(store.name)
         self._packed.leave_page_cache()
         return mapped | rooms
 
