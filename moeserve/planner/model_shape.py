@@ -210,7 +210,8 @@ class _Piece:
         weights = [rule for rule in self.rules if len(rule.shape) >= 2]
         numbers = sum(torch.Size(rule.shape).numel() for rule in weights)
         cols = weights[0].shape[-1]
-        return Matrix(name, numbers // cols, cols, self.form, self.num_bytes)
+        packed = bool(self.store.forms)
+        return Matrix(name, numbers // cols, cols, self.form, self.num_bytes, packed)
 
 
 def _layer(spec: ModelSpec, index: int, pieces: Mapping[str, _Piece]) -> LayerShape:

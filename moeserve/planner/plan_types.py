@@ -53,7 +53,8 @@ class PlanRequest:
 class Matrix:
     """One product of a layer: [rows, cols] weights as they are stored.
 
-    form: `PackFormat.describe()` or the dtype of plain weights. num_bytes: as packed.
+    form: `PackFormat.describe()` or the dtype of plain weights. num_bytes: as stored. packed: for
+    the native kernels, in memory of its own.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Matrix:
     cols: int
     form: str
     num_bytes: int
+    packed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,138 @@
+"""What the engine's process takes, part by part, from the sizes of weights, kv and buffers.
+
+Weights and kv are exact: they are sized by the code that allocates them. The workspace follows the
+native kernels' buffers (cpu_backend/csrc/moe.cpp, decoder.cpp, linear.cpp), which grow to the
+largest step and stay. Python with its libraries is what calibration has seen of a real engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moeserve.cache.expert_cache import Tier
+from moeserve.planner.plan_types import LayerShape, MemoryPart, MemoryPlan, ModelShape
+
+HUGE_PAGE_BYTES = 2 << 20
+#: of a row that the sampler draws from: logits, and their masses in float64 with two copies
+SAMPLING_BYTES = 4 + 3 * 8
+#: rows and panels of one item of a product (moe.cpp, linear.cpp): what a thread sums up at a time
+PANEL_OUTPUTS, MANY_PANELS, ROWS_PER_ITEM, SUM_PANELS = 16, 16, 64, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What the memory of a deployment depends on besides the model's sizes.
+
+    base_bytes: of a process with all libraries and no model. num_kv_blocks, block_tokens: of the
+    pool. used_blocks: by the traffic that is planned for. host_slots, device_slots: None for all
+    experts resident, and for no device. max_rows: tokens of the largest step. sampled_rows: that
+    choose a token in one step. huge_pages: whether packed weights lie in such.
+    """
+
+    base_bytes: int
+    num_kv_blocks: int
+    used_blocks: int
+    block_tokens: int
+    host_slots: int | None
+    device_slots: int | None
+    max_rows: int
+    sampled_rows: int
+    num_threads: int
+    huge_pages: bool
+
+
+def memory_plan(shape: ModelShape, room: Room, limits: dict[Tier, int]) -> MemoryPlan:
+    """limits: bytes of each tier that there is."""
+    on_device = room.device_slots is not None
+    home = Tier.DEVICE if on_device else Tier.HOST
+    parts = [MemoryPart("interpreter and libraries", Tier.HOST, room.base_bytes, exact=False)]
+    parts += _weight_parts(shape, room, home)
+    block_bytes = shape.kv_token_bytes * room.block_tokens
+    used_bytes = min(room.used_blocks, room.num_kv_blocks) * block_bytes
+    parts.append(MemoryPart("kv of the requests", home, used_bytes))
+    workspace = workspace_bytes(shape, room)
+    parts.append(MemoryPart("workspace", home, workspace, exact=False))
+    rest = room.num_kv_blocks * block_bytes - used_bytes
+    if room.host_slots is None:  # else the pool and the experts share what there is
+        parts.append(MemoryPart("kv pool beyond them", home, rest, peak_only=True))
+    drawn = room.sampled_rows * shape.vocab_size * SAMPLING_BYTES
+    prefill = prefill_bytes(shape, room.max_rows) + drawn
+    parts.append(MemoryPart("prefill and sampling", home, prefill, exact=False, peak_only=True))
+    return MemoryPlan(tuple(part for part in parts if part.num_bytes), limits)
+
+
+def _weight_parts(shape: ModelShape, room: Room, home: Tier) -> Iterator[MemoryPart]:
+    yield MemoryPart("weights of every token", home, shape.rest_bytes)
+    record = slot_bytes(shape)
+    if room.host_slots is not None:
+        yield MemoryPart("expert slots", Tier.HOST, room.host_slots * record)
+        yield MemoryPart("experts", Tier.DISK, shape.expert_bytes)
+    elif room.device_slots is not None:
+        yield MemoryPart("expert slots", Tier.DEVICE, room.device_slots * record)
+        yield MemoryPart("experts, pinned", Tier.HOST, shape.expert_bytes)
+    else:
+        yield MemoryPart("experts", Tier.HOST, shape.expert_bytes)
+    mapped = shape.packed and room.host_slots is None
+    if room.huge_pages and shape.native and not mapped and home is Tier.HOST:
+        resident = room.host_slots is None
+        yield MemoryPart("rounding to huge pages", Tier.HOST, rounding_bytes(shape, resident))
+
+
+def slot_bytes(shape: ModelShape) -> int:
+    """Of one slot: the largest record of any layer; 0 without experts."""
+    return max((s.experts.record_bytes for s in shape.layers if s.experts), default=0)
+
+
+def rounding_bytes(shape: ModelShape, experts_resident: bool) -> int:
+    """Each packed matrix, and each layer's experts, start on a huge page of their own."""
+    sizes = [shape.head.num_bytes]
+    for layer in shape.layers:
+        sizes += [matrix.num_bytes for matrix in layer.products if matrix.packed]
+        if layer.experts is not None and experts_resident:
+            sizes.append(layer.experts.record_bytes * layer.experts.spec.num_experts)
+    return sum(-size % HUGE_PAGE_BYTES for size in sizes)
+
+
+def workspace_bytes(shape: ModelShape, room: Room) -> int:
+    """Buffers that the native kernels keep, for steps of up to `max_rows` rows."""
+    rows, hidden, item = room.max_rows, shape.hidden_size, shape.number_bytes
+    needs = [_layer_buffers(layer, shape, rows) for layer in shape.layers]
+    buffers = sum(max(column) for column in zip(*needs, strict=True))
+    outputs = max(rows * MANY_PANELS, ROWS_PER_ITEM * MANY_PANELS) * PANEL_OUTPUTS * 4
+    sums = rows * SUM_PANELS * PANEL_OUTPUTS * 4
+    per_thread = outputs // 4 + sums  # an expert has a quarter of all rows at most, in practice
+    parts = 0
+    if room.host_slots is not None or room.device_slots is not None:
+        pairs = rows * max((s.experts.top_k for s in shape.layers if s.experts), default=0)
+        parts = 2 * pairs * hidden * 4  # of NativeParts: one row for every choice, and a part's
+    return buffers + room.num_threads * per_thread + rows * hidden * item + parts
+
+
+def _layer_buffers(layer: LayerShape, shape: ModelShape, rows: int) -> tuple[int, ...]:
+    """Bytes of each buffer that a layer needs: rows as they come in, sorted by experts, between the
+    products of an expert, before they are rounded; normed, projected and mixed rows."""
+    item, hidden = shape.number_bytes, shape.hidden_size
+    projected = sum(m.rows for m in layer.products if m.name in ("qkv.weight", "query.weight"))
+    attention = layer.attention
+    mixed = max(attention.num_heads * attention.value_width, hidden)
+    pairs = inner = 0
+    if layer.experts is not None:
+        pairs = rows * layer.experts.top_k
+        inner = layer.experts.spec.intermediate_size
+    widest = max((m.rows // 3 for m in layer.products if m.name in ("ffn", "shared")), default=0)
+    middle = max(pairs * inner, rows * widest)
+    return (
+        rows * max(hidden, mixed) * item,
+        pairs * hidden * item,
+        middle * item,
+        middle * 4,
+        rows * hidden * item,
+        rows * projected * item,
+        rows * mixed * item,
+    )
+
+
+def prefill_bytes(shape: ModelShape, rows: int) -> int:
+    """Tensors that live for moments of a step: the stream, its norm, embeddings, slots."""
+    return 3 * rows * shape.hidden_size * shape.number_bytes
