@@ -5,6 +5,9 @@ record is copied chunk by chunk, and a thread that is free takes the next chunk 
 before any of a prefetch: a running prefetch yields after the chunks that are in flight. Several
 threads share one record, so the first to be wanted is also the first to be complete.
 
+A record is checked while it arrives (`RecordCopy`), by the thread that brings the piece that the
+checksum waits for.
+
 A slot is written between `start` and its arrival, which the engine's thread takes from `finished`
 or `wait`; only then may the slot be read.
 """
@@ -15,14 +18,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.cache.expert_cache import Load
+from moeserve.cache.record_copy import RecordCopy, Urgency
 from moeserve.cache.tiers.source import ExpertSource, StoreError
 from moeserve.cache.transfer_stats import TransferStats
 from moeserve.core import ExpertKey
@@ -35,11 +38,6 @@ FIRST_PAUSE_S = 0.02  # before the second attempt; doubled each time
 STALL_WARNING_S = 5.0
 
 
-class Urgency(IntEnum):
-    DEMAND = 0
-    PREFETCH = 1
-
-
 @dataclass(frozen=True)
 class Arrival:
     """A record that is complete in its slot, or, with an error, will not be."""
@@ -47,26 +45,6 @@ class Arrival:
     load: Load
     urgency: Urgency
     error: StoreError | None = None
-
-
-@dataclass(eq=False)
-class _Copy:
-    load: Load
-    urgency: Urgency
-    record: memoryview
-    begun_s: float
-    given: int = 0  # bytes handed to threads
-    done: int = 0
-    error: StoreError | None = field(default=None)
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.record)
-
-    @property
-    def complete(self) -> bool:
-        """No thread is at it, and none will be."""
-        return self.done == self.given and (self.given == self.num_bytes or self.error is not None)
 
 
 class Transfers:
@@ -89,9 +67,11 @@ class Transfers:
         self._source = source
         self._slot = slot
         self._chunk_bytes = chunk_bytes
-        self._changed = threading.Condition()
-        self._queues: dict[Urgency, dict[ExpertKey, _Copy]] = {u: {} for u in Urgency}
-        self._active: dict[ExpertKey, _Copy] = {}
+        self._lock = threading.Lock()
+        self._work_there = threading.Condition(self._lock)  # what the threads wait for
+        self._arrived = threading.Condition(self._lock)  # what the engine's thread waits for
+        self._queues: dict[Urgency, dict[ExpertKey, RecordCopy]] = {u: {} for u in Urgency}
+        self._active: dict[ExpertKey, RecordCopy] = {}
         self._finished: list[Arrival] = []
         self._in_flight = 0
         self._busy_since = 0.0
@@ -105,23 +85,24 @@ class Transfers:
 
     def start(self, loads: Iterable[Load], urgency: Urgency) -> None:
         """Begins to write the slots, in this order."""
-        with self._changed:
+        with self._lock:
             for load in loads:
                 assert load.key not in self._active, f"{load.key} is on its way already"
                 num_bytes = self._source.num_bytes(load.key)
                 record = self._slot(load.slot).data[:num_bytes]
-                copy = _Copy(load, urgency, record, time.perf_counter())
+                check = self._source.begin_check(load.key)
+                copy = RecordCopy(load, urgency, record, check, time.perf_counter())
                 self._active[load.key] = copy
                 self._queues[urgency][load.key] = copy
                 if urgency is Urgency.DEMAND:
                     self.stats.num_demands += 1
                 else:
                     self.stats.num_prefetches += 1
-            self._changed.notify_all()
+            self._work_there.notify_all()
 
     def promote(self, keys: Iterable[ExpertKey]) -> None:
         """Prefetches that a step now waits for become demands, behind those that are there."""
-        with self._changed:
+        with self._lock:
             for key in keys:
                 copy = self._active.get(key)
                 if copy is None or copy.urgency is Urgency.DEMAND:
@@ -133,7 +114,7 @@ class Transfers:
 
     def cancel_prefetches(self) -> list[Load]:
         """Calls off the prefetches of which nothing was read yet; their slots are as they were."""
-        with self._changed:
+        with self._lock:
             waiting = [c for c in self._queues[Urgency.PREFETCH].values() if c.given == 0]
             for copy in waiting:
                 del self._queues[Urgency.PREFETCH][copy.load.key]
@@ -144,7 +125,7 @@ class Transfers:
         """What has arrived since the last time; does not wait."""
         if not self._finished:  # looked at once per layer: no lock where nothing is on its way
             return []
-        with self._changed:
+        with self._lock:
             arrivals, self._finished = self._finished, []
             return arrivals
 
@@ -154,19 +135,19 @@ class Transfers:
         layer: whose step waits.
         """
         begun = time.perf_counter()
-        with self._changed:
+        with self._lock:
             assert self._active or self._finished, "nothing is on its way"
             while not self._finished:
-                if not self._changed.wait(STALL_WARNING_S):
+                if not self._arrived.wait(STALL_WARNING_S):
                     self._warn_of_stall()
             arrivals, self._finished = self._finished, []
-        with self._changed:
+        with self._lock:
             self.stats.waited(layer, time.perf_counter() - begun)
         return arrivals
 
     def snapshot(self) -> TransferStats:
         """The statistics as they are now, all of one moment."""
-        with self._changed:
+        with self._lock:
             return self.stats.copy()
 
     def is_active(self, key: ExpertKey) -> bool:
@@ -178,15 +159,15 @@ class Transfers:
 
     def close(self) -> None:
         """Ends the threads after the chunks in flight. May be called twice."""
-        with self._changed:
+        with self._lock:
             self._closing = True
-            self._changed.notify_all()
+            self._work_there.notify_all()
         for thread in self._threads:
             thread.join()
 
     def check_integrity(self) -> None:
         """AssertionError where queues and copies do not agree."""
-        with self._changed:
+        with self._lock:
             for urgency, queue in self._queues.items():
                 for key, copy in queue.items():
                     assert self._active.get(key) is copy, f"{key} waits and is not active"
@@ -198,25 +179,23 @@ class Transfers:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while (job := self._take_chunk()) is None:
                     if self._closing:
                         return
-                    self._changed.wait()
+                    self._work_there.wait()
             copy, start, stop = job
             error = self._attempt(partial(self._read, copy, start, stop))
-            self._put_back(copy, stop - start, error)
+            self._put_back(copy, start, stop, error)
 
-    def _take_chunk(self) -> tuple[_Copy, int, int] | None:
+    def _take_chunk(self) -> tuple[RecordCopy, int, int] | None:
         """The next chunk by urgency and age. Called with the lock held."""
         if self._closing:
             return None
         for queue in self._queues.values():
             for key, copy in queue.items():
-                start = copy.given
-                stop = min(start + self._chunk_bytes, copy.num_bytes)
-                copy.given = stop
-                if stop == copy.num_bytes:
+                start, stop = copy.take(self._chunk_bytes)
+                if copy.all_given:
                     del queue[key]
                 if self._in_flight == 0:
                     self._busy_since = time.perf_counter()
@@ -224,32 +203,37 @@ class Transfers:
                 return copy, start, stop
         return None
 
-    def _read(self, copy: _Copy, start: int, stop: int) -> None:
+    def _read(self, copy: RecordCopy, start: int, stop: int) -> None:
         layer, expert = copy.load.key
         urgency = copy.urgency.name.lower()
         with self.timeline.span("read", urgency=urgency, layer=layer, expert=expert, start=start):
             self._source.read(copy.load.key, start, copy.record[start:stop])
 
-    def _put_back(self, copy: _Copy, num_bytes: int, error: StoreError | None) -> None:
-        with self._changed:
-            copy.done += num_bytes
-            if error is not None and copy.error is None:
-                copy.error = error
-                self._queues[copy.urgency].pop(copy.load.key, None)
-            complete = copy.complete
-        if complete and copy.error is None:
-            # Nobody else touches this copy any more, so the sum is taken without the lock.
-            copy.error = self._attempt(partial(self._source.check, copy.load.key, copy.record))
-        with self._changed:
+    def _put_back(self, copy: RecordCopy, start: int, stop: int, error: StoreError | None) -> None:
+        with self._lock:
             self._in_flight -= 1
-            self._count(copy, num_bytes)
-            if complete:
-                del self._active[copy.load.key]
-                self.stats.num_failed += copy.error is not None
-                self._finished.append(Arrival(copy.load, copy.urgency, copy.error))
-                self._changed.notify_all()
+            self._count(copy, stop - start)
+            copy.arrived(start, stop, error)
+            piece = self._next_piece(copy)
+        while piece is not None:
+            error = copy.check_piece(*piece)
+            with self._lock:
+                copy.checked(piece[1], error)
+                piece = self._next_piece(copy)
 
-    def _count(self, copy: _Copy, num_bytes: int) -> None:
+    def _next_piece(self, copy: RecordCopy) -> tuple[int, int] | None:
+        """What this thread has to check now; hands out what is complete. With the lock held."""
+        if copy.error is not None:
+            self._queues[copy.urgency].pop(copy.load.key, None)
+        if not copy.complete:
+            return copy.take_piece()
+        del self._active[copy.load.key]
+        self.stats.num_failed += copy.error is not None
+        self._finished.append(Arrival(copy.load, copy.urgency, copy.error))
+        self._arrived.notify_all()
+        return None
+
+    def _count(self, copy: RecordCopy, num_bytes: int) -> None:
         """Called with the lock held, when a chunk has arrived."""
         now_s = time.perf_counter()
         demanded = copy.urgency is Urgency.DEMAND

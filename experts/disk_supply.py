@@ -7,10 +7,11 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from moeserve.cache.expert_cache import ExpertCache
+from moeserve.cache.record_copy import Urgency
 from moeserve.cache.tiers.disk_store import DiskStore
 from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.cache.tiers.source import StoreError
-from moeserve.cache.transfer import Arrival, Transfers, Urgency
+from moeserve.cache.transfer import Arrival, Transfers
 from moeserve.cache.types import CacheError, ExpertState, Load
 from moeserve.core import ExpertKey, Placement
 from moeserve.cpu_backend.packing import PackedExperts

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from moeserve.cache.tiers.source import ExpertSource, StoreError
+from moeserve.cache.tiers.source import ExpertSource, RecordCheck, StoreError
 from moeserve.core import ExpertKey
 
 REPACK = "the files changed or are damaged: pack the model again with `moeserve pack`"
@@ -34,6 +34,26 @@ class DiskRecord:
 def checksum(data: memoryview) -> int:
     """xxh3_64: several times faster than a disk, and not meant against an attacker."""
     return xxhash.xxh3_64_intdigest(data)
+
+
+class ChecksumCheck(RecordCheck):
+    def __init__(self, key: ExpertKey, record: DiskRecord) -> None:
+        self._key = key
+        self._record = record
+        self._sum = xxhash.xxh3_64()
+
+    def update(self, piece: memoryview) -> None:
+        self._sum.update(piece)
+
+    def finish(self) -> None:
+        expected, found = self._record.checksum, self._sum.intdigest()
+        if found != expected:
+            layer, expert = self._key
+            raise StoreError(
+                f"{self._record.path}: layer {layer}, expert {expert}: checksum"
+                f" {expected:016x} expected, {found:016x} found",
+                REPACK,
+            )
 
 
 class DiskStore(ExpertSource):
@@ -76,15 +96,8 @@ class DiskStore(ExpertSource):
         if not self.direct:
             os.posix_fadvise(file, position, len(into), os.POSIX_FADV_DONTNEED)
 
-    def check(self, key: ExpertKey, data: memoryview) -> None:
-        record = self._records[key]
-        found = checksum(data)
-        if found != record.checksum:
-            raise StoreError(
-                f"{record.path}: layer {key.layer}, expert {key.expert}: checksum"
-                f" {record.checksum:016x} expected, {found:016x} found",
-                REPACK,
-            )
+    def begin_check(self, key: ExpertKey) -> ChecksumCheck:
+        return ChecksumCheck(key, self._records[key])
 
     def close(self) -> None:
         for file in self._files.values():

@@ -6,9 +6,10 @@ import random
 import time
 from dataclasses import dataclass
 
+from moeserve.cache.record_copy import Urgency
 from moeserve.cache.tiers.disk_store import DiskStore
 from moeserve.cache.tiers.host_slots import HostSlots
-from moeserve.cache.transfer import Transfers, Urgency
+from moeserve.cache.transfer import Transfers
 from moeserve.cache.types import Load
 
 THREADS = (1, 2, 4, 8)

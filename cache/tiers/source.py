@@ -14,6 +14,18 @@ class StoreError(MoeserveError):
         super().__init__(message, code=ErrorCode.UNAVAILABLE, hint=hint)
 
 
+class RecordCheck(ABC):
+    """Compares one record with what was stored, piece by piece."""
+
+    @abstractmethod
+    def update(self, piece: memoryview) -> None:
+        """The record's next bytes, in their order."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """StoreError unless these were the bytes that were stored."""
+
+
 class ExpertSource(ABC):
     """Records of experts, one contiguous run of bytes each. Called from several threads at once."""
 
@@ -29,8 +41,14 @@ class ExpertSource(ABC):
         """
 
     @abstractmethod
+    def begin_check(self, key: ExpertKey) -> RecordCheck:
+        """To be told the record's bytes as they arrive."""
+
     def check(self, key: ExpertKey, record: memoryview) -> None:
         """StoreError unless these are the bytes that were stored."""
+        check = self.begin_check(key)
+        check.update(record)
+        check.finish()
 
     @abstractmethod
     def close(self) -> None:

@@ -15,13 +15,27 @@ from support.randomness import fresh_seed
 
 from moeserve.cache import transfer
 from moeserve.cache.expert_cache import Load
+from moeserve.cache.record_copy import Urgency
 from moeserve.cache.tiers.disk_store import DiskStore
 from moeserve.cache.tiers.host_slots import HostSlots
-from moeserve.cache.tiers.source import ExpertSource, StoreError
-from moeserve.cache.transfer import Arrival, Transfers, Urgency
+from moeserve.cache.tiers.source import ExpertSource, RecordCheck, StoreError
+from moeserve.cache.transfer import Arrival, Transfers
 from moeserve.core import ExpertKey
 
 PAGE = 4096
+
+
+class MemoryCheck(RecordCheck):
+    def __init__(self, expected: bytes) -> None:
+        self._expected = expected
+        self._found = b""
+
+    def update(self, piece: memoryview) -> None:
+        self._found += piece
+
+    def finish(self) -> None:
+        if self._found != self._expected:
+            raise StoreError("not what was stored")
 
 
 class MemorySource(ExpertSource):
@@ -50,9 +64,8 @@ class MemorySource(ExpertSource):
             raise error
         into[:] = self.contents[key][start : start + len(into)]
 
-    def check(self, key: ExpertKey, record: memoryview) -> None:
-        if bytes(record) != self.contents[key]:
-            raise StoreError(f"{key} differs")
+    def begin_check(self, key: ExpertKey) -> RecordCheck:
+        return MemoryCheck(self.contents[key])
 
     def close(self) -> None:
         """Memory needs no closing."""

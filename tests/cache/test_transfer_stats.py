@@ -12,9 +12,10 @@ from support.expert_files import write_records
 from support.randomness import fresh_seed
 
 from moeserve.cache.expert_cache import Load
+from moeserve.cache.record_copy import Urgency
 from moeserve.cache.tiers.disk_store import DiskStore
 from moeserve.cache.tiers.host_slots import HostSlots
-from moeserve.cache.transfer import Transfers, Urgency
+from moeserve.cache.transfer import Transfers
 from moeserve.cache.transfer_stats import LayerTransfers
 from moeserve.timeline import Timeline
 
