@@ -130,12 +130,64 @@ class DiskPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     bytes_per_s: Figure
 
 
+class AttentionPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Microseconds of one layer's attention for num_rows rows, the last of their context, whose
+    keys and values are read from memory. group_heads: query heads of a kv head. head_dim: of keys
+    and of values."""
+
+    kv_heads: int
+    group_heads: int
+    head_dim: int
+    num_rows: int
+    context_tokens: int
+    us: Figure
+
+
+class StepPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One kind of step of our engine, by what its parts took, as its timeline names them.
+
+    num_streams: sequences in the step. num_rows: tokens. once_us: of the step, without the layers.
+    layer_us: mean of a layer. tiered: experts stood in slots, with num_missing of the num_active
+    experts of a layer to be read, in num_groups runs.
+    """
+
+    tiered: bool
+    num_streams: int
+    num_rows: int
+    context_tokens: int
+    num_active: float
+    num_missing: float
+    num_groups: float
+    once_us: dict[str, Figure]
+    layer_us: dict[str, Figure]
+
+
+class SamplePoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Microseconds to choose a token for each of num_rows rows, greedily."""
+
+    num_rows: int
+    vocab_size: int
+    us: Figure
+
+
+class StepFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What steps of our engine take on this CPU, measured on a model made for it: `config`, its
+    config.json, packed with `quantize`. What the engine adds to its products is the difference.
+    """
+
+    config: dict[str, int | float | str | bool | list[str]]
+    quantize: str
+    attention: list[AttentionPoint]
+    sampling: list[SamplePoint]
+    steps: list[StepPoint]
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that is known of one machine.
 
     source: "measured" on `hardware`, or "datasheet". moeserve: the version whose kernels were
     measured. date: ISO 8601. sources: where a data sheet's numbers come from. device, link: None
-    without a device; disk: empty where it was not measured.
+    without a device; disk: empty where it was not measured. steps: None where nothing ran.
     """
 
     version: int
@@ -148,6 +200,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     link: list[TransferPoint] = []
     disk: list[DiskPoint] = []
     sources: list[str] = []
+    steps: StepFigures | None = None
 
 
 def profile_names() -> list[str]:

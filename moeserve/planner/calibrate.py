@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from moeserve import __version__
 from moeserve.config import ModelConfig
 from moeserve.core import ModelError
+from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import FormatName, PackFormat
 from moeserve.experts.schedule.profile import (
     PROFILE_VERSION,
@@ -35,6 +37,7 @@ from moeserve.planner.device_figures import DevicePlan, measure_device, measure_
 from moeserve.planner.disk_figures import DiskPlan, measure_disk
 from moeserve.planner.hardware import this_hardware
 from moeserve.planner.repeats import Repeats
+from moeserve.planner.step_figures import measure_steps
 
 #: hidden and intermediate size of the experts of Qwen3-30B-A3B; other sizes are scaled from it
 DEFAULT_SHAPE = (2048, 768)
@@ -86,6 +89,9 @@ def calibrate(wishes: Wishes, report: Callable[[str], None]) -> Profile:
         memory_bytes = torch.cuda.get_device_properties(0).total_memory
         device = measure_device(plan, hardware.gpu, memory_bytes, report)
         link = measure_link(plan, report)
+    scratch = wishes.disk_dir or Path(tempfile.gettempdir())
+    figures = Repeats(limit_s=0.1 if wishes.quick else 0.3)
+    steps = measure_steps(NativeRuntime(hardware.num_cores), scratch, figures, report)
     return Profile(
         version=PROFILE_VERSION,
         source="measured",
@@ -96,6 +102,7 @@ def calibrate(wishes: Wishes, report: Callable[[str], None]) -> Profile:
         device=device,
         link=link,
         disk=disk,
+        steps=steps,
     )
 
 

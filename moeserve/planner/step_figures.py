@@ -1,0 +1,249 @@
+"""What our engine takes besides products: attention, choosing tokens, a step's own work.
+
+The steps are those of the real engine on a small model of random weights, written for it; the
+timeline names their parts. Its experts are larger than a core's cache, so that Python finds its own
+memory as cold as beside a real model.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
+from moeserve.core import EngineRequest, SamplingParams
+from moeserve.cpu_backend import _native
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.engine.engine import Engine
+from moeserve.engine.sampler import Sampler, SampleRow
+from moeserve.experts.schedule.profile import (
+    AttentionPoint,
+    Figure,
+    SamplePoint,
+    StepFigures,
+    StepPoint,
+)
+from moeserve.planner.random_model import write_random_packed
+from moeserve.planner.repeats import Repeats, summarise
+from moeserve.timeline import Span
+
+QUANTIZE = "int8"
+NUM_LAYERS, NUM_EXPERTS, TOP_K, VOCAB_SIZE = 4, 16, 4, 8192
+CONFIG: dict[str, int | float | str | bool | list[str]] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "num_experts": NUM_EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "norm_topk_prob": True,
+    "vocab_size": VOCAB_SIZE,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 0,
+}
+#: kv heads, query heads of each, width of a head
+HEADS = ((4, 8, 128), (8, 3, 64), (16, 1, 64))
+#: rows, context
+ATTENTION = ((1, 64), (1, 512), (1, 4096), (64, 64), (256, 256), (256, 1024), (512, 512))
+SAMPLING = ((1, 32768), (16, 32768), (16, 131072))
+#: streams that decode, and prompts that are computed in one step
+DECODES = (1, 4, 16)
+PROMPTS = (32, 128, 512)
+CONTEXT_TOKENS = 16
+#: steps of each kind, the first few of which are cold
+NUM_STEPS, NUM_COLD = 20, 4
+PARTS_ONCE = ("schedule", "inputs", "final norm", "commit", "head and sampler")
+PARTS_OF_LAYER = (
+    "attention",
+    "router",
+    "place",
+    "acquire",
+    "predict and prefetch",
+    "experts",
+    "feed forward",
+    "stall",
+)
+Report = Callable[[str], None]
+
+
+def measure_steps(
+    runtime: NativeRuntime, directory: Path, repeats: Repeats, report: Report
+) -> StepFigures:
+    """directory: where the model is written and removed again, about 200 MB."""
+    report("attention")
+    attention = [
+        attention_point(runtime, repeats, heads, rows, context)
+        for heads in HEADS
+        for rows, context in ATTENTION
+    ]
+    report("choosing tokens")
+    sampling = [sample_point(repeats, rows, vocab) for rows, vocab in SAMPLING]
+    report("steps of the engine")
+    with TemporaryDirectory(dir=directory, prefix=".calibrate-") as scratch:
+        model = Path(scratch) / "model"
+        config = Path(scratch) / "config.json"
+        config.write_text(json.dumps(CONFIG))
+        write_random_packed(config, model, QUANTIZE)
+        steps = [
+            point
+            for slots in (None, NUM_LAYERS * NUM_EXPERTS * 3 // 4)
+            for point in step_points(model, runtime.num_threads, slots)
+        ]
+    return StepFigures(
+        config=CONFIG, quantize=QUANTIZE, attention=attention, sampling=sampling, steps=steps
+    )
+
+
+def attention_point(
+    runtime: NativeRuntime, repeats: Repeats, heads: tuple[int, int, int], rows: int, context: int
+) -> AttentionPoint:
+    """bfloat16, every sample from another part of a pool that no cache holds."""
+    kv_heads, group, dim = heads
+    num_parts = max(4, (64 << 20) // (context * kv_heads * dim * 4))
+    entries = torch.ones(num_parts * context, kv_heads, 2 * dim, dtype=torch.bfloat16)
+    queries = torch.ones(rows, kv_heads, group, dim, dtype=torch.bfloat16)
+    out = torch.empty_like(queries)
+    parts = iter(range(1 << 30))
+
+    def sample() -> float:
+        first = next(parts) % num_parts * context
+        slots = torch.arange(first, first + context)
+        spans = _native.AttentionSpans([(0, rows, context, slots)])
+        began_s = time.perf_counter()
+        _native.attend(runtime.handle, spans, queries, entries, dim, 1.0, 0, None, out)
+        return (time.perf_counter() - began_s) * 1e6
+
+    return AttentionPoint(
+        kv_heads=kv_heads,
+        group_heads=group,
+        head_dim=dim,
+        num_rows=rows,
+        context_tokens=context,
+        us=repeats.figure(sample),
+    )
+
+
+def sample_point(repeats: Repeats, num_rows: int, vocab_size: int) -> SamplePoint:
+    sampler = Sampler(vocab_size, (0,), torch.device("cpu"))
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    rows = [SampleRow(str(row), [1, 2, 3], 2, params) for row in range(num_rows)]
+    logits = torch.randn(num_rows, vocab_size, dtype=torch.bfloat16)
+
+    def sample() -> float:
+        began_s = time.perf_counter()
+        with torch.inference_mode():
+            sampler.sample(logits.float(), rows)
+        return (time.perf_counter() - began_s) * 1e6
+
+    return SamplePoint(num_rows=num_rows, vocab_size=vocab_size, us=repeats.figure(sample))
+
+
+@dataclass
+class _Step:
+    """One step's times, and what its layers asked for."""
+
+    once_us: dict[str, float]
+    layer_us: dict[str, float]
+    num_active: float
+    num_missing: float
+    num_groups: float
+
+
+def step_points(model: Path, num_threads: int, slots: int | None) -> Iterator[StepPoint]:
+    """slots: for experts; None: all are resident."""
+    engine = Engine.from_config(
+        EngineConfig(
+            model=ModelConfig(model=str(model)),
+            kv=KvConfig(num_blocks=max(DECODES) * 8 + max(PROMPTS) // 4, prefix_reuse=False),
+            scheduler=SchedulerConfig(max_running=max(DECODES), max_batch_tokens=max(PROMPTS)),
+            experts=ExpertConfig(cpu_backend="native", num_threads=num_threads, host_slots=slots),
+        )
+    )
+    rng = np.random.default_rng(0)
+    make = partial(_point, slots is not None)
+    for streams in DECODES:
+        steps = list(_run(engine, rng, streams, CONTEXT_TOKENS, NUM_STEPS))
+        decodes = steps[-NUM_STEPS + NUM_COLD :]
+        yield make(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes)
+    for rows in PROMPTS:
+        prompts = [next(_run(engine, rng, 1, rows, 1)) for _ in range(NUM_STEPS // 2)]
+        yield make(1, rows, rows, prompts[2:])
+    engine.close()
+
+
+def _run(
+    engine: Engine, rng: np.random.Generator, streams: int, prompt: int, output: int
+) -> Iterator[_Step]:
+    """All streams from their prompts, computed in one step or few, to their ends."""
+    params = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True)
+    for stream in range(streams):
+        ids = rng.integers(1, VOCAB_SIZE, prompt).tolist()
+        engine.add(EngineRequest(request_id=str(stream), token_ids=ids, params=params))
+    found = []
+    counters = engine.loaded.runtime.cache.counters
+    while engine.has_work:
+        before = counters.totals()
+        engine.timeline.start()
+        engine.step()
+        spans = engine.timeline.stop().spans
+        after = counters.totals()
+        wanted = {key: after[key] - before[key] for key in ("hits", "late", "misses")}
+        found.append(_step(spans, sum(wanted.values()), wanted["misses"]))
+    return iter(found)
+
+
+def _step(spans: list[Span], num_active: int, num_missing: int) -> _Step:
+    times: dict[str, float] = defaultdict(float)
+    groups = 0
+    for span in spans:
+        times[span.name] += (span.end_s - span.start_s) * 1e6
+        groups += span.name == "experts"
+    return _Step(
+        {name: times[name] for name in PARTS_ONCE},
+        {name: times[name] / NUM_LAYERS for name in PARTS_OF_LAYER if name in times},
+        num_active / NUM_LAYERS,
+        num_missing / NUM_LAYERS,
+        groups / NUM_LAYERS,
+    )
+
+
+def _point(tiered: bool, streams: int, rows: int, context: int, steps: list[_Step]) -> StepPoint:
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    def figures(of: Callable[[_Step], dict[str, float]]) -> dict[str, Figure]:
+        names = {name for step in steps for name in of(step)}
+        return {
+            name: summarise([of(step).get(name, 0.0) for step in steps]) for name in sorted(names)
+        }
+
+    return StepPoint(
+        tiered=tiered,
+        num_streams=streams,
+        num_rows=rows,
+        context_tokens=context,
+        num_active=mean([step.num_active for step in steps]),
+        num_missing=mean([step.num_missing for step in steps]),
+        num_groups=mean([step.num_groups for step in steps]),
+        once_us=figures(lambda step: step.once_us),
+        layer_us=figures(lambda step: step.layer_us),
+    )
