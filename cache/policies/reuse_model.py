@@ -51,7 +51,7 @@ class _Said:
     value: Floats  # [E]
     own: Floats  # [3, E]
     context: Numbers  # rows of the layer's weights
-    strength: Floats  # [len(context)]
+    step: Floats  # [len(context)] how much each of them is to learn
 
 
 class ReuseModel:
@@ -68,21 +68,26 @@ class ReuseModel:
         self._averages = np.full((len(RATES), total), 0.1, np.float32)  # [3, N]
         self._bias = np.full(total, -2.0, np.float32)  # [N]
         self._own_weights = np.array((0.2, 0.5, 0.2), np.float32)  # [3]
-        self._row_of = [self._rows(rank) for rank in range(len(numbers.layers))]
+        self._context = [self._context_of(rank) for rank in range(len(numbers.layers))]
         self._weights = [
-            np.zeros((int(rows.max()) + 1, size), np.float32)
-            for rows, size in zip(self._row_of, numbers.sizes, strict=True)
+            np.zeros((sum(span.stop - span.start for span, _ in context), size), np.float32)
+            for context, size in zip(self._context, numbers.sizes, strict=True)
         ]
-        self._strength = np.zeros(total, np.float32)  # [N] how much the batch chose each of late
+        self._chosen = np.zeros(total, np.bool_)  # [N] by the batch, of late
+        self._strength = np.zeros(total, np.float32)  # [N] how much, where chosen
+        self._step = np.zeros(total, np.float32)  # [N] what is learnt from it
         self._uses = np.zeros(total, np.float32)  # [N]
         self._said: list[_Said | None] = [None] * len(numbers.layers)
 
-    def _rows(self, rank: int) -> Numbers:
-        """[N] the row of each expert in the weights of a layer, -1 for layers too far away."""
-        numbers = self.numbers
-        back = (rank - numbers.rank) % len(numbers.layers)
-        near = back < self.num_context_layers
-        return np.where(near, np.cumsum(near) - 1, -1)
+    def _context_of(self, rank: int) -> tuple[tuple[slice, int], ...]:
+        """Runs of the experts that a layer looks at, and the first row of each in its weights."""
+        starts = (*self.numbers.start_of.values(), self.numbers.total)
+        first, stop = rank + 1 - self.num_context_layers, starts[rank + 1]
+        if self.num_context_layers == len(self.numbers.layers):
+            return ((slice(0, self.numbers.total), 0),)
+        if first >= 0:
+            return ((slice(starts[first], stop), 0),)
+        return (slice(0, stop), 0), (slice(starts[first], self.numbers.total), stop)
 
     def learn(self, use: LayerUse) -> None:
         """The next use of a layer: corrects what was said of it and says what comes after."""
@@ -91,24 +96,43 @@ class ReuseModel:
         chosen = use.rows > 0
         averages = self._averages[:, span]
         averages += self._rates * (chosen - averages)
-        own: Floats = 0.5 * np.log(averages + LEAST_RATE) + 1
-        self._strength[span] = strength_of(use)
-        self._uses[span] += chosen
+        own: Floats = np.log(averages + LEAST_RATE)
+        own *= 0.5
+        own += 1
+        self._note(use, chosen)
 
-        active = np.flatnonzero(self._strength)
-        rows = self._row_of[rank][active]
-        if self.num_context_layers < len(self.numbers.layers):
-            active, rows = active[rows >= 0], rows[rows >= 0]
-        strength = self._strength[active]
+        rows, strength, step = self._active(rank)
         logit = self._bias[span] + self._own_weights @ own
         logit += strength @ self._weights[rank].take(rows, axis=0)
         value: Floats = 1 / (1 + np.exp(-logit))
         said = self._said[rank]
         if said is not None:
-            self._correct(rank, said, np.where(chosen, self.gamma, self.gamma * value))
-        fade = np.sqrt(1 + FADE * np.minimum(self._uses[active], FADE_USES))
-        self._said[rank] = _Said(value, own, rows, strength / fade)
-        self.log_value[span] = np.log(value)
+            target = self.gamma * value
+            target[chosen] = self.gamma
+            self._correct(rank, said, target)
+        self._said[rank] = _Said(value, own, rows, step)
+        np.log(value, out=self.log_value[span])
+
+    def _note(self, use: LayerUse, chosen: NDArray[np.bool_]) -> None:
+        """The layer's experts as a context of what follows."""
+        span = self.numbers.span_of[use.layer]
+        self._chosen[span] = chosen
+        strength = strength_of(use)
+        self._strength[span] = strength
+        uses = self._uses[span]
+        uses += chosen
+        self._step[span] = strength / np.sqrt(1 + FADE * np.minimum(uses, FADE_USES))
+
+    def _active(self, rank: int) -> tuple[Numbers, Floats, Floats]:
+        """Of the experts that were chosen last in the layers around: rows of the layer's weights,
+        strengths, and steps."""
+        each = [
+            (np.flatnonzero(self._chosen[span]) + span.start, first - span.start)
+            for span, first in self._context[rank]
+        ]
+        active = np.concatenate([numbers for numbers, _ in each])
+        rows = np.concatenate([numbers + shift for numbers, shift in each])
+        return rows, self._strength[active], self._step[active]
 
     def _correct(self, rank: int, said: _Said, target: Floats) -> None:
         """One step down the gradient of the logistic loss, at what was known then."""
@@ -118,7 +142,8 @@ class ReuseModel:
         self._own_weights -= OWN_STEP * (said.own @ error)
         weights = self._weights[rank]
         corrected = weights.take(said.context, axis=0)
-        corrected -= said.strength[:, None] * (CONTEXT_STEP * error)
+        # BLAS's outer product is half as long as numpy's
+        corrected -= np.dot(said.step[:, None], (CONTEXT_STEP * error)[None, :])
         weights[said.context] = corrected
 
 

@@ -36,15 +36,17 @@ class ScorePolicy(RankedPolicy):
         self._model = ReuseModel(numbers)
         self._log_cost = np.zeros(numbers.total) if miss_costs is None else np.log(miss_costs)
         self._log_worth = self._log_cost + self._model.log_value
-        self._ahead = np.zeros(len(numbers.layers))  # [L] ln gamma * (share of a pass to go)
-        steps = np.arange(len(numbers.layers)) / len(numbers.layers)
-        self._ahead_of_first = np.log(self._model.gamma) * steps
+        count = len(numbers.layers)
+        steps = np.log(self._model.gamma) * np.arange(count) / count
+        # [L, L] ln gamma * (share of a pass to go), by the layer that has run last
+        self._ahead_from = np.stack([np.roll(steps, rank + 1) for rank in range(count)])
+        self._ahead = np.zeros(count)
 
     def observed(self, use: LayerUse) -> None:
         self._model.learn(use)
         span = self.numbers.span_of[use.layer]
         self._log_worth[span] = self._log_cost[span] + self._model.log_value[span]
-        self._ahead = np.roll(self._ahead_of_first, self.numbers.rank_of[use.layer] + 1)
+        self._ahead = self._ahead_from[self.numbers.rank_of[use.layer]]
 
     def expected(self, layer: int, probabilities: NDArray[np.float32]) -> None:
         span = self.numbers.span_of[layer]
