@@ -75,6 +75,7 @@ class ExpertCache:
         self._slot = np.full(self.numbers.total, -1, np.int32)
         self._held = np.zeros(len(self.numbers.layers), np.int64)  # slots per layer
         self._unproven = np.zeros(self.numbers.total, np.bool_)  # prefetched, not wanted so far
+        self._num_unproven = 0
         self._leases: list[Lease] = []
         self._versions = dict.fromkeys(self.numbers.layers, 0)
         # Derived when first asked for, dropped by _changed: in the steady state of a resident
@@ -124,6 +125,11 @@ class ExpertCache:
         """Whether every expert has a slot: nothing is left to be fetched."""
         return self._pool.capacity - self._pool.num_free >= self.numbers.total
 
+    def is_settled(self, layer: int) -> bool:
+        """Whether every expert has a slot and this layer's are READY: its steps find everything
+        where it is, and nothing that they say changes what is where."""
+        return self.holds_everything and self.residency(layer).complete
+
     def num_obtainable(self, protect: Placement) -> int:
         """Slots that a fetch can have without taking what a lease or `protect` names."""
         return self.num_free + len(self._evictable(protect))
@@ -147,20 +153,29 @@ class ExpertCache:
     def observe(self, use: LayerUse) -> None:
         """What a step asks of a layer: counts hits and misses and tells the policy. Before
         `acquire`; where everything is resident, it may be left out."""
-        wanted = np.flatnonzero(use.rows)
-        state = self._state[self.numbers.span_of[use.layer]][wanted]
         rank = self.numbers.rank_of[use.layer]
+        if self._num_unproven:
+            self._prove(use, rank)
+        if self.is_settled(use.layer):  # there is nothing to choose, nor to learn for it
+            self.counters.hits[rank] += np.count_nonzero(use.rows)
+            return
+        state = self._state[self.numbers.span_of[use.layer]][use.rows > 0]
         absent, late, ready = np.bincount(state, minlength=3).tolist()
         self.counters.misses[rank] += absent
         self.counters.late[rank] += late
         self.counters.hits[rank] += ready
-        unproven = self._unproven[self.numbers.span_of[use.layer]]
-        useful = np.count_nonzero(unproven[wanted])
-        if useful:
-            self.counters.prefetches_useful[rank] += useful
-            unproven[wanted] = False
-        if not self.holds_everything:  # there is nothing to choose, nor to learn for it
+        if not self.holds_everything:
             self.policy.observed(use)
+
+    def _prove(self, use: LayerUse, rank: int) -> None:
+        """Guesses that came true: what was prefetched is wanted."""
+        unproven = self._unproven[self.numbers.span_of[use.layer]]
+        useful = unproven & (use.rows > 0)
+        count = int(np.count_nonzero(useful))
+        if count:
+            self.counters.prefetches_useful[rank] += count
+            unproven[useful] = False
+            self._num_unproven -= count
 
     def expect(self, layer: int, probabilities: NDArray[np.float32]) -> None:
         """Tells the policy what a predictor says of the layer's next use: [E], P(any row wants
@@ -238,6 +253,7 @@ class ExpertCache:
         absent = absent[: self.num_free]
         if guess:
             self._unproven[absent] = True
+            self._num_unproven += len(absent)
             np.add.at(self.counters.prefetches_begun, self.numbers.rank[absent], 1)
         return tuple(self._begin_load(int(n)) for n in absent)
 
@@ -370,6 +386,7 @@ class ExpertCache:
         self._held[rank] -= 1
         if self._unproven[number]:
             self._unproven[number] = False
+            self._num_unproven -= 1
             self.counters.prefetches_wasted[rank] += 1
         self._changed(self.numbers.layers[rank], moved=True)
 
@@ -387,6 +404,7 @@ class ExpertCache:
         per_layer = np.bincount(self.numbers.rank[held], minlength=len(self.numbers.layers))
         assert np.array_equal(per_layer, self._held), "slots per layer miscounted"
         assert not (self._unproven & ~held).any(), "a prefetch that holds no slot"
+        assert np.count_nonzero(self._unproven) == self._num_unproven, "unproven ones miscounted"
         for layer, span in self.numbers.span_of.items():
             residency, slots = self.residency(layer), self.slots(layer)
             assert residency.ready == set(np.flatnonzero(self._state[span] == _READY).tolist())
@@ -402,6 +420,6 @@ def resident_cache(tier: Tier, num_experts: Mapping[int, int], policy: Policy) -
     """A cache with a slot for every expert, all READY: the loader has put them there."""
     cache = ExpertCache(tier, num_experts, sum(num_experts.values()), policy)
     keys = [ExpertKey(layer, e) for layer, size in num_experts.items() for e in range(size)]
-    for load in cache.prefetch(keys):
+    for load in cache.prefetch(keys, guess=False):
         cache.complete(load.key)
     return cache

@@ -243,6 +243,9 @@ class ExpertLayer:
     def __init__(
         self, norm_weight: _Array, norm_eps: float, router: Router, experts: PackedExperts
     ) -> None: ...
+    def count_into(self, rows: _Array, weights: _Array) -> None:
+        """Every run leaves in rows [E] int32 and weights [E] float32 what x asked of the experts."""
+
     def run(self, runtime: Runtime, x: _Array) -> None:
         """x [T, H] += the chosen experts of its norm."""
 

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "attention_arguments.h"
 #include "decoder.h"
@@ -190,6 +191,18 @@ class ExpertLayer {
         &experts.experts()};
   }
 
+  void count_into(Array rows, Array weights) {
+    const auto experts = static_cast<std::size_t>(half_.rule.num_experts);
+    check_dtype<std::int32_t>(rows, "rows", "int32");
+    check_contiguous(rows, "rows");
+    check_size(rows, "rows", experts);
+    check_dtype<float>(weights, "weights", "float32");
+    check_contiguous(weights, "weights");
+    check_size(weights, "weights", experts);
+    use_ = {static_cast<std::int32_t *>(rows.data()), static_cast<float *>(weights.data())};
+    counts_ = {std::move(rows), std::move(weights)};
+  }
+
   void run(Runtime &runtime, const Tensor &x) const {
     const Stream stream = stream_of(x, half_.gate->layout.cols);
     const auto &records = half_.experts->records;
@@ -199,13 +212,16 @@ class ExpertLayer {
       }
     }
     const nb::gil_scoped_release release;
-    if (stream.num_rows > 0) run_expert_half(runtime, half_, stream);
+    if (stream.num_rows == 0) return;
+    run_expert_half(runtime, half_, stream, use_.rows == nullptr ? nullptr : &use_);
   }
 
  private:
   ConstArray norm_weight_;
   nb::object owners_;
   ExpertHalf half_ = {};
+  ExpertUse use_ = {};
+  std::vector<Array> counts_;  // what use_ points into
 };
 
 }  // namespace
@@ -257,6 +273,9 @@ void bind_decoder(nb::module_ &m) {
                 nb::cast<const PackedExperts &>(experts), nb::make_tuple(router, experts));
           },
           nb::arg("norm_weight"), nb::arg("norm_eps"), nb::arg("router"), nb::arg("experts"))
+      .def(
+          "count_into", &ExpertLayer::count_into, nb::arg("rows"), nb::arg("weights"),
+          "Every run leaves in rows [E] int32 and weights [E] float32 what x asked of the experts.")
       .def("run", &ExpertLayer::run, nb::arg("runtime"), nb::arg("x"),
            "x [T, H] += the chosen experts of its norm.");
 }

@@ -40,6 +40,16 @@ void add_to_stream(Runtime &runtime, const Stream &stream, const void *y) {
   });
 }
 
+void count_use(const ExpertUse &use, int num_experts, const std::int64_t *ids, const float *weights,
+               std::size_t choices) {
+  std::fill_n(use.rows, num_experts, 0);
+  std::fill_n(use.weights, num_experts, 0.0f);
+  for (std::size_t i = 0; i < choices; ++i) {
+    use.rows[ids[i]] += 1;
+    use.weights[ids[i]] += weights[i];
+  }
+}
+
 }  // namespace
 
 void rms_norm(Runtime &runtime, Dtype dtype, const Norm &norm, const void *x, std::int64_t x_bytes,
@@ -78,7 +88,8 @@ void run_attention(Runtime &runtime, const AttentionHalf &half, const Stream &st
   add_to_stream(runtime, stream, normed);
 }
 
-void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream) {
+void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream,
+                     const ExpertUse *use) {
   const std::lock_guard<std::mutex> lock(runtime.half_mutex);
   Workspace &workspace = runtime.workspace;
   void *normed = take_rows(workspace.normed, stream, stream.hidden);
@@ -90,6 +101,7 @@ void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &str
   norm_stream(runtime, half.norm, stream, normed);
   route(runtime, *half.gate, half.rule, stream.dtype, normed, stream.num_rows, stream.hidden, ids,
         weights);
+  if (use != nullptr) count_use(*use, half.rule.num_experts, ids, weights, choices);
   ExpertJob job = {};
   job.dtype = job.y_dtype = stream.dtype;
   job.x = normed;

@@ -43,6 +43,14 @@ struct ExpertHalf {
   const Experts *experts;
 };
 
-void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream);
+// What the rows of a step asked of the experts: how many chose each, and their weights for it.
+struct ExpertUse {
+  std::int32_t *rows;  // [num_experts]
+  float *weights;      // [num_experts]
+};
+
+// use: overwritten; null where nobody counts.
+void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream,
+                     const ExpertUse *use);
 
 }  // namespace moeserve
