@@ -18,7 +18,7 @@ import msgspec
 from moeserve.core import ConfigError, ExpertSpec
 
 #: to be raised when a field of the profile changes its meaning
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 #: where the package keeps profiles of machines that are not at hand
 SHIPPED = files("moeserve") / "planner" / "profiles"
 
@@ -83,13 +83,24 @@ class ExpertCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         return 3 * self.hidden_size * self.intermediate_size
 
 
+class ProductCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Picoseconds that a linear layer takes for each of its weights, by the rows it multiplies.
+
+    weights: a `PackFormat.describe()`. rows: ascending.
+    """
+
+    weights: str
+    rows: list[int]
+    ps: list[Figure]
+
+
 class Processor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What computes experts: the CPU threads together, or a device.
 
     read: by kernel and threads. ops_per_s: peak by number type, a multiply-add being two. start_us:
     what the first expert of a job costs beyond a further one: waking threads or launching kernels,
-    preparing the rows and returning the sums. expert_curves: may be empty in a data sheet's
-    profile; costs then follow from the rates (roofline).
+    preparing the rows and returning the sums. expert_curves, product_curves: may be empty in a data
+    sheet's profile; costs then follow from the rates (roofline).
     """
 
     name: str
@@ -98,6 +109,7 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ops_per_s: dict[str, Figure]
     start_us: Figure
     expert_curves: list[ExpertCurve] = []
+    product_curves: list[ProductCurve] = []
 
     def best_read(self, kernel: str = "read") -> ReadRate | None:
         """The highest rate of a kernel over the numbers of threads."""
@@ -187,7 +199,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     source: "measured" on `hardware`, or "datasheet". moeserve: the version whose kernels were
     measured. date: ISO 8601. sources: where a data sheet's numbers come from. device, link: None
-    without a device; disk: empty where it was not measured. steps: None where nothing ran.
+    without a device; disk: empty where it was not measured. process_bytes: memory of an engine's
+    process without weights, kv and buffers. process_bytes, steps: None where nothing ran.
     """
 
     version: int
@@ -199,6 +212,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     device: Processor | None = None
     link: list[TransferPoint] = []
     disk: list[DiskPoint] = []
+    process_bytes: Figure | None = None
     sources: list[str] = []
     steps: StepFigures | None = None
 

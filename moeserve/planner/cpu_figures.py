@@ -12,6 +12,7 @@ from moeserve.cpu_backend.packing import PackedExperts, PackFormat
 from moeserve.experts.schedule.profile import ExpertCurve, Figure, Processor, ReadRate
 from moeserve.planner.expert_jobs import ExpertJobs, expert_pool
 from moeserve.planner.hardware import last_level_cache_bytes
+from moeserve.planner.product_figures import measure_products
 from moeserve.planner.repeats import Repeats
 
 DOT_TYPES = ("f32", "bf16", "int8")
@@ -82,6 +83,10 @@ def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
         if not any(curve.weights == shape.form.describe() for curve in curves):
             read += _kernel_reads(plan, runtimes, pool)
         curves.append(_curve(plan, all_threads, pool, shape))
+    forms = [shape.form for shape in plan.shapes]
+    products = measure_products(
+        all_threads, forms, plan.rows, plan.pool_bytes, plan.repeats, report
+    )
     return Processor(
         name=f"{cpu_model()}, {all_threads.num_threads} threads, {all_threads.isa}",
         memory_bytes=0 if memory is None else memory[0],
@@ -89,6 +94,7 @@ def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
         ops_per_s=ops,
         start_us=start_us,
         expert_curves=curves,
+        product_curves=products,
     )
 
 

@@ -98,7 +98,7 @@ def workspace_bytes(shape: ModelShape, room: Room) -> int:
     """Buffers that the native kernels keep, for steps of up to `max_rows` rows."""
     rows, hidden, item = room.max_rows, shape.hidden_size, shape.number_bytes
     needs = [_layer_buffers(layer, shape, rows) for layer in shape.layers]
-    buffers = sum(max(column) for column in zip(*needs, strict=True))
+    buffers: int = sum(max(sizes) for sizes in zip(*needs, strict=True))
     outputs = max(rows * MANY_PANELS, ROWS_PER_ITEM * MANY_PANELS) * PANEL_OUTPUTS * 4
     sums = rows * SUM_PANELS * PANEL_OUTPUTS * 4
     per_thread = outputs // 4 + sums  # an expert has a quarter of all rows at most, in practice

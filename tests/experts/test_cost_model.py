@@ -17,6 +17,7 @@ from moeserve.experts.schedule.cost_model import (
     expert_curve,
 )
 from moeserve.experts.schedule.profile import (
+    PROFILE_VERSION,
     DiskPoint,
     ExpertCurve,
     Figure,
@@ -62,7 +63,7 @@ def curve(weights: str, hidden_size: int, us: list[float]) -> ExpertCurve:
 
 def profile(**changes: object) -> Profile:
     made = Profile(
-        version=1,
+        version=PROFILE_VERSION,
         source="measured",
         date="2026-11-21",
         moeserve="0.1",
@@ -148,8 +149,8 @@ def test_a_profile_comes_back_as_written(tmp_path: Path) -> None:
     [
         (b"", "is no profile"),
         (b"[]", "is no profile"),
-        (b'{"version": 1}', "missing required field"),
-        (b'{"version": 99, "new_field": 1}', "has version 99, this moeserve reads 1"),
+        (b'{"version": %d}' % PROFILE_VERSION, "missing required field"),
+        (b'{"version": 99, "new_field": 1}', "has version 99, this moeserve reads"),
         (b"\xff\xfe", "is no profile"),
     ],
 )
