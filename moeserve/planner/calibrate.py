@@ -36,6 +36,7 @@ from moeserve.planner.cpu_figures import (
 from moeserve.planner.device_figures import DevicePlan, measure_device, measure_link
 from moeserve.planner.disk_figures import DiskPlan, measure_disk
 from moeserve.planner.hardware import this_hardware
+from moeserve.planner.process_memory import measure_process_bytes
 from moeserve.planner.repeats import Repeats
 from moeserve.planner.step_figures import measure_steps
 
@@ -91,6 +92,8 @@ def calibrate(wishes: Wishes, report: Callable[[str], None]) -> Profile:
         link = measure_link(plan, report)
     scratch = wishes.disk_dir or Path(tempfile.gettempdir())
     figures = Repeats(limit_s=0.1 if wishes.quick else 0.3)
+    report("memory of an engine's process")
+    process_bytes = measure_process_bytes()
     steps = measure_steps(NativeRuntime(hardware.num_cores), scratch, figures, report)
     return Profile(
         version=PROFILE_VERSION,
@@ -103,6 +106,7 @@ def calibrate(wishes: Wishes, report: Callable[[str], None]) -> Profile:
         link=link,
         disk=disk,
         steps=steps,
+        process_bytes=process_bytes,
     )
 
 
