@@ -207,6 +207,15 @@ class ExpertCache:
         slots = self.slots(layer)
         return LayerSlots(layer, slots.slots, slots.version, loads) if loads else slots
 
+    def pin(self, key: ExpertKey) -> Lease:
+        """Keeps a READY expert in its slot until `end`, although no step reads it but a copy to a
+        faster tier: no use, of which the policy would be told. CacheError where it is not READY."""
+        if self.state(key) is not ExpertState.READY:
+            raise CacheError(f"{key} cannot be copied from {self.tier.value}: it is not ready")
+        lease = Lease(self, Placement(key.layer, on_cpu=(key.expert,)), (key.expert,))
+        self._leases.append(lease)
+        return lease
+
     def end(self, lease: Lease) -> None:
         """Leaves a lease; it goes on while its readers do."""
         if lease.finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,25 +13,38 @@ from moeserve.cache.expert_cache import ExpertCache, Tier
 from moeserve.cache.policies.registry import build_policy
 from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.config import ExpertConfig
-from moeserve.core import ConfigError, ExpertKey
+from moeserve.core import ConfigError
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.cpu_costs import measure_cpu
 from moeserve.experts.device.clock import EmulatedClock, ModelledClock, RealCpuClock
-from moeserve.experts.device.emulated import Bytes, EmulatedDevice
+from moeserve.experts.device.emulated import EmulatedDevice
 from moeserve.experts.device_supply import DeviceSupply, FittingPlacement
+from moeserve.experts.disk_supply import DiskSupply
+from moeserve.experts.disk_tier import DiskTier
+from moeserve.experts.host_over_disk import HostOverDisk
+from moeserve.experts.host_side import HostSide, WholeHost
 from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.emulation import with_emulated_device
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler
-from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, TimelinePlacement
+from moeserve.experts.schedule.intra_layer import (
+    IntraLayerScheduler,
+    SimulatedPlacement,
+    TimelinePlacement,
+)
+from moeserve.experts.schedule.over_disk import PlacementOverDisk
 from moeserve.experts.schedule.profile import (
     Profile,
     profile_names,
     read_profile,
     shipped_profile,
 )
+from moeserve.experts.tiered_prefetch import TieredPrefetch
 from moeserve.experts.watch import Watch
+
+#: experts of one layer that the CPU's costs are measured on
+NUM_MEASURED = 16
 
 
 @dataclass(frozen=True)
@@ -48,19 +62,15 @@ def build_device_tier(
     native: NativeRuntime,
     rest_bytes: int,
     watch: Watch,
+    below: DiskTier | None = None,
 ) -> DeviceTier:
-    """layers: the experts of each MoE layer, all in host memory. rest_bytes: weights of everything
-    else, which would stand on the device.
+    """layers: the experts of each MoE layer. rest_bytes: weights of everything else, which would
+    stand on the device. below: host memory over the disk, where it does not hold all experts.
 
     Raises ConfigError where no slot fits, or the profile says nothing of a device.
     """
     sheet = find_profile(config.device_profile)
-    device_name = _device_name(sheet)
-    profile = sheet
-    if not config.emulate_cpu:
-        cpu = measure_cpu(native, next(iter(layers.values())))
-        profile = with_emulated_device(replace(sheet, cpu=cpu), sheet)
-    costs = {layer: costs_of(profile, experts) for layer, experts in layers.items()}
+    costs = _costs(config, sheet, layers, native)
     clock: EmulatedClock = RealCpuClock()
     if config.emulate_cpu:
         clock = ModelledClock(rest_of_layer_us(sheet, rest_bytes // len(layers)))
@@ -70,30 +80,84 @@ def build_device_tier(
     total = sum(num_experts.values())
     num_slots = min(total, _num_slots(config, slot_bytes))
     cache = ExpertCache(Tier.DEVICE, num_experts, num_slots, build_policy(policy, num_experts))
-    device = emulated_device(clock, layers, costs, num_slots, watch)
+    host: HostSide = WholeHost(layers)
+    if below is not None:
+        host = HostOverDisk(below.supply, clock.now_us)
+        costs = {n: dataclasses.replace(costs[n], disk=below.intra.costs[n].disk) for n in costs}
+    device = emulated_device(clock, layers, costs, num_slots, watch, host)
     supply = DeviceSupply(cache, device)
-    intra = TimelinePlacement(costs, device.loading_us)
+    depth = config.prefetch_depth
+    if below is None:
+        intra = TimelinePlacement(costs, device.loading_us)
+        inter: InterLayerScheduler = prefetch_to_device(supply, intra, depth)
+    else:
+        intra = over_disk = PlacementOverDisk(costs, below.cache.residency, device.loading_us)
+        to_device = prefetch_to_device(supply, intra, depth)
+        inter = TieredPrefetch(
+            to_device, _prefetch_to_host(below.supply, over_disk, clock, depth), cache
+        )
     cpu_time = "its CPU's time, too" if config.emulate_cpu else "the CPU's time is real"
+    others = "all are in host memory" if below is None else "copies of what host memory holds"
     notes = {
-        "device": f"emulated: {device_name} by {config.device_profile}; {cpu_time}",
+        "device": f"emulated: {_device_name(sheet)} by {config.device_profile}; {cpu_time}",
         "device_experts": f"{num_slots} of {total} ({num_slots / total:.0%}) have room,"
-        f" {slot_bytes} bytes each; all are in host memory",
+        f" {slot_bytes} bytes each; {others}",
         "device_policy": policy,
     }
-    return DeviceTier(
-        cache,
-        supply,
-        FittingPlacement(intra, cache),
-        WatchedPrefetch(
-            cache,
-            intra,
-            supply.prefetch,
-            lambda: device.link.stats.busy_s,
-            config.prefetch_depth,
-            lambda: clock.now_us() / 1e6,
-        ),
-        notes,
+    return DeviceTier(cache, supply, FittingPlacement(intra, cache), inter, notes)
+
+
+def prefetch_to_device(
+    supply: DeviceSupply, intra: SimulatedPlacement, depth: int
+) -> WatchedPrefetch:
+    """Over the link, of what is ready in host memory."""
+    device = supply.device
+    return WatchedPrefetch(
+        supply.cache,
+        intra,
+        supply.prefetch,
+        lambda: device.link.stats.busy_s,
+        depth,
+        lambda: device.clock.now_us() / 1e6,
+        supply.host.is_ready,
     )
+
+
+def _prefetch_to_host(
+    disk: DiskSupply, intra: PlacementOverDisk, clock: EmulatedClock, depth: int
+) -> WatchedPrefetch:
+    """From disk, of what does not stand on the device."""
+    return WatchedPrefetch(
+        disk.cache,
+        intra.reads,
+        disk.begin_prefetch,
+        disk.busy_s,
+        depth,
+        lambda: clock.now_us() / 1e6,
+    )
+
+
+def _costs(
+    config: ExpertConfig,
+    sheet: Profile,
+    layers: Mapping[int, PackedExperts],
+    native: NativeRuntime,
+) -> dict[int, CostModel]:
+    _device_name(sheet)  # there is one
+    profile = sheet
+    if not config.emulate_cpu:
+        cpu = measure_cpu(native, _copies_of_some(native, next(iter(layers.values()))))
+        profile = with_emulated_device(replace(sheet, cpu=cpu), sheet)
+    return {layer: costs_of(profile, experts) for layer, experts in layers.items()}
+
+
+def _copies_of_some(native: NativeRuntime, experts: PackedExperts) -> PackedExperts:
+    """Enough of a layer's experts to measure with, read from wherever they are."""
+    count = min(experts.spec.num_experts, NUM_MEASURED)
+    spec = dataclasses.replace(experts.spec, num_experts=count)
+    copies = PackedExperts(native.handle, spec, experts.gate_up_form, experts.down_form)
+    copies.records[:] = experts.records[:count]
+    return copies
 
 
 def emulated_device(
@@ -102,14 +166,12 @@ def emulated_device(
     costs: Mapping[int, CostModel],
     num_slots: int,
     watch: Watch | None = None,
+    host: HostSide | None = None,
 ) -> EmulatedDevice:
-    """A device that reads the experts of those layers from host memory."""
-
-    def source(key: ExpertKey) -> Bytes:
-        record: Bytes = layers[key.layer].records[key.expert]
-        return record
-
+    """A device for the experts of those layers. host: where copies are made from; None: all of them
+    are in memory."""
     slot_bytes = max(experts.record_bytes for experts in layers.values())
+    source = WholeHost(layers) if host is None else host
     device = EmulatedDevice(clock, HostSlots(slot_bytes, num_slots), source, watch)
     for layer, experts in layers.items():
         device.add_layer(layer, experts, costs[layer])

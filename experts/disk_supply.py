@@ -22,6 +22,24 @@ from moeserve.stats import CacheStats, LinkStats
 logger = logging.getLogger(__name__)
 
 
+class OtherReaders:
+    """Who reads slots of the host tier besides the CPU: here nobody. A faster tier is told of what
+    is written, and asked to end its reads where a step lacks slots."""
+
+    def write_begins(self, load: Load) -> None:
+        """A record is read from disk into the slot from now on."""
+
+    def write_ends(self, load: Load) -> None:
+        """It is complete and may be read."""
+
+    def let_go(self) -> None:
+        """Calls off reads that no step waits for and that have not begun."""
+
+    def wait(self) -> bool:
+        """Until one slot fewer is read; False where none is."""
+        return False
+
+
 class DiskSupply(ExpertSupply):
     """The packed experts of a layer read their records where this puts them.
 
@@ -37,6 +55,7 @@ class DiskSupply(ExpertSupply):
         self.cache = cache
         self.slots = slots
         self.transfers = transfers
+        self.readers = OtherReaders()
         self._store = store
         self._layers: dict[int, PackedExperts] = {}
         # Whose record was last put into a slot, and where the kernels find an expert's record. An
@@ -137,7 +156,10 @@ class DiskSupply(ExpertSupply):
         if self.cache.num_obtainable(kept) < len(absent):
             for load in self.transfers.cancel_prefetches():  # of other layers: these are promoted
                 self.cache.abandon(load.key)
+            self.readers.let_go()
         while not (now or present or self.cache.num_obtainable(kept)) and absent:
+            if self.readers.wait():
+                continue
             if not self.transfers.num_active:
                 raise CacheError(f"layer {layer}: none of {self.cache.num_slots} slots can be had")
             with self.timeline.span("stall", layer=layer):  # for a slot
@@ -168,6 +190,7 @@ class DiskSupply(ExpertSupply):
     def _begin(self, loads: Sequence[Load], urgency: Urgency) -> None:
         for load in loads:
             self._disown(load.slot)
+            self.readers.write_begins(load)
         if loads:
             self.transfers.start(loads, urgency)
 
@@ -186,6 +209,7 @@ class DiskSupply(ExpertSupply):
         experts = self._layers[key.layer]
         experts.native.set_record(key.expert, self.slots[slot][: experts.record_bytes])
         self._owners[slot], self._places[key] = key, slot
+        self.readers.write_ends(arrival.load)
         self.cache.complete(key)
 
     def _disown(self, slot: int) -> None:

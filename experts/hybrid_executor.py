@@ -26,17 +26,22 @@ class HybridExecutor:
         self._watch = watch
 
     def run(self, x: Tensor, routing: Routing, placement: Placement, supplied: Supplied) -> Tensor:
-        """x [T, H] to the weighted sum of each row's experts, [T, H] in the dtype of x."""
+        """x [T, H] to the weighted sum of each row's experts, [T, H] in the dtype of x.
+
+        Of every group the device takes its share first, and computes it beside the CPU's.
+        """
         device, layer = self._device, placement.layer
         parts = self._backend.in_parts(ExpertJob(layer, x, routing, out_dtype=x.dtype))
         costs = device.costs(layer)
         rows = np.bincount(routing.ids.numpy().ravel(), minlength=len(supplied.slots.slots))
-        if placement.on_device or placement.fetch_first:
-            device.submit(parts, rows, placement, supplied.slots)
-        cpu_us = costs.cpu_start_us + sum(costs.cpu_us(int(rows[e])) for e in placement.on_cpu)
-        for experts in supplied.groups:
-            if experts:
-                with device.clock.cpu_work(cpu_us), self._watch.computing(layer, experts):
-                    parts.add(experts)
+        on_cpu = frozenset(placement.on_cpu)
+        for group in supplied.groups:
+            here = [e for e in group if e in on_cpu]
+            there = [e for e in group if e not in on_cpu]
+            device.submit(parts, rows, there, supplied.slots)
+            if here:
+                cpu_us = costs.cpu_start_us + sum([costs.cpu_us(int(rows[e])) for e in here])
+                with device.clock.cpu_work(cpu_us), self._watch.computing(layer, here):
+                    parts.add(here)
         device.wait(layer)
         return parts.total()

@@ -67,8 +67,8 @@ class MoELayer:
             observe(self.layer, x, routing)
         self.supply.collect()
         use = self.count_use(self.layer, routing, self.router.spec.num_experts)
-        self.cache.observe(use)
         placement = self.intra.place(use, self.cache.residency(self.layer))
+        self.supply.observe(use, placement)
         self.timeline.lap("place", layer=self.layer)
         with self.supply.acquire(placement) as supplied:
             self.timeline.lap("acquire", layer=self.layer)

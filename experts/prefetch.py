@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 
 from moeserve.cache.expert_cache import ExpertCache
 from moeserve.cache.types import Load
-from moeserve.core import Placement, Routing
-from moeserve.experts.schedule.inter_layer import ImpactPrefetch, InterLayerScheduler
+from moeserve.core import ExpertKey, Placement, Routing
+from moeserve.experts.schedule.inter_layer import (
+    ImpactPrefetch,
+    InterLayerScheduler,
+    whatever,
+)
 from moeserve.experts.schedule.intra_layer import SimulatedPlacement
 from moeserve.predictors.base import Prediction, Predictor
 from moeserve.predictors.usefulness import PrefetchUsefulness
@@ -39,9 +43,11 @@ class WatchedPrefetch(InterLayerScheduler):
         busy_s: Callable[[], float],
         max_depth: int,
         clock: Callable[[], float] = time.perf_counter,
+        can_begin: Callable[[ExpertKey], bool] = whatever,
     ) -> None:
         """start: hands loads to whoever moves bytes, as prefetches. busy_s: for how many seconds
-        the link has been moving anything so far. max_depth: layers to look ahead."""
+        the link has been moving anything so far. max_depth: layers to look ahead. can_begin: as
+        `ImpactPrefetch` has it."""
         self._cache = cache
         self._start = start
         self._busy_s = busy_s
@@ -51,7 +57,7 @@ class WatchedPrefetch(InterLayerScheduler):
         # On a link that is always busy, a wrong prefetch delays as much as a right one saves; on
         # one that idles it delays nothing. Until the link is known it is taken for busy.
         self.usefulness = PrefetchUsefulness(layers, max_depth, break_even=0.5)
-        self._impact = ImpactPrefetch(cache, intra, self._begin, self._depth, clock)
+        self._impact = ImpactPrefetch(cache, intra, self._begin, self._depth, clock, can_begin)
         #: by layer: (expert, the layer that asked for it, how many layers ahead)
         self._pending: dict[int, list[tuple[int, int, int]]] = {layer: [] for layer in layers}
         self._source = 0

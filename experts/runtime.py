@@ -22,7 +22,7 @@ from moeserve.cpu_backend.torch_backend import TorchBackend
 from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
-from moeserve.experts.disk_tier import build_disk_tier, check_num_slots
+from moeserve.experts.disk_tier import DiskTier, build_disk_tier, check_num_slots
 from moeserve.experts.gates import native_products
 from moeserve.experts.prefetch import PredictorInNeed, WatchedPrefetch
 from moeserve.experts.remote import LocalPredictor, LocalUse, UsedPlacement
@@ -55,6 +55,8 @@ class ExpertRuntime:
     watch: how long experts are computed, and the timeline of a step.
     count_use: (layer, routing, number of experts) to what schedulers and policies look at.
     workers: processes that compute some of the experts; None where none are named.
+    disk: the host tier over the disk, which is `supply` or stands below it; None where all experts
+    are in memory.
     notes: what was chosen and why, for ModelInfo.notes.
     """
 
@@ -72,6 +74,7 @@ class ExpertRuntime:
     observers: list[Observer] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
     workers: WorkerPool | None = None
+    disk: DiskTier | None = None
 
     def with_predictor(
         self,
@@ -113,18 +116,15 @@ class ExpertRuntime:
         return replace(self, predictor=predictor, inter=inter)
 
     def with_device(self, layers: Mapping[int, PackedExperts], rest_bytes: int) -> ExpertRuntime:
-        """The runtime with an emulated device over host memory, as its config has it.
+        """The runtime with an emulated device over host memory, and over the disk where experts
+        stay there, as its config has it.
 
         layers: the experts of each MoE layer. rest_bytes: all other weights. Raises ConfigError.
         """
         assert self.native is not None, "an emulated device computes with the native kernels"
-        if isinstance(self.supply, DiskSupply):
-            raise ConfigError(
-                "device: emulated over experts on disk is not implemented",
-                field="device",
-                hint="leave out --host-memory",
-            )
-        tier = build_device_tier(self.config, layers, self.native, rest_bytes, self.watch)
+        tier = build_device_tier(
+            self.config, layers, self.native, rest_bytes, self.watch, self.disk
+        )
         return replace(
             self,
             cache=tier.cache,
@@ -153,15 +153,15 @@ class ExpertRuntime:
 
     def add_layer(self, layer: int, experts: PackedExperts) -> None:
         """Where experts stay on disk: their records are put into slots from now on."""
-        if isinstance(self.supply, DiskSupply):
-            self.supply.add_layer(layer, experts)
+        if self.disk is not None:
+            self.disk.supply.add_layer(layer, experts)
 
     def fit_host_memory(self, other_bytes: int) -> None:
         """Leaves room for what else must be in memory: weights of every token, and kv.
 
         Raises ConfigError where that leaves none for experts.
         """
-        if self.config.host_memory_bytes is not None and isinstance(self.supply, DiskSupply):
+        if self.config.host_memory_bytes is not None and self.disk is not None:
             self.resize_host_memory(self.config.host_memory_bytes, other_bytes)
 
     def resize_host_memory(self, budget_bytes: int, other_bytes: int) -> None:
@@ -171,17 +171,18 @@ class ExpertRuntime:
         ConfigError where that leaves no room for two experts, or where all are resident anyway;
         MemoryError where the system has no such memory.
         """
-        if not isinstance(self.supply, DiskSupply):
+        if self.disk is None:
             raise ConfigError(
                 "host_memory: all experts are resident, there is nothing to be resized",
                 field="host_memory_bytes",
                 hint="serve a model written by `moeserve pack` with --host-memory",
             )
-        slot_bytes = self.supply.slots.slot_bytes
+        disk = self.disk.supply
+        slot_bytes = disk.slots.slot_bytes
         num_slots = min((budget_bytes - other_bytes) // slot_bytes, self.cache.numbers.total)
         check_num_slots(num_slots, slot_bytes, budget_bytes, other_bytes)
-        self.supply.resize(num_slots)
-        self.notes["experts"] = describe_slots(self.cache, slot_bytes)
+        disk.resize(num_slots)
+        self.notes["experts"] = describe_slots(disk.cache, slot_bytes)
 
     def stats(self) -> ExpertStats:
         """What caches, transfers and experts have done so far."""
@@ -255,6 +256,7 @@ def build_expert_runtime(
             count_use=count_use,
             notes=notes,
             watch=watch,
+            disk=tier,
         )
     tier_name = Tier.HOST if device.type == "cpu" else Tier.DEVICE
     cache = resident_cache(tier_name, num_experts, ResidentPolicy())

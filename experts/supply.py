@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moeserve.cache.expert_cache import ExpertCache
 from moeserve.cache.types import LayerSlots
-from moeserve.core import Placement
+from moeserve.core import LayerUse, Placement
 from moeserve.stats import CacheStats, LinkStats
 
 Group = tuple[int, ...]
@@ -20,8 +20,9 @@ Group = tuple[int, ...]
 class Supplied:
     """The experts of a placement as they become readable.
 
-    slots: where they stand in the cache's tier. groups: what the CPU may compute, each group until
-    the next is asked for; together all of on_cpu and, where the host is the fast tier, fetch_first.
+    slots: where they stand in the cache's tier. groups: what may be computed, each group until the
+    next is asked for; together all of the placement, which says who computes what. A group may be
+    empty.
     """
 
     slots: LayerSlots
@@ -29,7 +30,14 @@ class Supplied:
 
 
 class ExpertSupply(ABC):
-    """One for all MoE layers of a model."""
+    """One for all MoE layers of a model. cache: of the fast tier."""
+
+    cache: ExpertCache
+
+    def observe(self, use: LayerUse, placement: Placement) -> None:
+        """What a step asks of a layer, and where it is to run: every tier counts what it is asked
+        for, and its policy learns. Before `acquire`."""
+        self.cache.observe(use)
 
     @abstractmethod
     def acquire(self, placement: Placement) -> AbstractContextManager[Supplied]:
@@ -56,12 +64,12 @@ class ResidentSupply(ExpertSupply):
     """Everything stands in the fast tier."""
 
     def __init__(self, cache: ExpertCache) -> None:
-        self._cache = cache
+        self.cache = cache
 
     @contextmanager
     def acquire(self, placement: Placement) -> Iterator[Supplied]:
-        with self._cache.acquire(placement) as slots:
+        with self.cache.acquire(placement) as slots:
             yield Supplied(slots, iter((placement.on_cpu,)))
 
     def check_integrity(self) -> None:
-        self._cache.check_integrity()
+        self.cache.check_integrity()

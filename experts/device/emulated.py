@@ -6,7 +6,7 @@ the slots' bytes; so tokens are bit for bit those of the CPU alone. Only time is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 
 from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.cache.types import LayerSlots, Load
-from moeserve.core import ExpertKey, Placement
+from moeserve.core import ExpertKey
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_parts import NativeParts
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.clock import EmulatedClock
 from moeserve.experts.device.emulated_link import EMULATED, EmulatedLink
 from moeserve.experts.device.slot_guard import SlotGuard
+from moeserve.experts.host_side import HostSide
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.watch import Watch
-
-Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,17 @@ class EmulatedDevice:
         self,
         clock: EmulatedClock,
         slots: HostSlots,
-        source: Callable[[ExpertKey], Bytes],
+        source: HostSide,
         watch: Watch | None = None,
     ) -> None:
-        """source: the record of an expert in host memory, which it stays in while it is copied.
-        watch: gets the emulated times."""
+        """source: host memory, which copies are made from. watch: gets the emulated times."""
         self.clock = clock
         self.slots = slots
+        self.source = source
         self.guard = SlotGuard()
         self.watch = watch or Watch()
         self.link = EmulatedLink(self._write_begins, self._write_ends, self.watch.timeline)
         self.busy_us = 0.0
-        self._source = source
         self._layers: dict[int, _Layer] = {}
         self._free_us = 0.0
 
@@ -85,15 +83,20 @@ class EmulatedDevice:
         return self.link.left_us(layer)
 
     def submit(
-        self, parts: NativeParts, rows: NDArray[np.int64], placement: Placement, slots: LayerSlots
+        self,
+        parts: NativeParts,
+        rows: NDArray[np.int64],
+        experts: Sequence[int],
+        slots: LayerSlots,
     ) -> None:
-        """Computes on_device, then fetch_first as they arrive, into `parts`.
+        """Computes experts of one layer into `parts`, one after another as their copies arrive.
 
-        rows: [E], of each expert. fetch_first must have been demanded.
+        rows: [E], of each expert. What does not stand in its slot must have been demanded.
         """
-        layer = self._layers[placement.layer]
-        self._reckon(layer, rows, placement, slots)
-        experts = placement.on_device + placement.fetch_first
+        if not experts:
+            return
+        layer = self._layers[slots.layer]
+        self._reckon(layer, rows, experts, slots)
         with self.clock.left_out():
             for expert in experts:
                 record = self.slots[slots.slots[expert]][: layer.record_bytes]
@@ -112,14 +115,14 @@ class EmulatedDevice:
         return self.clock.now_us() >= self._free_us
 
     def _reckon(
-        self, layer: _Layer, rows: NDArray[np.int64], placement: Placement, slots: LayerSlots
+        self, layer: _Layer, rows: NDArray[np.int64], experts: Sequence[int], slots: LayerSlots
     ) -> None:
         """Puts the work on the device's timeline, and writes down the reads of slots."""
         costs = layer.costs
         now_us = max(self.clock.now_us(), self._free_us) + costs.device_start_us
         self.busy_us += costs.device_start_us
-        for expert in placement.on_device + placement.fetch_first:
-            key = ExpertKey(placement.layer, expert)
+        for expert in experts:
+            key = ExpertKey(slots.layer, expert)
             start_us = max(now_us, self.link.arrives_us(key))
             work_us = costs.device_us(int(rows[expert]))
             now_us = start_us + work_us
@@ -138,9 +141,11 @@ class EmulatedDevice:
 
     def _write_begins(self, load: Load, us: float) -> None:
         self.guard.write_begins(load.slot, load.key, us)
+        self.source.read_begins(load.key, us)
 
     def _write_ends(self, load: Load, us: float) -> None:
         self.guard.write_ends(load.slot, load.key, us)
+        self.source.read_ends(load.key, us)
         with self.clock.left_out():
-            record = self._source(load.key)
-            self.slots[load.slot][: len(record)] = record
+            num_bytes = self._layers[load.key.layer].record_bytes
+            self.slots[load.slot][:num_bytes] = self.source.record(load.key)[:num_bytes]

@@ -99,6 +99,18 @@ class EmulatedLink:
         """When a demand will be, or was, complete; 0 where it was told as finished before."""
         return self._arrivals[key][0] if key in self._arrivals else 0.0
 
+    def next_end_us(self, now_us: float) -> float | None:
+        """When the next copy will be complete, if no other is ordered; None: there is none."""
+        self.advance(now_us)
+        if self._arrivals:
+            return min(us for us, _ in self._arrivals.values())
+        left_us = [copy.left_us for copy in self._waiting.values()]
+        return self._now_us + left_us[0] if left_us else None
+
+    def keys(self) -> set[ExpertKey]:
+        """Experts whose copies nobody has been told of as finished."""
+        return self._waiting.keys() | self._arrivals.keys()
+
     def left_us(self, layer: int) -> dict[int, float]:
         """Experts of a layer that are being prefetched, and what is left of each copy."""
         return {

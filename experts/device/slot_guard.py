@@ -1,8 +1,9 @@
-"""Watches over the slots of an emulated device: who wrote them, who reads them, and when.
+"""Watches over slots beside an emulated device: who wrote them, who reads them, and when.
 
-The order in which slots may be used is kept by the cache and its leases. On a real device a mistake
-there shows as wrong numbers, some day; here every use is written down with its time, and the first
-that contradicts another raises.
+One stands over the device's slots, and one over those of the host where experts come from disk.
+The order in which slots may be used is kept by the caches and their leases. On a real device a
+mistake there shows as wrong numbers, some day; here every use is written down with its time, and
+the first that contradicts another raises.
 """
 
 from __future__ import annotations
@@ -52,13 +53,25 @@ class SlotGuard:
         known.written_us = us
 
     def read(self, slot: int, key: ExpertKey, start_us: float, end_us: float) -> None:
+        known = self._complete(slot, key, start_us)
+        known.read_until_us = max(known.read_until_us, end_us)
+
+    def read_begins(self, slot: int, key: ExpertKey, us: float) -> None:
+        """A read whose end nobody knows yet; one at a time for a slot, `read_ends` says when."""
+        self._complete(slot, key, us).read_until_us = inf
+
+    def read_ends(self, slot: int, key: ExpertKey, us: float) -> None:
+        self._complete(slot, key, us).read_until_us = us
+
+    def _complete(self, slot: int, key: ExpertKey, us: float) -> _Slot:
+        """Raises SlotConflict unless the slot holds the expert, as a whole, at that time."""
         known = self._slots.get(slot)
         if known is None or known.key != key:
             held = "nothing" if known is None else known.key
             raise SlotConflict(f"slot {slot} is read for {key} and holds {held}")
-        if start_us < known.written_us:
+        if us < known.written_us:
             raise SlotConflict(
-                f"slot {slot} is read for {key} from {start_us:.3f} us on, and written until"
+                f"slot {slot} is read for {key} from {us:.3f} us on, and written until"
                 f" {known.written_us:.3f} us"
             )
-        known.read_until_us = max(known.read_until_us, end_us)
+        return known

@@ -21,6 +21,11 @@ PERIOD_WEIGHT = 1 / 16
 PRICE_WEIGHT = 1 / 8
 
 
+def whatever(key: ExpertKey) -> bool:
+    """A source that has every expert."""
+    return True
+
+
 class InterLayerScheduler(ABC):
     """Turns predictions into prefetches."""
 
@@ -79,14 +84,17 @@ class ImpactPrefetch(InterLayerScheduler):
         start: Callable[[tuple[Load, ...]], None],
         depth: Callable[[int], int],
         clock: Callable[[], float] = time.perf_counter,
+        can_begin: Callable[[ExpertKey], bool] = whatever,
     ) -> None:
         """start: hands loads to whoever moves bytes, as prefetches. depth: for how many layers
-        after the given one predictions are followed. clock: in seconds."""
+        after the given one predictions are followed. clock: in seconds. can_begin: whether the
+        source has the expert; what it has not is left alone."""
         self._cache = cache
         self._intra = intra
         self._start = start
         self._depth = depth
         self._clock = clock
+        self._can_begin = can_begin
         self._rank = {layer: rank for rank, layer in enumerate(cache.numbers.layers)}
         self._moving: list[ExpertKey] = []
         self._called_s: float | None = None
@@ -109,7 +117,8 @@ class ImpactPrefetch(InterLayerScheduler):
             self._begin([candidate.key for candidate in chosen], protect)
         if len(chosen) < room and self._cache.tier is Tier.DEVICE:
             run_for_want = [ExpertKey(layer, e) for e in protect.on_cpu]
-            self._begin(run_for_want[: room - len(chosen)], protect)
+            there = [key for key in run_for_want if self._can_begin(key)]
+            self._begin(there[: room - len(chosen)], protect)
 
     def _begin(self, keys: Sequence[ExpertKey], protect: Placement) -> None:
         loads = self._cache.prefetch(keys, protect)
@@ -174,7 +183,7 @@ class ImpactPrefetch(InterLayerScheduler):
             chance = float(chances[expert])
             if chance <= at_random:
                 break
-            if slots[expert] >= 0:
+            if slots[expert] >= 0 or not self._can_begin(ExpertKey(layer, expert)):
                 continue
             # As if the likelier ones had been brought; beyond the wanted, as if it took the place
             # of one that is there.

@@ -114,10 +114,7 @@ class TimelinePlacement(SimulatedPlacement):
     def place(self, use: LayerUse, residency: Residency) -> Placement:
         resident, absent = self._split(use, residency)
         coming = self._loading(use.layer) if absent else {}
-        loading_us: list[float] = []
-        if coming:  # first what arrives first
-            absent.sort(key=lambda entry: (coming.get(entry[1], inf), entry))
-            loading_us = [coming[e] for _, e in absent if e in coming]
+        loading_us = first_coming(absent, coming)
         m, k, _ = fill(
             self.costs[use.layer],
             [-rows for rows, _ in resident],
@@ -140,6 +137,17 @@ class TimelinePlacement(SimulatedPlacement):
         self, costs: CostModel, resident: Sequence[int], absent: Sequence[int]
     ) -> float:
         return fill(costs, resident, absent).makespan_us
+
+
+def first_coming(absent: list[tuple[int, int]], coming: Mapping[int, float]) -> list[float]:
+    """Puts first what arrives first, and says how long the copies take that are under way.
+
+    absent: (-rows, expert), most rows first. coming: by expert.
+    """
+    if not coming:
+        return []
+    absent.sort(key=lambda entry: (coming.get(entry[1], inf), entry))
+    return [coming[expert] for _, expert in absent if expert in coming]
 
 
 class FetchOrder(SimulatedPlacement):

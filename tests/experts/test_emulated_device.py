@@ -52,7 +52,8 @@ class Rig:
 
     def submit(self, placement: Placement, slots: LayerSlots) -> None:
         parts = self.backend.in_parts(self.job)
-        self.supply.device.submit(parts, np.ones(4, np.int64), placement, slots)
+        experts = placement.on_device + placement.fetch_first
+        self.supply.device.submit(parts, np.ones(4, np.int64), experts, slots)
 
     def bring(self, *experts: int) -> None:
         """Into the slots, and waits."""
@@ -98,8 +99,10 @@ def test_bits_are_those_of_the_cpu(rig: Rig) -> None:
     placement = Placement(0, fetch_first=(3, 1), on_cpu=(0, 2))
     parts = rig.backend.in_parts(rig.job)
     with rig.supply.acquire(placement) as supplied:
-        rig.supply.device.submit(parts, np.ones(4, np.int64), placement, supplied.slots)
-        parts.add((0, 2))
+        for group in supplied.groups:
+            on_device = [e for e in group if e in placement.fetch_first]
+            rig.supply.device.submit(parts, np.ones(4, np.int64), on_device, supplied.slots)
+            parts.add([e for e in group if e in placement.on_cpu])
         rig.supply.device.wait(0)
     assert torch.equal(parts.total(), expected)
 

@@ -1,0 +1,143 @@
+"""Experts on disk, in host memory and on an emulated device at once: the same bits whatever stands
+where, and what happens when the disk fails."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.engine_answers import answers, make_engine, make_requests
+from support.randomness import fresh_seed
+
+from moeserve.cache.policies import registry
+from moeserve.config import BUNDLED_MODEL, ModelConfig
+from moeserve.core import ErrorCode, FinishReason
+from moeserve.engine.engine import Engine
+from moeserve.experts.device_supply import DeviceSupply
+from moeserve.experts.host_over_disk import HostOverDisk
+from moeserve.models.pack import pack_model
+
+POLICIES = sorted(set(registry.POLICIES) - {"resident"})
+PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "tiny"
+    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
+
+
+@pytest.fixture(scope="module")
+def resident(packed: Path) -> Iterator[Engine]:
+    engine = make_engine(packed)
+    yield engine
+    engine.close()
+
+
+def tiers_of(engine: Engine) -> tuple[DeviceSupply, HostOverDisk]:
+    supply = engine.loaded.runtime.supply
+    assert isinstance(supply, DeviceSupply)
+    assert isinstance(supply.host, HostOverDisk)
+    return supply, supply.host
+
+
+def pairs_of_slots(rng: random.Random, total: int) -> list[tuple[int, int]]:
+    """Slots of (device, host): the least, more than there are experts, and between."""
+    return [
+        (1, 2),
+        (rng.randint(1, total // 4), rng.randint(2, total // 4)),
+        (rng.randint(1, total), rng.randint(2, total)),
+        rng.choice([(total, 2), (1, total), (total, total)]),
+    ]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_bits_whatever_the_machinery(policy: str, packed: Path, resident: Engine) -> None:
+    rng = random.Random(fresh_seed())
+    requests = make_requests(rng, resident.info.vocab_size)
+    expected = answers(resident, requests)
+    total = resident.loaded.runtime.cache.num_slots
+    for device_slots, host_slots in pairs_of_slots(rng, total):
+        settings = {
+            "device_slots": device_slots,
+            "host_slots": host_slots,
+            "policy": policy,
+            "predictor": rng.choice(PREDICTORS),
+            "prefetch_depth": rng.randint(1, 4),
+            "disk_threads": rng.randint(1, 4),
+            "emulate_cpu": rng.random() < 0.75,
+        }
+        print(settings)
+        engine = make_engine(packed, rng.choice((3, 24, 200)), "emulated", **settings)
+        try:
+            assert answers(engine, requests) == expected
+        finally:
+            engine.close()
+
+
+def test_same_bits_while_both_tiers_change_their_size(packed: Path, resident: Engine) -> None:
+    rng = random.Random(fresh_seed())
+    requests = make_requests(rng, resident.info.vocab_size)
+    expected = answers(resident, requests)
+    total = resident.loaded.runtime.cache.num_slots
+    engine = make_engine(
+        packed,
+        device="emulated",
+        device_slots=total // 4,
+        host_slots=total // 2,
+        predictor="markov",
+        emulate_cpu=True,
+    )
+    supply, host = tiers_of(engine)
+
+    def resize() -> None:
+        supply.resize(rng.randint(1, total + 5))
+        host.disk.resize(rng.randint(2, total + 5))
+        supply.check_integrity()
+
+    try:
+        assert answers(engine, requests, between=resize) == expected
+        engine.resize_host_memory(1 << 40)
+        assert host.disk.cache.num_slots == total
+        supply.resize(1)
+        host.disk.resize(2)
+        assert (supply.cache.num_slots, host.disk.cache.num_slots) == (1, 2)
+        assert answers(engine, requests) == expected
+        assert [(c.tier, c.num_slots) for c in supply.stats()[0]] == [("device", 1), ("host", 2)]
+    finally:
+        engine.close()
+
+
+def test_a_disk_that_fails_ends_its_requests_and_nothing_else(packed: Path, tmp_path: Path) -> None:
+    """And when the files are whole again, the same engine answers as if nothing had been."""
+    rng = random.Random(fresh_seed())
+    copy = tmp_path / "model"
+    shutil.copytree(packed, copy)
+    engine = make_engine(
+        copy, device="emulated", device_slots=6, host_slots=4, predictor="markov", emulate_cpu=True
+    )
+    try:
+        requests = make_requests(rng, engine.info.vocab_size)
+        expected = answers(engine, requests)
+        files = sorted(copy.glob("packed-*.safetensors"))
+        whole = {file: file.read_bytes() for file in files}
+        for file in files:  # every record, wherever it lies
+            content = bytearray(whole[file])
+            for place in range(4096, len(content), 1024):
+                content[place] ^= 0x55
+            file.write_bytes(content)
+        engine.add(requests[0])
+        deltas = list(itertools.chain.from_iterable(iter(engine.step, [])))
+        assert [delta.finish_reason for delta in deltas] == [FinishReason.ERROR]
+        assert deltas[0].error_code is ErrorCode.UNAVAILABLE
+        assert "checksum" in str(deltas[0].error)
+        engine.check_integrity()
+        for file in files:
+            file.write_bytes(whole[file])
+        assert answers(engine, requests) == expected
+    finally:
+        engine.close()
