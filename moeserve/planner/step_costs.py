@@ -1,0 +1,189 @@
+"""How long one step of our engine takes on the machine of a profile: `StepCosts`.
+
+A step is its products, its attention, its experts and what the engine adds. Products cost by weight
+and rows as the profile's experts of the same format do; what the engine adds is fitted to the steps
+of the profile (`step_fit`). A profile without steps, a data sheet's, says nothing of that: nothing
+is added then, kv is read at the memory's speed, and `is_measured` is False.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from moeserve.config import ModelConfig
+from moeserve.core import ConfigError, ExpertSpec
+from moeserve.experts.schedule.cost_model import CostModel, Curve, expert_curve
+from moeserve.experts.schedule.profile import Profile, StepFigures
+from moeserve.planner.model_shape import read_shape
+from moeserve.planner.plan_types import (
+    LayerShape,
+    Matrix,
+    ModelShape,
+    StepLoad,
+)
+from moeserve.planner.step_fit import (
+    EngineCosts,
+    ProductCosts,
+    attention_width,
+    fit_engine,
+)
+
+ROUTER = "router"
+#: at which a roofline is asked for
+ROOFLINE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Products:
+    """Products by the curves of linear layers, else of experts in the same format."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._curves: dict[str, Curve] = {}
+
+    def us(self, matrix: Matrix, num_rows: int) -> float:
+        """Microseconds of [num_rows, cols] times the matrix."""
+        return self._curve(matrix)[num_rows] * matrix.rows * matrix.cols
+
+    def _curve(self, matrix: Matrix) -> Curve:
+        """Microseconds of one weight, by rows."""
+        found = self._curves.get(matrix.form)
+        if found is None:
+            found = self._curves[matrix.form] = self._of_linear(matrix) or self._of_expert(matrix)
+        return found
+
+    def _of_linear(self, matrix: Matrix) -> Curve | None:
+        for curve in self._profile.cpu.product_curves:
+            if curve.weights == matrix.form:
+                return Curve(curve.rows, [figure.value / 1e6 for figure in curve.ps])
+        return None
+
+    def _of_expert(self, matrix: Matrix) -> Curve:
+        spec = ExpertSpec(num_experts=1, hidden_size=2048, intermediate_size=768)
+        weights = 3 * spec.hidden_size * spec.intermediate_size
+        num_bytes = weights * matrix.num_bytes // (matrix.rows * matrix.cols)
+        curve = expert_curve(self._profile.cpu, spec, matrix.form, num_bytes)
+        known = self._profile.cpu.curve(matrix.form, spec)
+        rows = known.rows if known is not None else list(ROOFLINE_ROWS)
+        return Curve(rows, [curve[count] / weights for count in rows])
+
+
+class EngineStepCosts:
+    """Costs of one model's steps; see the protocol `StepCosts`."""
+
+    def __init__(self, model: ModelShape, profile: Profile) -> None:
+        """Raises ConfigError where the profile has neither curves nor rates."""
+        self.model = model
+        self.profile = profile
+        self.products = Products(profile)
+        self._experts = [
+            None
+            if layer.experts is None
+            else CostModel.of(
+                profile, layer.experts.spec, layer.experts.form, layer.experts.record_bytes
+            )
+            for layer in model.layers
+        ]
+        self.engine = EngineCosts()
+        self.is_measured = profile.steps is not None
+        if profile.steps is not None:
+            self.engine = fit_profile(profile, profile.steps)
+
+    def expert_costs(self, layer: int) -> CostModel:
+        costs = self._experts[layer]
+        assert costs is not None, f"layer {layer} has no experts"
+        return costs
+
+    def step_us(self, load: StepLoad) -> float:
+        model, engine = self.model, self.engine
+        sequences = len(load.decode_contexts) + len(load.chunks)
+        us = float(engine.once @ (1.0, sequences, load.num_rows))
+        if load.num_sampled:
+            us += self.products.us(model.head, load.num_sampled)
+            us += engine.sampling_us(load.num_sampled, model.vocab_size)
+        return us
+
+    def layer_us(self, layer: int, load: StepLoad) -> float:
+        shape, rows = self.model.layers[layer], load.num_rows
+        us = sum(self.products.us(matrix, rows) for matrix in shape.products)
+        return us + self.attend_us(layer, load) + self._around_us(layer, rows)
+
+    def attend_us(self, layer: int, load: StepLoad) -> float:
+        """Scores and values of all sequences, without products."""
+        attention = self.model.layers[layer].attention
+        if not self.is_measured:
+            return self._kv_read_us(layer, load)
+        us = sum(self.engine.attention_us(attention, c - 1, 1) for c in load.decode_contexts)
+        return us + sum(
+            self.engine.attention_us(attention, chunk.start, chunk.num_tokens)
+            for chunk in load.chunks
+        )
+
+    def _kv_read_us(self, layer: int, load: StepLoad) -> float:
+        attention = self.model.layers[layer].attention
+        rate = self.profile.cpu.best_read()
+        if rate is None or not rate.bytes_per_s.value:
+            raise ConfigError("profile: it has no rate of memory", field="profile")
+        ends = [*load.decode_contexts, *(c.start + c.num_tokens for c in load.chunks)]
+        tokens = sum(attention.keys(end) for end in ends)
+        num_bytes = tokens * attention.kv_heads * attention.kv_width * self.model.number_bytes
+        return num_bytes / rate.bytes_per_s.value * 1e6
+
+    def _around_us(self, layer: int, rows: int) -> float:
+        """Norms, rotations and sums of a layer, and what calls cost."""
+        shape = self.model.layers[layer]
+        width = attention_width(self.model, shape)
+        us = float(self.engine.around_attention @ (1.0, rows * width))
+        return us + float(self.engine.around_experts @ (1.0, rows * self.model.hidden_size))
+
+    def experts_us(self, layer: int, rows: Sequence[int]) -> float:
+        costs = self._experts[layer]
+        if costs is None or not rows:
+            return 0.0
+        return costs.cpu_start_us + sum(costs.cpu[count] for count in rows)
+
+    def tier_us(self, layer: int, num_active: int, num_missing: int) -> float:
+        return float(self.engine.in_parts[:3] @ (1.0, num_active, num_missing))
+
+    def parts_us(self, layer: int, num_rows: int, num_groups: int) -> float:
+        """What computing experts in so many runs adds, and what each row adds to deciding."""
+        experts = self.model.layers[layer].experts
+        assert experts is not None, f"layer {layer} has no experts"
+        numbers = num_rows * experts.top_k * self.model.hidden_size
+        us = float(self.engine.pairs @ (num_groups, numbers))
+        return us + float(self.engine.in_parts[3]) * num_rows
+
+
+def fit_profile(profile: Profile, steps: StepFigures) -> EngineCosts:
+    """The engine's own costs on the machine of a profile."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(steps.config))
+        model = read_shape(ModelConfig(model=str(path), quantize=steps.quantize), path)
+    products = Products(profile)
+    experts = model.layers[0].experts
+    assert experts is not None, "the model that is measured has experts"
+    costs = CostModel.of(profile, experts.spec, experts.form, experts.record_bytes)
+
+    def attention_us(layer: LayerShape, rows: int) -> float:
+        return sum(products.us(m, rows) for m in layer.products if not is_router(m))
+
+    return fit_engine(
+        steps,
+        model,
+        ProductCosts(
+            head_us=lambda rows: products.us(model.head, rows),
+            attention_us=attention_us,
+            router_us=lambda layer, rows: sum(
+                products.us(m, rows) for m in layer.products if is_router(m)
+            ),
+            expert_us=lambda layer, rows: costs.cpu[rows],
+            start_us=costs.cpu_start_us,
+        ),
+    )
+
+
+def is_router(matrix: Matrix) -> bool:
+    return matrix.name.split(".")[0] == ROUTER

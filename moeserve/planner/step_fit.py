@@ -1,0 +1,216 @@
+"""What our engine adds to its products: fitted to the steps that a profile has.
+
+The fit takes from every measured part what its products cost by the same curves that predictions
+use, so that it holds whatever those leave out, and the steps of the profile come out as measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.experts.schedule.profile import AttentionPoint, Figure, StepFigures, StepPoint
+from moeserve.planner.plan_types import AttentionShape, LayerShape, ModelShape
+
+#: keys that attention computes together (csrc/attention.h): a row pays for whole blocks
+BLOCK_KEYS = 64
+#: pairs of rows and heads that read keys together, at most (csrc/attention.cpp)
+TILE_PAIRS = 96
+Costs = NDArray[np.float64]
+
+
+def fit_costs(features: Sequence[Sequence[float]], us: Sequence[float]) -> Costs:
+    """Costs >= 0 of each feature [F], by least squares of relative errors. features: [N, F].
+
+    A feature whose cost comes out negative is left out and the others are fitted again: with as few
+    as here that is the constrained optimum, or close to it.
+    """
+    matrix, wanted = np.asarray(features, np.float64), np.asarray(us, np.float64)
+    weights = 1 / np.maximum(np.abs(wanted), 1.0)
+    costs = np.zeros(matrix.shape[1])
+    kept = list(range(matrix.shape[1]))
+    while kept:
+        weighted = matrix[:, kept] * weights[:, None]
+        solution = np.linalg.lstsq(weighted, wanted * weights, rcond=None)[0]
+        if (solution >= 0).all():
+            costs[kept] = solution
+            break
+        del kept[int(solution.argmin())]
+    return costs
+
+
+def attention_features(shape: AttentionShape, start: int, num_rows: int) -> list[float]:
+    """What one sequence's rows cost by: one, numbers of kv that are read, multiply-adds.
+
+    start: tokens before the rows. Prompts pay for whole blocks of keys.
+    """
+    first, last = shape.keys(start + 1), shape.keys(start + num_rows)
+    keys = (first + last) / 2 + (BLOCK_KEYS / 2 if num_rows > 1 else 0)
+    tiles = max(1.0, num_rows * shape.num_heads / shape.kv_heads / TILE_PAIRS)
+    width = shape.score_width + shape.value_width
+    return [1.0, tiles * keys * shape.kv_heads * width, num_rows * shape.num_heads * keys * width]
+
+
+def rows_at_random(num_rows: int, num_experts: int, top_k: int) -> list[tuple[int, float]]:
+    """(rows of an expert, how many experts have so many), where every choice is as likely."""
+    share = top_k / num_experts
+    return [
+        (r, num_experts * comb(num_rows, r) * share**r * (1 - share) ** (num_rows - r))
+        for r in range(1, num_rows + 1)
+    ]
+
+
+@dataclass(frozen=True)
+class ProductCosts:
+    """Microseconds by the curves alone: of the head and of a layer's attention products for a
+    number of rows, of one expert, of the start of a job."""
+
+    head_us: Callable[[int], float]
+    attention_us: Callable[[LayerShape, int], float]
+    router_us: Callable[[LayerShape, int], float]
+    expert_us: Callable[[LayerShape, int], float]
+    start_us: float
+
+
+@dataclass(frozen=True)
+class EngineCosts:
+    """Microseconds by feature; zeros where nothing is known.
+
+    attention: of `attention_features`. sampling: of a step, of a row's number of the vocabulary.
+    once: of a step, of a sequence, of a row. around_attention, around_experts: of a layer, of a
+    number of a row. in_parts: of a layer, of an active expert, of a missing one, of a row: deciding
+    and leasing. pairs: of a run of experts, of a number of a row that chose an expert.
+    """
+
+    attention: Costs = field(default_factory=lambda: np.zeros(3))
+    sampling: Costs = field(default_factory=lambda: np.zeros(2))
+    once: Costs = field(default_factory=lambda: np.zeros(3))
+    around_attention: Costs = field(default_factory=lambda: np.zeros(2))
+    around_experts: Costs = field(default_factory=lambda: np.zeros(2))
+    in_parts: Costs = field(default_factory=lambda: np.zeros(4))
+    pairs: Costs = field(default_factory=lambda: np.zeros(2))
+
+    def attention_us(self, shape: AttentionShape, start: int, num_rows: int) -> float:
+        return float(self.attention @ attention_features(shape, start, num_rows))
+
+    def sampling_us(self, num_rows: int, vocab_size: int) -> float:
+        return float(self.sampling @ (1.0, num_rows * vocab_size)) if num_rows else 0.0
+
+
+def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) -> EngineCosts:
+    """model: of figures.config."""
+    layer = model.layers[0]
+    attention = fit_costs(
+        [_of_point(point) for point in figures.attention], [p.us.value for p in figures.attention]
+    )
+    sampling = fit_costs(
+        [(1.0, p.num_rows * p.vocab_size) for p in figures.sampling],
+        [p.us.value for p in figures.sampling],
+    )
+    known = EngineCosts(attention=attention, sampling=sampling)
+    resident = [point for point in figures.steps if not point.tiered]
+    tiered = [point for point in figures.steps if point.tiered]
+    return EngineCosts(
+        attention=attention,
+        sampling=sampling,
+        once=_fit(
+            figures.steps,
+            lambda p: (1.0, p.num_streams, p.num_rows),
+            lambda p: (
+                _sum(p.once_us)
+                - products.head_us(p.num_streams)
+                - known.sampling_us(p.num_streams, model.vocab_size)
+            ),
+        ),
+        around_attention=_fit(
+            figures.steps,
+            lambda p: (1.0, p.num_rows * attention_width(model, layer)),
+            lambda p: (
+                _value(p, "attention")
+                - products.attention_us(layer, p.num_rows)
+                - _attend_us(known, layer, p)
+            ),
+        ),
+        around_experts=_fit(
+            resident,
+            lambda p: (1.0, p.num_rows * model.hidden_size),
+            lambda p: (
+                _value(p, "feed forward")
+                - products.router_us(layer, p.num_rows)
+                - _experts_us(products, layer, p)
+                - products.start_us
+            ),
+        ),
+        in_parts=_fit(
+            tiered,
+            lambda p: (1.0, p.num_active, p.num_missing, p.num_rows),
+            lambda p: _value(p, "feed forward") - _value(p, "experts") - _value(p, "stall"),
+        ),
+        pairs=_fit(
+            tiered,
+            lambda p: (p.num_groups, p.num_rows * _top_k(layer) * model.hidden_size),
+            lambda p: _value(p, "experts") - _experts_us(products, layer, p),
+        ),
+    )
+
+
+def _of_point(point: AttentionPoint) -> list[float]:
+    shape = AttentionShape(
+        num_heads=point.kv_heads * point.group_heads,
+        score_width=point.head_dim,
+        value_width=point.head_dim,
+        kv_heads=point.kv_heads,
+        kv_width=2 * point.head_dim,
+        window=None,
+    )
+    return attention_features(shape, point.context_tokens - point.num_rows, point.num_rows)
+
+
+def _fit(
+    points: Sequence[StepPoint],
+    features: Callable[[StepPoint], Sequence[float]],
+    us: Callable[[StepPoint], float],
+) -> Costs:
+    return fit_costs([features(point) for point in points], [us(point) for point in points])
+
+
+def attention_width(model: ModelShape, layer: LayerShape) -> int:
+    """Numbers of a row that stand around attention's products: normed, turned, added."""
+    shape = layer.attention
+    return (
+        2 * model.hidden_size
+        + shape.num_heads * shape.score_width
+        + (shape.kv_heads * shape.kv_width)
+    )
+
+
+def _top_k(layer: LayerShape) -> int:
+    assert layer.experts is not None, "the model that is measured has experts in all layers"
+    return layer.experts.top_k
+
+
+def _attend_us(known: EngineCosts, layer: LayerShape, point: StepPoint) -> float:
+    rows = point.num_rows // point.num_streams
+    start = point.context_tokens - rows
+    return point.num_streams * known.attention_us(layer.attention, start, rows)
+
+
+def _experts_us(products: ProductCosts, layer: LayerShape, point: StepPoint) -> float:
+    """As if every choice were as likely: the model's routers are random."""
+    experts = layer.experts
+    assert experts is not None, "the model that is measured has experts in all layers"
+    spread = rows_at_random(point.num_rows, experts.spec.num_experts, experts.top_k)
+    return sum(count * products.expert_us(layer, rows) for rows, count in spread)
+
+
+def _sum(parts: dict[str, Figure]) -> float:
+    return sum(figure.value for figure in parts.values())
+
+
+def _value(point: StepPoint, part: str) -> float:
+    figure = point.layer_us.get(part)
+    return 0.0 if figure is None else figure.value
