@@ -1,16 +1,17 @@
 """The real request scheduler and block manager on a simulated clock, without a model.
 
-A discrete-event loop: requests arrive at given times, every step lasts as long as a cost model
-says, every output ends at a given length. Used to compare admission rules on traces of real
-traffic (`scripts/bench_admission.py`). Times are simulated seconds; no figure from here says how
-fast any machine is.
+A discrete-event loop: requests arrive at given times, or when others end; every step lasts as long
+as a cost model says, every output ends at a given length. Used to compare admission rules on traces
+of real traffic (`scripts/bench_admission.py`), and by the planner with the costs of a calibrated
+machine. Times are simulated seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from itertools import islice
+from typing import Final, Protocol
 
 from moeserve.config import SchedulerConfig
 from moeserve.core import EngineRequest, EngineStats, SamplingParams
@@ -30,6 +31,14 @@ class Arrival:
     token_ids: list[int]
     num_output_tokens: int
     max_tokens: int
+
+
+class StepClock(Protocol):
+    """How long steps take."""
+
+    def seconds(self, batch: ScheduledBatch) -> float:
+        """Of one step; called once for each, in order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,11 @@ class RequestTimes:
     def ttft_s(self) -> float:
         return float("inf") if self.first_s is None else self.first_s - self.arrived_s
 
+    @property
+    def tpot_s(self) -> float:
+        """Mean time between two tokens; 0 where there is only one."""
+        return (self.last_s - (self.first_s or 0.0)) / max(self.received - 1, 1)
+
     def good(self, slo: Slo) -> bool:
         complete = self.received == self.num_output_tokens
         return complete and self.ttft_s <= slo.ttft_s and self.longest_gap_s <= slo.max_tpot_s
@@ -102,10 +116,11 @@ class Simulation:
         config: SchedulerConfig,
         num_blocks: int,
         block_tokens: int,
-        cost: StepCost,
+        cost: StepClock,
         admission: AdmissionPolicy | None = None,
+        prefix_reuse: bool = True,
     ) -> None:
-        self.blocks = BlockManager(num_blocks, block_tokens, prefix_reuse=True)
+        self.blocks = BlockManager(num_blocks, block_tokens, prefix_reuse)
         no_limit = 1 << 40  # the pool is what limits lengths here
         self.scheduler = RequestScheduler(config, self.blocks, (END,), no_limit, admission)
         self._cost = cost
@@ -116,10 +131,10 @@ class Simulation:
         """Plays a whole trace; `arrivals` come in order of time and are read as they come due."""
         upcoming = iter(arrivals)
         arrival = next(upcoming, None)
-        result, now_s = self._result, 0.0
+        now_s = 0.0
         while True:
             while arrival is not None and arrival.at_s <= now_s:
-                self._add(arrival)
+                self._add(arrival, arrival.at_s)
                 arrival = next(upcoming, None)
             batch = self.scheduler.schedule(now_s)
             if batch is not None:
@@ -127,8 +142,25 @@ class Simulation:
             elif arrival is not None:
                 now_s = arrival.at_s
             else:
-                break
+                return self._ended(now_s)
+
+    def run_closed(self, arrivals: Iterable[Arrival], concurrency: int) -> SimulationResult:
+        """So many clients, each of which sends its next request when its last one has ended: times
+        of arrival are not those of the trace."""
+        upcoming = iter(arrivals)
+        now_s = 0.0
+        while True:
+            missing = concurrency - self.scheduler.num_running - self.scheduler.num_waiting
+            for arrival in islice(upcoming, missing):
+                self._add(arrival, now_s)
+            batch = self.scheduler.schedule(now_s)
+            if batch is None:
+                return self._ended(now_s)
+            now_s += self._step(batch, now_s)
+
+    def _ended(self, now_s: float) -> SimulationResult:
         assert not self.scheduler.has_work
+        result = self._result
         result.stats = self.scheduler.stats()
         result.end_s = now_s
         busy_s = max(self._busy_s, 1e-12)
@@ -136,15 +168,15 @@ class Simulation:
         result.mean_kv_use = self._held_s / busy_s / self.blocks.num_blocks
         return result
 
-    def _add(self, arrival: Arrival) -> None:
+    def _add(self, arrival: Arrival, now_s: float) -> None:
         number = len(self._result.requests)
-        self._result.requests.append(RequestTimes(arrival.at_s, arrival.num_output_tokens))
+        self._result.requests.append(RequestTimes(now_s, arrival.num_output_tokens))
         request = EngineRequest(
             request_id=str(number),
             token_ids=arrival.token_ids,
             params=SamplingParams(max_tokens=arrival.max_tokens),
         )
-        self.scheduler.add(request, arrival.at_s)
+        self.scheduler.add(request, now_s)
 
     def _step(self, batch: ScheduledBatch, now_s: float) -> float:
         """Runs a batch; returns how long it took."""

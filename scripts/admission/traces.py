@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import islice
 from pathlib import Path
 
 from moeserve.config import SchedulerConfig
 from moeserve.engine.simulation import Arrival
+from moeserve.planner.workload import MOONCAKE_BLOCK, WorkloadRequest, read_workload
 
-MOONCAKE_BLOCK = 512
 #: the first request of each window
 WINDOWS = {
     "azure-code": (5000, 6300, 7600),
@@ -25,28 +21,11 @@ HISTORY = SchedulerConfig().history_requests
 
 
 @dataclass(frozen=True)
-class TraceRow:
-    at_s: float
-    num_prompt: int
-    num_output: int
-    hash_ids: tuple[int, ...] = ()
-
-    def tokens(self, number: int) -> list[int]:
-        """Prompt ids: equal exactly where the trace says that prefixes are equal."""
-        if not self.hash_ids:
-            return [number] * self.num_prompt
-        tokens: list[int] = []
-        for hash_id in self.hash_ids:
-            tokens += [hash_id] * min(MOONCAKE_BLOCK, self.num_prompt - len(tokens))
-        return tokens
-
-
-@dataclass(frozen=True)
 class Trace:
     """A window of a trace. history: lengths of the outputs before it."""
 
     name: str
-    rows: list[TraceRow]
+    rows: list[WorkloadRequest]
     history: tuple[int, ...] = ()
 
     @property
@@ -88,41 +67,12 @@ class Trace:
             yield Arrival(at_s, row.tokens(number), row.num_output, self.max_tokens)
 
 
-def read_azure(path: Path, start: int, stop: int) -> list[TraceRow]:
-    with path.open(newline="") as file:
-        rows = list(islice(csv.DictReader(file), start, stop))
-    return [
-        TraceRow(
-            # Python 3.10 reads at most six digits of a second.
-            datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp(),
-            int(row["ContextTokens"]),
-            int(row["GeneratedTokens"]),
-        )
-        for row in rows
-    ]
-
-
-def read_mooncake(path: Path, start: int, stop: int) -> list[TraceRow]:
-    with path.open() as file:
-        rows = [json.loads(line) for line in islice(file, start, stop)]
-    return [
-        TraceRow(
-            row["timestamp"] / 1000,
-            row["input_length"],
-            row["output_length"],
-            tuple(row["hash_ids"]),
-        )
-        for row in rows
-    ]
-
-
 def read_window(workloads: Path, name: str, start: int, num_requests: int) -> Trace:
     first, stop = max(start - HISTORY, 0), start + num_requests
+    file = f"AzureLLMInferenceTrace_{name.removeprefix('azure-')}.csv"
     if name == "mooncake":
-        rows = read_mooncake(workloads / "mooncake_conversation.jsonl", first, stop)
-    else:
-        file = f"AzureLLMInferenceTrace_{name.removeprefix('azure-')}.csv"
-        rows = read_azure(workloads / file, first, stop)
+        file = "mooncake_conversation.jsonl"
+    rows = list(read_workload(workloads / file, stop).requests[first:])
     before, window = rows[: start - first], rows[start - first :]
     assert len(window) == num_requests, f"{name} has no {num_requests} requests from {start}"
     return Trace(name, window, tuple(row.num_output for row in before))

@@ -71,3 +71,16 @@ def test_the_same_arrivals_give_the_same_result(crowd: list[Arrival]) -> None:
     first, second = (Simulation(SchedulerConfig(), 120, 16, cost).run(crowd[:60]) for _ in range(2))
     assert first.requests == second.requests
     assert first.end_s == second.end_s
+
+
+def test_closed_clients_wait_for_their_answers() -> None:
+    config = SchedulerConfig(max_batch_tokens=64)
+    arrivals = [Arrival(0.0, [number] * 4, 2, 5) for number in range(5)]
+    result = Simulation(config, 100, 4, COST).run_closed(arrivals, 2)
+    assert [times.received for times in result.requests] == [2] * 5
+    # two at a time: prompts together, then one token each, then the next two
+    step = [1 + 8 * 0.25 + 8 * 0.125, 1 + 2 * 0.25 + 10 * 0.125]
+    assert [times.arrived_s for times in result.requests] == [
+        pytest.approx(rank // 2 * sum(step)) for rank in range(5)
+    ]
+    assert result.requests[0].tpot_s == pytest.approx(step[1])

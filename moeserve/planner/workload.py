@@ -1,0 +1,176 @@
+"""Recorded traffic: when requests came, and how long their prompts and outputs were.
+
+Three column layouts are read as they are published, told apart by what the file begins with:
+
+- Azure (AzureLLMInferenceTrace_*.csv): TIMESTAMP, ContextTokens, GeneratedTokens.
+- BurstGPT (BurstGPT_*.csv): Timestamp (seconds), Model, Request tokens, Response tokens, Total
+  tokens, Log Type; further columns are passed over, and so are requests whose response failed.
+- Mooncake (*.jsonl): timestamp (ms), input_length, output_length, hash_ids of 512-token blocks.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moeserve.core import ConfigError
+
+Row = TypeVar("Row")
+#: tokens of one of Mooncake's blocks
+MOONCAKE_BLOCK = 512
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+BURST_GPT = ("Timestamp", "Request tokens", "Response tokens")
+MOONCAKE = ("timestamp", "input_length", "output_length")
+HINT = (
+    "the layouts are those of Azure (TIMESTAMP,ContextTokens,GeneratedTokens), BurstGPT"
+    " (Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type) and Mooncake (JSON"
+    " lines with timestamp, input_length, output_length)"
+)
+
+
+@dataclass(frozen=True)
+class WorkloadRequest:
+    """at_s: from the trace's own zero. hash_ids: of the prompt's blocks, equal where prefixes are
+    equal; empty where the trace does not say."""
+
+    at_s: float
+    num_prompt: int
+    num_output: int
+    hash_ids: tuple[int, ...] = ()
+
+    def tokens(self, number: int, vocab_size: int | None = None) -> list[int]:
+        """Prompt ids: equal exactly where the trace says that prefixes are equal. number: of the
+        request, for a prompt like no other's. vocab_size: ids are below it, and then two unlike
+        blocks may hold the same ids."""
+        if not self.hash_ids:
+            return [number % (vocab_size or number + 1)] * self.num_prompt
+        tokens: list[int] = []
+        for hash_id in self.hash_ids:
+            known = hash_id % (vocab_size or hash_id + 1)
+            tokens += [known] * min(MOONCAKE_BLOCK, self.num_prompt - len(tokens))
+        return tokens
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests in the order of their arrival; the first comes at 0 s.
+
+    num_dropped: requests of the file without a prompt or an answer.
+    """
+
+    name: str
+    requests: tuple[WorkloadRequest, ...]
+    num_dropped: int = 0
+
+    @property
+    def span_s(self) -> float:
+        """Between the first and the last arrival."""
+        return self.requests[-1].at_s
+
+    @property
+    def longest(self) -> int:
+        """Prompt and output of the longest request, in tokens."""
+        return max(request.num_prompt + request.num_output for request in self.requests)
+
+    def first(self, count: int) -> Workload:
+        return replace(self, requests=self.requests[:count])
+
+    def faster(self, speed: float) -> Workload:
+        """With all times divided by speed, so that bursts stay."""
+        if not speed > 0:
+            raise ConfigError(f"speed: {speed}; allowed: above 0", field="speed")
+        return replace(self, requests=tuple(replace(r, at_s=r.at_s / speed) for r in self.requests))
+
+
+def read_workload(path: Path, limit: int | None = None) -> Workload:
+    """limit: requests that are read, from the first; None: all.
+
+    Raises ConfigError, naming the file, the line and the columns, for what is no such trace, and
+    for one without requests.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"requests: {limit}; allowed: 1 or more", field="requests")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            rows = _json_lines(path, file) if first.lstrip().startswith("{") else _csv(path, file)
+            found = list(islice(rows, limit))
+    except OSError as error:
+        raise _bad(path, f"cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise _bad(path, f"is no text with columns: {error}") from error
+    kept = sorted((r for r in found if r.num_prompt > 0 and r.num_output > 0), key=lambda r: r.at_s)
+    if not kept:
+        raise _bad(path, "has no requests" + (" with a prompt and an answer" if found else ""))
+    start_s = kept[0].at_s
+    return Workload(
+        path.stem,
+        tuple(replace(request, at_s=request.at_s - start_s) for request in kept),
+        len(found) - len(kept),
+    )
+
+
+def _csv(path: Path, lines: Iterator[str]) -> Iterator[WorkloadRequest]:
+    reader = csv.DictReader(lines)
+    names = tuple(name.strip() for name in reader.fieldnames or ())
+    reader.fieldnames = names
+    for columns, read in ((AZURE, _azure), (BURST_GPT, _burst_gpt)):
+        if set(columns) <= set(names):
+            yield from _rows(path, enumerate(reader, start=2), read)
+            return
+    raise _bad(path, f"has the columns {', '.join(names) or 'none'}")
+
+
+def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[WorkloadRequest]:
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    yield from _rows(path, numbered, lambda line: _mooncake(json.loads(line)))
+
+
+def _rows(
+    path: Path, rows: Iterator[tuple[int, Row]], read: Callable[[Row], WorkloadRequest]
+) -> Iterator[WorkloadRequest]:
+    """rows: with their line numbers."""
+    for number, row in rows:
+        try:
+            request = read(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise _bad(path, f"line {number}: {error!r}") from error
+        if min(request.num_prompt, request.num_output) < 0 or not request.at_s >= 0:
+            raise _bad(path, f"line {number}: a number is negative")
+        yield request
+
+
+def _azure(row: Mapping[str, Any]) -> WorkloadRequest:
+    # Python 3.10 reads at most six digits of a second.
+    at_s = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
+    return WorkloadRequest(at_s, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+
+
+def _burst_gpt(row: Mapping[str, Any]) -> WorkloadRequest:
+    return WorkloadRequest(
+        float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"])
+    )
+
+
+def _mooncake(row: Mapping[str, Any]) -> WorkloadRequest:
+    missing = [name for name in MOONCAKE if name not in row]
+    if missing:
+        raise KeyError(*missing)
+    hash_ids: Sequence[int] = row.get("hash_ids", ())
+    return WorkloadRequest(
+        float(row["timestamp"]) / 1000,
+        int(row["input_length"]),
+        int(row["output_length"]),
+        tuple(int(each) for each in hash_ids),
+    )
+
+
+def _bad(path: Path, what: str) -> ConfigError:
+    return ConfigError(f"workload: {path} {what}", field="workload", hint=HINT)

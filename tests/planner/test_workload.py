@@ -1,0 +1,93 @@
+"""Traffic files in the three published layouts, and what is wrong with others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moeserve.core import ConfigError
+from moeserve.planner.workload import WorkloadRequest, read_workload
+
+AZURE = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+    "2023-11-16 18:17:03.9799600,4808,10\r\n"
+    "2023-11-16 18:17:05.4799600,3180,8"
+)
+BURST_GPT = (
+    "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    "5,ChatGPT,472,18,490,Conversation log\n"
+    "45,ChatGPT,1087,0,1087,Conversation log\n"
+    "118,GPT-4,417,276,693,API log\n"
+)
+MOONCAKE = (
+    '{"timestamp": 1000, "input_length": 700, "output_length": 5, "hash_ids": [0, 1]}\n'
+    '{"timestamp": 250, "input_length": 520, "output_length": 4, "hash_ids": [0, 2]}\n\n'
+)
+
+
+def write(tmp_path: Path, text: str, name: str = "trace.csv") -> Path:
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_azure(tmp_path: Path) -> None:
+    workload = read_workload(write(tmp_path, AZURE))
+    assert workload.requests[0] == WorkloadRequest(0.0, 4808, 10)
+    assert workload.requests[1].at_s == pytest.approx(1.5)
+    assert workload.longest == 4818
+
+
+def test_burst_gpt_without_the_answers_that_failed(tmp_path: Path) -> None:
+    workload = read_workload(write(tmp_path, BURST_GPT))
+    assert workload.requests == (WorkloadRequest(0.0, 472, 18), WorkloadRequest(113.0, 417, 276))
+    assert workload.num_dropped == 1
+    assert workload.faster(2).span_s == 56.5
+
+
+def test_mooncake_in_order_of_arrival_with_its_prefixes(tmp_path: Path) -> None:
+    first, second = read_workload(write(tmp_path, MOONCAKE, "trace.jsonl")).requests
+    assert (first.at_s, second.at_s) == (0.0, 0.75)
+    a, b = first.tokens(0), second.tokens(1)
+    assert (len(a), len(b)) == (520, 700)
+    assert a[:512] == b[:512]
+    assert a[512:] != b[512:520]
+
+
+def test_prompts_of_the_others_share_nothing(tmp_path: Path) -> None:
+    first, second = read_workload(write(tmp_path, AZURE)).requests
+    assert not set(first.tokens(0)) & set(second.tokens(1))
+
+
+def test_no_more_than_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path, BURST_GPT)
+    assert len(read_workload(path, 1).requests) == 1
+    with pytest.raises(ConfigError, match="requests: 0"):
+        read_workload(path, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "columns none"),
+        ("a,b\n1,2\n", "columns a, b"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n", "line 2"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,-1,1\n", "line 2.*negative"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,7\n", "line 2"),
+        (BURST_GPT.splitlines()[0] + "\n1,x,5,0,5,y\n", "prompt and an answer"),
+        ('{"timestamp": 1, "input_length": 7}\n', "line 1.*output_length"),
+        ('{"timestamp": 1, "input_length": 7, "output_length": 1}\n{"times', "line 2"),
+        ("\x00\xff,", "columns"),
+    ],
+)
+def test_what_is_no_trace_is_named(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=f"workload: .*{path.name}.*{said}"):
+        read_workload(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        read_workload(tmp_path / "missing.csv")
