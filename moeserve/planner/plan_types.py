@@ -41,11 +41,13 @@ class Traffic:
 class PlanRequest:
     """engine: the settings that `serve` would be given; engine.model.model may be a config.json.
     hardware: a profile's file, or the name of a shipped one; None: this machine, as calibrated.
-    trace: recorded routing (`moeserve trace`), for hit rates; None: from popularity."""
+    foreign: a profile that was measured on another machine is meant. trace: recorded routing
+    (`moeserve trace`), for hit rates; None: from popularity."""
 
     engine: EngineConfig
     traffic: Traffic
     hardware: str | None = None
+    foreign: bool = False
     trace: Path | None = None
 
 

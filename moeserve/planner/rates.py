@@ -1,0 +1,117 @@
+"""The rates of a deployment's hardware that bounds are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from moeserve.core import ConfigError
+from moeserve.experts.schedule.profile import Processor, ReadRate
+from moeserve.planner.plan_types import Deployment
+
+#: what numbers of a format are multiplied as: a key of Processor.ops_per_s, best first
+MULTIPLIED_AS: Mapping[str, tuple[str, ...]] = {
+    "float32": ("f32",),
+    "bfloat16": ("bf16", "f32"),
+    "float16": ("fp16", "bf16", "f32"),
+    "int8": ("int8", "bf16", "f32"),
+    "int4": ("int8", "bf16", "f32"),
+    "mxfp4": ("int8", "bf16", "f32"),
+    "fp8": ("bf16", "f32"),
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes and operations per second. Each raises ConfigError where the profile lacks it."""
+
+    deployment: Deployment
+
+    @property
+    def cpu_read(self) -> float:
+        """Of the threads that the deployment uses, or of the fewest that were measured."""
+        cpu = self.deployment.profile.cpu
+        few = [r for r in cpu.read if r.num_threads <= self.deployment.num_threads]
+        return _best_read(cpu, few or cpu.read)
+
+    @property
+    def device_read(self) -> float:
+        return _best_read(self._device, self._device.read)
+
+    def cpu_peak(self, form: str) -> float:
+        """With fewer threads than were calibrated, in proportion."""
+        profile = self.deployment.profile
+        share = min(1.0, self.deployment.num_threads / max(1, profile.hardware.num_cores))
+        return share * peak_of(profile.cpu, form)
+
+    def device_peak(self, form: str) -> float:
+        return peak_of(self._device, form)
+
+    def peak(self, form: str) -> float:
+        """Of what computes: the device where there is one."""
+        on_device = self.deployment.device_slots is not None
+        return self.device_peak(form) if on_device else self.cpu_peak(form)
+
+    @property
+    def link(self) -> float:
+        """The best over all sizes of a copy, and what more bytes cost: without what every copy does."""
+        points = sorted(self.deployment.profile.link, key=lambda point: point.num_bytes)
+        rates = [p.num_bytes / p.us.value for p in points if p.us.value]
+        rates += [
+            (b.num_bytes - a.num_bytes) / (b.us.value - a.us.value)
+            for a, b in pairwise(points)
+            if b.us.value > a.us.value
+        ]
+        if not any(rates):
+            raise ConfigError("hardware: the profile has no link to the device", field="hardware")
+        return max(rates) * 1e6
+
+    @property
+    def disk(self) -> float:
+        rates = [point.bytes_per_s.value for point in self.deployment.profile.disk]
+        if not rates:
+            raise ConfigError(
+                "hardware: the profile has no disk, and experts are to be read from one",
+                field="hardware",
+                hint="run `moeserve calibrate --disk-dir DIR`",
+            )
+        return max(rates)
+
+    @property
+    def crossing(self) -> float:
+        """Of the slowest link that weights cross on their way to what computes."""
+        if self.deployment.device_slots is not None:
+            return self.link
+        return self.cpu_read if self.deployment.host_slots is None else self.disk
+
+    @property
+    def _device(self) -> Processor:
+        device = self.deployment.profile.device
+        assert device is not None, "deployments with slots on a device have one"
+        return device
+
+
+def peak_of(processor: Processor, form: str) -> float:
+    """form: a `PackFormat.describe()`. Raises ConfigError."""
+    peaks = {name: figure.value for name, figure in processor.ops_per_s.items()}
+    name = form.split("/")[0].split("+")[0].split(" ")[0]
+    wanted = MULTIPLIED_AS.get(name, ("f32",))
+    if "weight-only" in form:
+        wanted = wanted[1:] or wanted
+    found = [peaks[kind] for kind in wanted if kind in peaks]
+    if not found:
+        raise ConfigError(
+            f"hardware: the profile has no peak of {processor.name} for {form} weights",
+            field="hardware",
+        )
+    return found[0]
+
+
+def _best_read(processor: Processor, rates: list[ReadRate]) -> float:
+    plain = [rate.bytes_per_s.value for rate in rates if rate.kernel == "read"]
+    if not plain:
+        raise ConfigError(
+            f"hardware: the profile has no reads of {processor.name}", field="hardware"
+        )
+    return max(plain)
