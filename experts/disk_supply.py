@@ -100,6 +100,19 @@ class DiskSupply(ExpertSupply):
         self.slots.grow(1 + max(change.added, default=-1))
         self._give_back(change.given_up)
 
+    def settle(self) -> None:
+        """Waits until memory is no longer in use that a smaller size has no room for: what is being
+        read into it arrives first. Only between two steps, when no lease names a slot."""
+        self.collect()
+        if self.cache.num_owed:
+            for load in self.transfers.cancel_prefetches():
+                self.cache.abandon(load.key)
+            self.readers.let_go()
+        while self.cache.num_owed:
+            if not self.readers.wait():
+                self._take_all(self.transfers.wait())
+        self.collect()
+
     def busy_s(self) -> float:
         """Seconds for which anything was being read so far."""
         return self.transfers.stats.busy_s

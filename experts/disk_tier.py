@@ -46,7 +46,7 @@ def build_disk_tier(
     """records: of every expert of the layers in `specs`.
 
     As many slots as `config` allows if experts were all that memory is for; who knows what else
-    there is makes them fewer (`ExpertRuntime.fit_host_memory`), before any is written. Raises
+    there is makes them fewer (`ExpertRuntime.resize_host_memory`), before any is written. Raises
     ConfigError where there is no room for two experts, StoreError where files cannot be read.
     """
     slot_bytes = max(record.num_bytes for record in records.values())

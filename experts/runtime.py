@@ -156,13 +156,26 @@ class ExpertRuntime:
         if self.disk is not None:
             self.disk.supply.add_layer(layer, experts)
 
-    def fit_host_memory(self, other_bytes: int) -> None:
-        """Leaves room for what else must be in memory: weights of every token, and kv.
+    @property
+    def host_slot_bytes(self) -> int | None:
+        """Of a slot of the host tier over the disk; None where all experts are resident."""
+        return None if self.disk is None else self.disk.supply.slots.slot_bytes
 
-        Raises ConfigError where that leaves none for experts.
-        """
-        if self.config.host_memory_bytes is not None and self.disk is not None:
-            self.resize_host_memory(self.config.host_memory_bytes, other_bytes)
+    @property
+    def num_experts(self) -> int:
+        """Of all MoE layers together."""
+        return self.cache.numbers.total
+
+    @property
+    def num_misses(self) -> int:
+        """Uses of experts that had no slot in memory, so far."""
+        cache = self.cache if self.disk is None else self.disk.cache
+        return int(cache.counters.misses.sum())
+
+    def settle_host_memory(self) -> None:
+        """Waits until the memory is free that a smaller budget took away; between two steps."""
+        if self.disk is not None:
+            self.disk.supply.settle()
 
     def resize_host_memory(self, budget_bytes: int, other_bytes: int) -> None:
         """Makes the host tier as large as a budget allows; may be called between two steps.

@@ -187,6 +187,9 @@ class ExpertConfig:
     host_slots: int | None = setting(
         None, "exact number of experts in memory, instead of host_memory_bytes"
     )
+    min_host_slots: int = setting(
+        2, "with host_memory_bytes: experts that keep room in memory however much kv grows"
+    )
     policy: str = setting(
         "auto",
         "which expert leaves memory for another: lru, lfu, mrs, least_stale or score; resident "
@@ -274,6 +277,7 @@ class ExpertConfig:
             ("disk_threads", 1),
             ("device_memory_bytes", 1),
             ("device_slots", 1),
+            ("min_host_slots", 2),
         ):
             value = getattr(self, name)
             if value is not None:

@@ -75,6 +75,7 @@ class ExpertUse(Message, frozen=True, kw_only=True, tag="expert_use"):
 class CacheResized(Message, frozen=True, kw_only=True, tag="cache_resized"):
     """What the budget is made of: weights that every token needs, kv, slots of experts.
 
+    kv_bytes: what kv has now. kv_limit_bytes: what it may take, from experts, when it needs it.
     slots_owed: still in use; given up as soon as they are not.
     """
 
@@ -82,6 +83,7 @@ class CacheResized(Message, frozen=True, kw_only=True, tag="cache_resized"):
     host_memory_bytes: int
     weights_bytes: int
     kv_bytes: int
+    kv_limit_bytes: int
     slot_bytes: int
     slots_before: int
     slots: int

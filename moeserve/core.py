@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from moeserve.stats import ExpertStats
+from moeserve.stats import ExpertStats, MemoryStats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -282,7 +282,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
-    kv_bytes: int = 0  # memory of all kv blocks
+    kv_bytes: int = 0  # memory of the kv blocks that may be used now
     prefix_cached_blocks: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0
@@ -293,6 +293,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float = 0.0
     extra: dict[str, float] = {}
     experts: ExpertStats | None = None
+    memory: MemoryStats | None = None  # None: kv and experts share none
 
 
 def unknown_fields(given: Mapping[str, object], known: set[str]) -> list[str]:

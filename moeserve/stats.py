@@ -45,6 +45,22 @@ class LinkStats(msgspec.Struct, frozen=True, kw_only=True):
     num_retries: int
 
 
+class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What the host's memory is given to, where kv and experts share a budget.
+
+    kv_bytes: for blocks that may be used now. kv_limit_bytes: for as many as there may ever be.
+    experts_bytes: of their slots. What is left is less than a slot, or all experts have one.
+    """
+
+    budget_bytes: int
+    weights_bytes: int  # that every token needs
+    kv_bytes: int
+    kv_limit_bytes: int
+    experts_bytes: int
+    num_kv_grown: int  # how often kv took memory from experts
+    num_kv_shrunk: int  # and gave some back
+
+
 class ExpertStats(msgspec.Struct, frozen=True, kw_only=True):
     """layers: indices of the MoE layers; all lists are in that order.
 

@@ -52,13 +52,15 @@ class CanControl(Protocol):
 class CacheResized:
     """What the budget of the host's memory is made of now.
 
-    weights_bytes: weights that every token needs. slots: experts that have room in the rest.
+    weights_bytes: weights that every token needs. kv_bytes: what kv has now; it takes up to
+    kv_limit_bytes, from experts, when it needs them. slots: experts that have room in the rest.
     slots_owed: slots still in use beyond that; they are given up when they are not.
     """
 
     host_memory_bytes: int
     weights_bytes: int
     kv_bytes: int
+    kv_limit_bytes: int
     slot_bytes: int
     slots_before: int
     slots: int

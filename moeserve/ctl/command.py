@@ -121,7 +121,8 @@ def _describe_memory(done: CacheResized) -> str:
         f"{done.slots} of {done.num_experts} experts have room in memory,"
         f" before it were {done.slots_before}",
         f"of {size(done.host_memory_bytes)}: weights of every token {size(done.weights_bytes)},"
-        f" kv {size(done.kv_bytes)}, experts {size(experts_bytes)}",
+        f" kv {size(done.kv_bytes)} now and {size(done.kv_limit_bytes)} at most,"
+        f" experts {size(experts_bytes)}",
     ]
     if done.slots_owed:
         lines.append(f"{done.slots_owed} slots more are in use and go when they are released")

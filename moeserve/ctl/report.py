@@ -27,9 +27,17 @@ def describe(stats: Stats) -> str:
         f"tokens: {engine['prompt_tokens']} of prompts ({engine['cached_prompt_tokens']} reused),"
         f" {engine['generated_tokens']} generated",
         f"steps: {engine['num_steps']} in {engine['step_s']:.1f} s",
-        f"kv: {engine['kv_blocks_used']} of {engine['kv_blocks_total']} blocks,"
-        f" {size(engine['kv_bytes'])} in all",
+        f"kv: {engine['kv_blocks_used']} of {engine['kv_blocks_total']} blocks held,"
+        f" {engine['prefix_cached_blocks']} kept for reuse, memory {size(engine['kv_bytes'])}",
     ]
+    if (memory := engine["memory"]) is not None:
+        lines.append(
+            f"memory: of {size(memory['budget_bytes'])}: weights of every token"
+            f" {size(memory['weights_bytes'])}, kv {size(memory['kv_bytes'])} of"
+            f" {size(memory['kv_limit_bytes'])} at most, experts {size(memory['experts_bytes'])};"
+            f" kv took from experts {memory['num_kv_grown']} times and gave back"
+            f" {memory['num_kv_shrunk']} times"
+        )
     experts = engine["experts"]
     if experts is not None:
         lines += _totals(experts)

@@ -149,6 +149,7 @@ class Controls:
             host_memory_bytes=request.host_memory_bytes,
             weights_bytes=self._engine.loaded.resident_bytes,
             kv_bytes=self._engine.kv_bytes,
+            kv_limit_bytes=self._engine.memory.limit_bytes,
             slot_bytes=after.slot_bytes,
             slots_before=before.num_slots,
             slots=after.num_slots,

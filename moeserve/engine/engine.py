@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from moeserve.cache.tiers.source import StoreError
-from moeserve.config import EngineConfig, KvConfig
+from moeserve.config import EngineConfig
 from moeserve.core import (
     ConfigError,
     EngineDelta,
@@ -26,7 +26,9 @@ from moeserve.core import (
 from moeserve.cpu_backend._native import usable_isa_extensions
 from moeserve.cpu_backend.threads import use_threads
 from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
+from moeserve.engine.host_memory import HostMemory
 from moeserve.engine.kv_blocks import BlockManager
+from moeserve.engine.kv_sizes import kv_sizes
 from moeserve.engine.model_runner import ModelRunner, StepOutput, chunk_rows
 from moeserve.engine.request_scheduler import RequestScheduler
 from moeserve.engine.row_links import LastRouting, RowLinks
@@ -35,7 +37,6 @@ from moeserve.models.kv_pool import KvPool
 from moeserve.models.registry import LoadedModel, load_model
 from moeserve.stats import ExpertStats
 
-GIB = 1 << 30
 EXPERT_STATS_S = 1.0
 NOT_A_NUMBER = "the model produced NaN for this prompt; --check-weights finds broken weights"
 log = logging.getLogger(__name__)
@@ -53,8 +54,13 @@ class Engine:
         self.config = config
         self.loaded = loaded
         block_tokens = config.kv.block_tokens
-        num_blocks = _num_kv_blocks(config, loaded)
-        self.blocks = BlockManager(num_blocks, block_tokens, config.kv.prefix_reuse)
+        sizes = kv_sizes(config, loaded)
+        self.memory = HostMemory(
+            loaded.runtime, loaded.resident_bytes, sizes, config.experts.min_host_slots
+        )
+        self.blocks = BlockManager(
+            sizes.num_blocks, block_tokens, config.kv.prefix_reuse, self.memory
+        )
         self._row_links = RowLinks()
         self._last_routing = self._remember_routing()
         self.scheduler = RequestScheduler(
@@ -65,12 +71,13 @@ class Engine:
             predicted_experts=None if self._last_routing is None else self._last_routing.predicted,
             kv_switch_tokens=loaded.spec.kv_switch_tokens,
         )
-        block_bytes = KvPool.bytes_per_block(loaded.spec, block_tokens, loaded.dtype)
-        self.kv_bytes = num_blocks * block_bytes
-        loaded.runtime.fit_host_memory(loaded.resident_bytes + self.kv_bytes)
-        loaded.notes.update(loaded.runtime.notes)
-        kv = KvPool(loaded.spec, num_blocks, block_tokens, loaded.dtype, loaded.device)
+        shared = config.experts.is_tiered
+        kv = KvPool(
+            loaded.spec, sizes.num_blocks, block_tokens, loaded.dtype, loaded.device, shared
+        )
         self.runner = ModelRunner(loaded.model, kv, block_tokens, loaded.device)
+        if config.experts.host_memory_bytes is not None:
+            self.resize_host_memory(config.experts.host_memory_bytes)
         self.sampler = Sampler(loaded.spec.vocab_size, loaded.eos_token_ids, loaded.device)
         self.timeline = loaded.runtime.watch.timeline
         self._num_steps = 0
@@ -112,7 +119,7 @@ class Engine:
             device=str(self.loaded.device),
             kv_blocks=self.blocks.num_blocks,
             block_tokens=self.blocks.block_tokens,
-            notes=self.loaded.notes,
+            notes=self.loaded.notes | self.loaded.runtime.notes,
         )
 
     @property
@@ -159,6 +166,7 @@ class Engine:
         result, failed = self._sample(batch, output)
         self.timeline.lap("head and sampler")
         deltas = failed + self.scheduler.commit(batch, result, time.time())
+        self._balance_memory()
         self.timeline.lap("commit")
         self._num_steps += 1
         self._step_s += time.perf_counter() - started_s
@@ -180,22 +188,27 @@ class Engine:
             step_s=self._step_s,
             kv_bytes=self.kv_bytes,
             experts=self._expert_stats,
+            memory=self.memory.stats(),
         )
 
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the kv blocks that may be used now."""
+        return self.blocks.extent * self.memory.sizes.block_bytes
+
     def resize_host_memory(self, budget_bytes: int) -> None:
-        """Gives experts what a budget leaves beside weights of every token and kv.
+        """One budget for weights of every token, kv and experts, from now on.
 
         Between two steps; raises ConfigError where that is not enough, or experts need none.
         """
-        runtime = self.loaded.runtime
         try:
-            runtime.resize_host_memory(budget_bytes, self.loaded.resident_bytes + self.kv_bytes)
+            self.memory.set_budget(budget_bytes)
         except MemoryError as error:
             raise ConfigError(
                 f"host_memory: the system has no {budget_bytes} bytes: {error}",
                 field="host_memory_bytes",
             ) from error
-        self.loaded.notes.update(runtime.notes)
+        self._balance_memory()
 
     def check_integrity(self) -> None:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""
@@ -205,6 +218,15 @@ class Engine:
     def close(self) -> None:
         """Ends the threads that compute experts. Nothing may be called after it."""
         self.loaded.close()
+
+    def _balance_memory(self) -> None:
+        """Between two steps: gives experts the memory of kv blocks that nobody uses."""
+        before = self.blocks.extent
+        extent = self.memory.fitting_extent(self.blocks.num_held, self.blocks.num_idle)
+        if extent < before:
+            self.runner.kv.move(self.scheduler.shrink_kv(extent))
+            self.runner.kv.give_back(extent, before)
+            self.memory.shrink(extent)
 
     def _remember_routing(self) -> LastRouting | None:
         """What decodes are grouped by; None where they are not."""
@@ -290,21 +312,3 @@ class Engine:
                     f"{field}: token id {bad} is outside the vocabulary (0 to {vocab_size - 1})",
                     field=field,
                 )
-
-
-def _num_kv_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
-    """Blocks of the kv pool: as asked, else for full contexts up to 1 GiB."""
-    kv: KvConfig = config.kv
-    if kv.num_blocks is not None:
-        return kv.num_blocks
-    bytes_per_block = KvPool.bytes_per_block(loaded.spec, kv.block_tokens, loaded.dtype)
-    blocks_per_sequence = -(-loaded.context_tokens // kv.block_tokens)
-    wanted = config.scheduler.max_running * blocks_per_sequence
-    affordable = (kv.kv_bytes if kv.kv_bytes is not None else GIB) // bytes_per_block
-    if affordable < 1:
-        raise ConfigError(
-            f"kv_bytes: {kv.kv_bytes} is below one block of {bytes_per_block} bytes",
-            field="kv_bytes",
-            hint="raise --kv-bytes or lower --block-tokens",
-        )
-    return affordable if kv.kv_bytes is not None else min(wanted, affordable)

@@ -6,6 +6,10 @@ Bookkeeping only; the bytes live in the models room. Blocks are in one of three 
 - held: reference count of one or more;
 - idle: indexed by its prefix, held by nobody; counted as available and evicted oldest first.
 
+All of them are below the extent; blocks beyond it have no memory now. Who has the memory, a KvRoom,
+makes the extent larger when blocks are wanted, and may have it made smaller between two steps
+(`shrink`). Free blocks are given out lowest first, so that little has to move then.
+
 Two rules make everything else simple:
 
 1. A full, computed block is indexed at once (`publish`), and a block whose content is already
@@ -19,9 +23,11 @@ Only blocks that are full are ever shared, and full blocks are never written aga
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from moeserve.core import ConfigError
 from moeserve.engine.prefix_index import PrefixIndex, PrefixNode
@@ -44,10 +50,41 @@ class BlockTable:
         self.variant = 0
 
 
-class BlockManager:
-    """A pool of `num_blocks` blocks of `block_tokens` tokens with reference counts."""
+class KvRoom(Protocol):
+    """Has the memory for blocks."""
 
-    def __init__(self, num_blocks: int, block_tokens: int, prefix_reuse: bool) -> None:
+    @property
+    def extent(self) -> int:
+        """Blocks that may be used now."""
+        ...
+
+    def grow(self, needed: int, preferred: int) -> None:
+        """Makes the extent larger, to `needed` blocks at least. With `preferred` of them no idle
+        block would have to be evicted. Neither is more than the pool has."""
+        ...
+
+
+class AllBlocks:
+    """A pool with memory for all of its blocks, for good."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.extent = num_blocks
+
+    def grow(self, needed: int, preferred: int) -> None:
+        """Nothing: there are no more blocks than these."""
+
+
+class BlockManager:
+    """A pool of `num_blocks` blocks of `block_tokens` tokens with reference counts.
+
+    num_blocks: with the largest extent. A request is admitted by this number: whatever is lacking
+    below it can be had.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_tokens: int, prefix_reuse: bool, room: KvRoom | None = None
+    ) -> None:
+        """room: None: all blocks have memory."""
         for name, value in (("num_blocks", num_blocks), ("block_tokens", block_tokens)):
             if value < 1:
                 raise ConfigError(f"{name}: {value} is below the minimum 1", field=name)
@@ -55,20 +92,27 @@ class BlockManager:
         self.block_tokens = block_tokens
         self.prefix_reuse = prefix_reuse
         self._index = PrefixIndex(block_tokens)
+        self._room: KvRoom = AllBlocks(num_blocks) if room is None else room
+        self._extent = self._room.extent
         self._references = [0] * num_blocks
-        self._free: deque[int] = deque(range(num_blocks))
+        self._free = list(range(self._extent))  # a heap
         self._idle: OrderedDict[int, PrefixNode] = OrderedDict()  # oldest first
 
     # -- what there is ----------------------------------------------------------------------------
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be taken now: free and idle ones."""
-        return len(self._free) + len(self._idle)
+        """Blocks that can be taken now: free and idle ones, and those beyond the extent."""
+        return self.num_blocks - self.num_held
 
     @property
     def num_held(self) -> int:
-        return self.num_blocks - self.num_available
+        return self._extent - len(self._free) - len(self._idle)
+
+    @property
+    def extent(self) -> int:
+        """Blocks that may be used now; their ids are below it."""
+        return self._extent
 
     @property
     def num_idle(self) -> int:
@@ -149,6 +193,8 @@ class BlockManager:
         missing = self.blocks_for(num_tokens) - len(table.block_ids)
         if missing > self.num_available:
             return False
+        if missing > len(self._free):
+            self._grow(self.num_held + missing)
         for _ in range(missing):
             table.block_ids.append(self._take())
         return True
@@ -172,7 +218,7 @@ class BlockManager:
                 table.block_ids[position] = node.block_id
                 self._references[own] -= 1
                 assert self._references[own] == 0
-                self._free.append(own)
+                heapq.heappush(self._free, own)
             table.path.append(node)
 
     def release(self, table: BlockTable) -> None:
@@ -186,8 +232,28 @@ class BlockManager:
             if position < len(path):
                 self._idle[block_id] = path[position]
             else:
-                self._free.append(block_id)
+                heapq.heappush(self._free, block_id)
         table.block_ids.clear()
+
+    def shrink(self, extent: int, tables: Iterable[BlockTable]) -> list[tuple[int, int]]:
+        """Leaves only blocks below `extent` in use, which must not be fewer than are held.
+
+        tables: all that hold blocks. Idle blocks that do not fit are evicted, oldest first, and
+        what lies beyond moves below. Returns the moves (from, to), which the caller makes before
+        anything is read. Not between `schedule` and `commit`: block ids change.
+        """
+        assert self.num_held <= extent <= self._extent
+        while self.num_held + len(self._idle) > extent:
+            heapq.heappush(self._free, self._evict())
+        free = set(self._free)
+        left = sorted(block_id for block_id in free if block_id < extent)
+        moving = [block_id for block_id in range(extent, self._extent) if block_id not in free]
+        places = dict(zip(moving, left, strict=False))
+        self._free = left[len(moving) :]  # sorted, and so a heap
+        self._extent = extent
+        if places:
+            self._rename(places, tables)
+        return list(places.items())
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -196,15 +262,35 @@ class BlockManager:
             del self._idle[node.block_id]
         self._references[node.block_id] += 1
 
+    def _grow(self, needed: int) -> None:
+        self._room.grow(needed, min(needed + len(self._idle), self.num_blocks))
+        grown = range(self._extent, self._room.extent)
+        self._extent = self._room.extent
+        assert needed <= self._extent <= self.num_blocks
+        for block_id in grown:
+            heapq.heappush(self._free, block_id)
+
     def _take(self) -> int:
         """A block to write: a free one, else the longest idle leaf."""
-        if self._free:
-            block_id = self._free.popleft()
-        else:
-            block_id, node = self._idle.popitem(last=False)
-            self._index.remove(node)
+        block_id = heapq.heappop(self._free) if self._free else self._evict()
         self._references[block_id] = 1
         return block_id
+
+    def _evict(self) -> int:
+        """The longest idle leaf's block, which is in no state now."""
+        block_id, node = self._idle.popitem(last=False)
+        self._index.remove(node)
+        return block_id
+
+    def _rename(self, places: dict[int, int], tables: Iterable[BlockTable]) -> None:
+        for table in tables:
+            table.block_ids[:] = [places.get(b, b) for b in table.block_ids]
+        for node in self._index.nodes():
+            node.block_id = places.get(node.block_id, node.block_id)
+        self._idle = OrderedDict((node.block_id, node) for node in self._idle.values())
+        for source, target in places.items():
+            self._references[target] = self._references[source]
+            self._references[source] = 0
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
         """Asserts every rule above; `tables` are all tables that hold blocks."""
@@ -224,7 +310,9 @@ class BlockManager:
         assert len(free) == len(self._free), "a block is free twice"
         assert not free & idle
         assert not (free | idle) & set(held)
-        assert len(free) + len(idle) + len(held) == self.num_blocks, "a block is lost"
+        assert len(free) + len(idle) + len(held) == self._extent, "a block is lost"
+        assert max((*free, *idle, *held), default=-1) < self._extent, "a block without memory"
+        assert self._extent == self._room.extent
         age = {block_id: age for age, block_id in enumerate(self._idle)}
         for node in self._index.nodes():
             assert node.block_id not in free, "an indexed block is free"

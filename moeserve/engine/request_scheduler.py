@@ -284,6 +284,10 @@ class RequestScheduler:
             self._count.cached_prompt_tokens += num_reused
         return sequence
 
+    def shrink_kv(self, extent: int) -> list[tuple[int, int]]:
+        """See BlockManager.shrink; between `commit` and `schedule`."""
+        return self._blocks.shrink(extent, [sequence.table for sequence in self._running])
+
     # -- what came out ----------------------------------------------------------------------------
 
     def commit(self, batch: ScheduledBatch, result: StepResult, now_s: float) -> list[EngineDelta]:

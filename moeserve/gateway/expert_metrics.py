@@ -9,7 +9,7 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from moeserve.stats import CacheStats, ExpertStats, LinkStats
+from moeserve.stats import CacheStats, ExpertStats, LinkStats, MemoryStats
 
 #: field of CacheStats -> name and help
 CACHE_COUNTERS: Final = MappingProxyType(
@@ -37,6 +37,24 @@ def expert_metrics(stats: ExpertStats) -> list[Metric]:
     if stats.links:
         metrics += _of_links(stats.layers, stats.links)
     return metrics
+
+
+def memory_metrics(stats: MemoryStats) -> Iterator[Metric]:
+    """How the budget of the host's memory is divided now."""
+    parts = GaugeMetricFamily(
+        "moeserve_host_memory_bytes",
+        "The budget, and what of it is given to whom; kv_limit: what kv may take from experts.",
+        labels=("part",),
+    )
+    for part in ("budget", "weights", "kv", "kv_limit", "experts"):
+        parts.add_metric((part,), getattr(stats, f"{part}_bytes"))
+    yield parts
+    changes = CounterMetricFamily(
+        "moeserve_kv_resizes", "Memory that changed hands, times.", labels=("direction",)
+    )
+    changes.add_metric(("from_experts",), stats.num_kv_grown)
+    changes.add_metric(("to_experts",), stats.num_kv_shrunk)
+    yield changes
 
 
 def _of_caches(layers: Sequence[int], caches: Sequence[CacheStats]) -> Iterator[Metric]:

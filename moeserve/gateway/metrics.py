@@ -21,7 +21,7 @@ from prometheus_client.samples import Sample
 
 from moeserve import __version__
 from moeserve.core import EngineStats, ErrorCode, FinishReason, ModelInfo
-from moeserve.gateway.expert_metrics import expert_metrics
+from moeserve.gateway.expert_metrics import expert_metrics, memory_metrics
 from moeserve.gateway.service import AnswerRecord
 from moeserve.messages import EngineStatus, Timing, Usage
 
@@ -237,7 +237,7 @@ def _stats_metrics(stats: EngineStats) -> list[Metric]:
         "kv_usage_ratio": (usage, "Used share of the kv blocks, 0 to 1."),
         "kv_blocks_used": (stats.kv_blocks_used, "Kv blocks that sequences hold."),
         "kv_blocks": (stats.kv_blocks_total, "Kv blocks in all."),
-        "kv_bytes": (stats.kv_bytes, "Memory of all kv blocks."),
+        "kv_bytes": (stats.kv_bytes, "Memory of the kv blocks that may be used now."),
         "prefix_cached_blocks": (stats.prefix_cached_blocks, "Free blocks kept for reuse."),
     }
     counters = {
@@ -263,6 +263,8 @@ def _stats_metrics(stats: EngineStats) -> list[Metric]:
         for name, value in sorted(stats.extra.items()):
             extra.add_metric([name], value)
         result.append(extra)
+    if stats.memory is not None:
+        result += memory_metrics(stats.memory)
     if stats.experts is not None:
         result += expert_metrics(stats.experts)
     return result

@@ -51,33 +51,10 @@ def settings(num_tokens: int) -> dict[str, Any]:
     return {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
 
 
-def test_resizing_while_it_generates_changes_no_token(client: Client) -> None:
-    control = Control(client)
-    expected = client.generate(PROMPT, **settings(80)).token_ids
-    before = control.stats()["engine"]["experts"]["caches"][0]
-    fixed = control.resize_cache(64 * MIB)
-    assert fixed.slots_before == before["num_slots"]
-    assert fixed.slots == fixed.num_experts, "64 MiB hold all of the bundled model"
-    other_bytes = fixed.weights_bytes + fixed.kv_bytes
-    tokens: list[int] = []
-    sizes = [2, 50, 3, fixed.num_experts, 17]
-    with client.stream(PROMPT, **settings(80)) as stream:
-        for number, chunk in enumerate(stream):
-            tokens += chunk.token_ids
-            if number % 5 == 0:
-                slots = sizes[number // 5 % len(sizes)]
-                done = control.resize_cache(other_bytes + slots * fixed.slot_bytes)
-                assert done.slots == slots
-                assert done.host_memory_bytes == other_bytes + slots * fixed.slot_bytes
-    assert tuple(tokens) == expected
-    control.resize_cache(other_bytes + SLOTS * fixed.slot_bytes)
-    assert client.generate(PROMPT, **settings(80)).token_ids == expected
-
-
 def test_less_than_two_experts_is_refused_and_changes_nothing(client: Client) -> None:
     control = Control(client)
     slots = control.stats()["engine"]["experts"]["caches"][0]["num_slots"]
-    with pytest.raises(ServerError, match=r"two experts .*: at least \d+") as refused:
+    with pytest.raises(ServerError, match=r"2 experts .*: at least \d+") as refused:
         control.resize_cache(1 * MIB)
     assert refused.value.field == "host_memory_bytes"
     assert refused.value.code == "invalid_request"
@@ -222,6 +199,39 @@ def test_a_client_that_goes_away_leaves_no_recording(server: Server) -> None:
     assert asyncio.run(run()).header["num_steps"] == 1
 
 
+def test_resizing_while_it_generates_changes_no_token(client: Client) -> None:
+    """Kv of a long prompt has most of the memory, experts the rest. From here on the server has a
+    budget instead of a number of slots."""
+    control = Control(client)
+    prompt = " ".join([PROMPT] * 140)
+    expected = client.generate(prompt, **settings(80))
+    assert expected.usage.prompt_tokens > 500
+    before = control.stats()["engine"]["experts"]["caches"][0]
+    fixed = control.resize_cache(64 * MIB)
+    assert fixed.slots_before == before["num_slots"]
+    assert fixed.slots == fixed.num_experts, "64 MiB hold all of the bundled model"
+    assert fixed.kv_bytes == fixed.kv_limit_bytes, "and all of the kv"
+    other_bytes = fixed.weights_bytes + fixed.kv_limit_bytes
+    tokens: list[int] = []
+    sizes = [2, 50, 3, fixed.num_experts, 17]
+    found: list[int] = []
+    with client.stream(prompt, **settings(80)) as stream:
+        for number, chunk in enumerate(stream):
+            tokens += chunk.token_ids
+            if number % 5 == 0:
+                slots = sizes[number // 5 % len(sizes)]
+                done = control.resize_cache(other_bytes + slots * fixed.slot_bytes)
+                left_bytes = done.host_memory_bytes - done.weights_bytes - done.kv_bytes
+                assert left_bytes >= slots * done.slot_bytes, "all kv would leave room for so many"
+                assert done.slots == min(left_bytes // done.slot_bytes, done.num_experts)
+                found.append(done.slots)
+    assert tuple(tokens) == expected.token_ids
+    assert min(found) < fixed.num_experts
+    division = control.stats()["engine"]["memory"]
+    parts = ("weights_bytes", "kv_bytes", "experts_bytes")
+    assert sum(division[part] for part in parts) <= division["budget_bytes"]
+
+
 def test_the_commands(server: Server, client: Client, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture, timeline = tmp_path / "use.png", tmp_path / "steps.json"
@@ -235,9 +245,12 @@ def test_the_commands(server: Server, client: Client, tmp_path: Path) -> None:
     assert json.loads(timeline.read_text())["traceEvents"]
     done = ctl(server, "cache", "--host-memory", "64MiB")
     assert "96 of 96 experts have room in memory" in done.stdout
+    assert "memory: of 64.0 MiB" in ctl(server, "stats").stdout.replace(",", "")
+    metrics = httpx.get(f"{server.http}/metrics").text
+    assert 'moeserve_host_memory_bytes{part="kv_limit"}' in metrics
     refused = ctl(server, "cache", "--host-memory", "1MiB")
     assert refused.returncode == 2
-    assert "two experts" in refused.stderr
+    assert "2 experts" in refused.stderr
     for action in ("heatmap", "timeline"):
         refused = ctl(server, action, "-o", str(tmp_path / "no" / "x.png"))
         assert refused.returncode == 2

@@ -27,7 +27,6 @@ from moeserve.core import (
 )
 from moeserve.engine.engine import Engine
 from moeserve.experts.disk_supply import DiskSupply
-from moeserve.models.kv_pool import KvPool
 from moeserve.models.pack import pack_model
 from moeserve.models.packed_model import MANIFEST
 
@@ -102,25 +101,6 @@ def test_same_bits_while_the_cache_changes_its_size(packed: Path, resident: Engi
         assert supply.cache.num_slots == 2
     finally:
         engine.close()
-
-
-def test_memory_is_divided_between_weights_kv_and_experts(packed: Path) -> None:
-    probe = make_engine(packed, host_slots=2)
-    spec, dtype = probe.loaded.spec, probe.loaded.dtype
-    kv_bytes = probe.blocks.num_blocks * KvPool.bytes_per_block(
-        spec, probe.blocks.block_tokens, dtype
-    )
-    other = probe.loaded.resident_bytes + kv_bytes
-    slot_bytes = supply_of(probe).slots.slot_bytes
-    probe.close()
-    engine = make_engine(packed, host_memory_bytes=other + 7 * slot_bytes + slot_bytes // 2)
-    assert engine.loaded.runtime.cache.num_slots == 7
-    assert "7 of " in engine.info.notes["experts"]
-    engine.close()
-    with pytest.raises(ConfigError, match=rf"at least {other + 2 * slot_bytes}"):
-        make_engine(packed, host_memory_bytes=other + slot_bytes)
-    with pytest.raises(ConfigError, match="host_memory: 4096 bytes"):
-        make_engine(packed, host_memory_bytes=4096)
 
 
 def test_what_cannot_be_tiered_is_refused(packed: Path, tmp_path: Path) -> None:

@@ -43,20 +43,58 @@ class Model:
             self.idle.remove(prefix)
 
 
+@dataclass
+class ChunkRoom:
+    """Gives memory in chunks, for idle blocks to stay in or not."""
+
+    extent: int
+    limit: int
+    chunk: int
+    keeps_idle: bool
+
+    def grow(self, needed: int, preferred: int) -> None:
+        assert needed <= preferred <= self.limit
+        chunks = -(-(preferred if self.keeps_idle else needed) // self.chunk)
+        self.extent = max(self.extent, min(self.limit, chunks * self.chunk))
+
+
 class KvBlocksMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(1, 14),
         block_tokens=st.integers(1, 3),
         reuse=st.sampled_from([1, 1, 0]),
+        extent=st.integers(0, 14),
+        chunk=st.integers(1, 4),
+        keeps_idle=st.booleans(),
     )
-    def start(self, num_blocks: int, block_tokens: int, reuse: int) -> None:
-        self.size, self.reuse = block_tokens, bool(reuse)
-        self.blocks = BlockManager(num_blocks, block_tokens, self.reuse)
-        self.model = Model(free=num_blocks)
+    def start(
+        self,
+        num_blocks: int,
+        block_tokens: int,
+        reuse: int,
+        extent: int,
+        chunk: int,
+        keeps_idle: bool,
+    ) -> None:
+        self.size, self.reuse, self.limit = block_tokens, bool(reuse), num_blocks
+        self.room = ChunkRoom(min(extent, num_blocks), num_blocks, chunk, keeps_idle)
+        self.blocks = BlockManager(num_blocks, block_tokens, self.reuse, self.room)
+        self.model = Model(free=self.blocks.extent)
         # What a slot contains: kv depends on every token before it, so the whole prefix.
         self.content: dict[tuple[int, int], Prefix] = {}
         self.active: list[User] = []
         self.waiting: list[User] = []
+
+    def _held(self) -> int:
+        """Blocks that are held, by counting holders."""
+        shared = {prefix for user in self.active for prefix in user.held}
+        return len(shared) + sum(user.private for user in self.active)
+
+    def _take(self, count: int, extent: int) -> None:
+        """What `extend` took, where the extent was so large before."""
+        self.model.free += self.blocks.extent - extent
+        for _ in range(count):
+            self.model.take()
 
     def _blocks_for(self, num_tokens: int) -> int:
         return (num_tokens + self.size - 1) // self.size
@@ -83,16 +121,16 @@ class KvBlocksMachine(RuleBasedStateMachine):
         cost = self._blocks_for(len(user.tokens)) - len(path) + idle
         assert self.blocks.num_blocks_to_take(user.table, len(user.tokens)) == cost
         self._check_split(user, path)
-        if cost > self.model.free + len(self.model.idle):
+        if cost > self.limit - self._held():
             return
+        extent = self.blocks.extent
         self.blocks.claim(user.table)
         for prefix in path:
             self.model.hold(prefix)
         self._read(user, len(path) * self.size)
         assert self.blocks.extend(user.table, len(user.tokens))
         user.held, user.private = path, self._blocks_for(len(user.tokens)) - len(path)
-        for _ in range(user.private):
-            self.model.take()
+        self._take(user.private, extent)
         user.computed = len(path) * self.size
         self.waiting.remove(user)
         self.active.append(user)
@@ -155,13 +193,12 @@ class KvBlocksMachine(RuleBasedStateMachine):
         ready = [u for u in self.active if u.computed == len(u.tokens)]
         user = data.draw(st.sampled_from(ready))
         missing = self._blocks_for(len(user.tokens) + 1) - len(user.table.block_ids)
-        fits = missing <= self.model.free + len(self.model.idle)
+        fits, extent = missing <= self.limit - self._held(), self.blocks.extent
         assert self.blocks.extend(user.table, len(user.tokens) + 1) == fits
         if fits:
             user.tokens.append(token)
             user.private += missing
-            for _ in range(missing):
-                self.model.take()
+            self._take(missing, extent)
 
     @precondition(lambda self: self.active)
     @rule(data=st.data(), again=st.booleans())
@@ -179,12 +216,33 @@ class KvBlocksMachine(RuleBasedStateMachine):
         if again:
             self.waiting.append(user)
 
+    @rule(data=st.data())
+    def shrink(self, data: st.DataObject) -> None:
+        """Less memory: idle blocks go, oldest first, and the others keep what they contain."""
+        held = self._held()
+        extent = data.draw(st.integers(held, self.blocks.extent))
+        tables = [user.table for user in self.active]
+        moves = self.blocks.shrink(extent, tables)
+        self.room.extent = extent
+        assert all(source >= extent > target for source, target in moves)
+        assert len({target for _, target in moves}) == len(moves)
+        for source, target in moves:
+            for offset in range(self.size):
+                if (source, offset) in self.content:
+                    self.content[target, offset] = self.content[source, offset]
+        for key in [key for key in self.content if key[0] >= extent]:
+            del self.content[key]  # as the system takes its pages
+        while held + len(self.model.idle) > extent:
+            self.model.indexed.remove(self.model.idle.pop(0))
+        self.model.free = extent - held - len(self.model.idle)
+
     @invariant()
     def agrees(self) -> None:
         if not hasattr(self, "blocks"):
             return
         self.blocks.check_integrity(user.table for user in self.active)
-        assert self.blocks.num_available == self.model.free + len(self.model.idle)
+        assert self.blocks.num_available == self.limit - self._held()
+        assert self.blocks.extent == self._held() + self.model.free + len(self.model.idle)
         assert self.blocks.num_idle == len(self.model.idle)
         assert self.blocks.num_indexed == len(self.model.indexed)
         for user in self.active:
