@@ -119,6 +119,18 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.convert.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from moeserve.convert.command import run
+
+    return run(args)
+
+
 def _keygen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="where to write the keys; what is there stays")
     parser.add_argument(
@@ -168,6 +180,18 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _calibrate(args: argparse.Namespace) -> int:
     from moeserve.planner.command import run
+
+    return run(args)
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.planner.plan_command import add_arguments
+
+    add_arguments(parser)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from moeserve.planner.plan_command import run
 
     return run(args)
 
@@ -236,12 +260,16 @@ COMMANDS = {
     "calibrate": Command(
         "measure this machine for the layer scheduler", _calibrate_arguments, _calibrate
     ),
+    "plan": Command(
+        "whether a model fits a machine, and how fast it will be", _plan_arguments, _plan
+    ),
     "predictors": Command(
         "train and evaluate predictors of experts", _predictors_arguments, _predictors
     ),
     "trace": Command("record which experts a model takes", _trace_arguments, _trace),
     "bench": Command("benchmarks that need no model", _bench_arguments, _bench),
     "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
+    "convert": Command("turn a dense model into experts", _convert_arguments, _convert),
     "worker": Command("compute a part of a model's experts", _worker_arguments, _worker),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
 }

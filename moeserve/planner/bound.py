@@ -27,6 +27,8 @@ from moeserve.planner.plan_types import (
 from moeserve.planner.rates import Rates
 
 Times = dict[Resource, float]
+#: of a share: to a millionth of a millionth
+BISECTIONS = 40
 
 
 @dataclass(frozen=True)
@@ -182,25 +184,29 @@ class Bound:
     def _device_times(
         self, other_bytes: float, touched_bytes: float, rest_ops: float, expert_ops: float
     ) -> Times:
-        """Experts that are not on the device run on the CPU or cross the link, in the shares that
-        make both end together."""
-        rates = self._rates
+        """The CPU computes the share of the experts that makes all end as early as can be; host
+        memory has them all. Of the others, those that have no slot cross the link."""
+        rates, form = self._rates, self._widest
         missing = 1 - (self.hit_rate if self.hit_rate is not None else 1.0)
-        away_bytes, away_ops = missing * touched_bytes, missing * expert_ops
-        cpu_rate, cpu_peak = rates.cpu_read, rates.cpu_peak(self._widest)
-        cpu_s = max(away_bytes / cpu_rate, away_ops / cpu_peak)
-        link_s = away_bytes / rates.link
-        crossing = cpu_s / (cpu_s + link_s) if cpu_s + link_s else 0.0  # share over the link
-        on_device = 1 - missing * (1 - crossing)
-        device_bytes = other_bytes + on_device * touched_bytes
-        return {
-            Resource.DEVICE_MEMORY: device_bytes / rates.device_read,
-            Resource.DEVICE_COMPUTE: (rest_ops + on_device * expert_ops)
-            / rates.device_peak(self._widest),
-            Resource.LINK: crossing * link_s,
-            Resource.CPU_MEMORY: (1 - crossing) * away_bytes / cpu_rate,
-            Resource.CPU_COMPUTE: (1 - crossing) * away_ops / cpu_peak,
-        }
+
+        def times(on_cpu: float) -> Times:
+            here = 1 - on_cpu
+            device_ops = rest_ops + here * expert_ops
+            return {
+                Resource.DEVICE_MEMORY: (other_bytes + here * touched_bytes) / rates.device_read,
+                Resource.DEVICE_COMPUTE: device_ops / rates.device_peak(form),
+                Resource.LINK: max(0.0, missing - on_cpu) * touched_bytes / rates.link,
+                Resource.CPU_MEMORY: on_cpu * touched_bytes / rates.cpu_read,
+                Resource.CPU_COMPUTE: on_cpu * expert_ops / rates.cpu_peak(form),
+            }
+
+        low, high = 0.0, 1.0  # the CPU's times rise with its share, all others fall
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            found = times(middle)
+            on_cpu = max(found[Resource.CPU_MEMORY], found[Resource.CPU_COMPUTE])
+            low, high = (middle, high) if on_cpu < max(found.values()) else (low, middle)
+        return times((low + high) / 2)
 
     def _limit(self, phase: str, times: Times) -> Limit:
         order = sorted(times, key=times.__getitem__, reverse=True)

@@ -55,7 +55,7 @@ class Rates:
 
     @property
     def link(self) -> float:
-        """The best over all sizes of a copy, and what more bytes cost: without what every copy does."""
+        """The best over all sizes of a copy, or of what more bytes take beyond fewer."""
         points = sorted(self.deployment.profile.link, key=lambda point: point.num_bytes)
         rates = [p.num_bytes / p.us.value for p in points if p.us.value]
         rates += [

@@ -1,0 +1,159 @@
+"""What would help, and by how much: the same plan again with one thing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from msgspec import structs
+
+from moeserve.core import ConfigError, ModelError
+from moeserve.experts.schedule.profile import Figure, Processor, Profile
+from moeserve.planner.deployment import find_shape, sized
+from moeserve.planner.plan_types import Advice, Deployment, Estimate, PlanRequest
+
+#: of a change of hardware
+TWICE = 2.0
+#: a factor this close to 1 is none
+NO_EFFECT = 0.02
+Estimator = Callable[[Deployment], Estimate]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A change of the request, or of the hardware: then a profile to use instead."""
+
+    words: str
+    flags: str
+    request: PlanRequest
+    profile: Profile
+
+
+def advise(deployment: Deployment, estimate: Estimator) -> list[Advice]:
+    """Every change that can be made, ranked by output tokens per second, the best first.
+
+    A change that this model or machine cannot have is left out. Changes that do not fit are named
+    with what they would bring.
+    """
+    now = estimate(deployment).output_tokens_per_s.mid
+    found = []
+    for trial in trials(deployment):
+        try:
+            shape = deployment.shape
+            if trial.request.engine.model != deployment.request.engine.model:
+                shape = find_shape(trial.request.engine)
+            changed = sized(trial.request, trial.profile, shape)
+            factor = estimate(changed).output_tokens_per_s.mid / now
+        except (ConfigError, ModelError):
+            continue  # not to be had here: no fallback, one line less
+        found.append(Advice(trial.words, trial.flags, factor, changed.memory.fits))
+    return sorted(found, key=lambda advice: (not advice.fits, -advice.factor))
+
+
+def trials(deployment: Deployment) -> Iterator[Trial]:
+    """Settings first, then more hardware."""
+    yield from _settings(deployment)
+    yield from _hardware(deployment)
+
+
+def _settings(deployment: Deployment) -> Iterator[Trial]:
+    request, profile, shape = deployment.request, deployment.profile, deployment.shape
+    engine, traffic = request.engine, request.traffic
+
+    def trial(words: str, flags: str, **changes: object) -> Trial:
+        changed = replace(request, engine=replace(engine, **changes))  # type: ignore[arg-type]
+        return Trial(words, flags, changed, profile)
+
+    if engine.model.quantize != "int4" and not shape.packed:
+        for bits in ("int8", "int4"):
+            if bits != engine.model.quantize:
+                flags = f"--quantize {bits}"
+                yield trial(f"{bits} weights", flags, model=replace(engine.model, quantize=bits))
+    for factor in (2, 4):
+        count = traffic.concurrency * factor
+        more = replace(request, traffic=replace(traffic, concurrency=count))
+        yield Trial(f"{factor} times the requests", f"--concurrency {count}", more, profile)
+    slots = deployment.host_slots
+    if slots is not None and slots < shape.num_experts:
+        more_slots = min(2 * slots, shape.num_experts)
+        experts = replace(engine.experts, host_slots=more_slots, host_memory_bytes=None)
+        yield trial("twice the experts in memory", f"--host-slots {more_slots}", experts=experts)
+        experts = replace(engine.experts, host_slots=None, host_memory_bytes=None)
+        plain = replace(experts, policy="auto", predictor="none", predictor_file=None)
+        yield trial("all experts in memory", "without --host-memory", experts=plain)
+    num_cores = profile.hardware.num_cores
+    if deployment.num_threads < num_cores:
+        experts = replace(engine.experts, num_threads=num_cores)
+        yield trial("every core", f"--num-threads {num_cores}", experts=experts)
+    batch = engine.scheduler.max_batch_tokens
+    if batch < traffic.prompt_tokens * traffic.concurrency:
+        scheduler = replace(engine.scheduler, max_batch_tokens=4 * batch)
+        yield trial("larger batches", f"--max-batch-tokens {4 * batch}", scheduler=scheduler)
+    kv_bytes = 2 * deployment.num_kv_blocks * engine.kv.block_tokens * shape.kv_token_bytes
+    kv = replace(engine.kv, kv_bytes=kv_bytes, num_blocks=None)
+    yield trial("twice the kv", f"--kv-bytes {kv_bytes}", kv=kv)
+
+
+def _hardware(deployment: Deployment) -> Iterator[Trial]:
+    request, profile = deployment.request, deployment.profile
+    engine = request.engine
+
+    def trial(words: str, changed: Profile, more: PlanRequest = request) -> Trial:
+        return Trial(words, "", more, changed)
+
+    bigger = structs.replace(profile.cpu, memory_bytes=2 * profile.cpu.memory_bytes)
+    budget = engine.experts.host_memory_bytes
+    with_budget = request
+    if budget is not None:
+        experts = replace(engine.experts, host_memory_bytes=2 * budget)
+        with_budget = replace(request, engine=replace(engine, experts=experts))
+    yield trial("twice the RAM", structs.replace(profile, cpu=bigger), with_budget)
+    cpu = profile.cpu
+    yield trial("twice the memory bandwidth", structs.replace(profile, cpu=_faster_reads(cpu)))
+    yield trial("twice the CPU's arithmetic", structs.replace(profile, cpu=_faster_peaks(cpu)))
+    if deployment.host_slots is not None:
+        disk = [structs.replace(p, bytes_per_s=_times(p.bytes_per_s, TWICE)) for p in profile.disk]
+        yield trial("a disk twice as fast", structs.replace(profile, disk=disk))
+    if deployment.device_slots is not None and profile.device is not None:
+        link = [structs.replace(p, us=_times(p.us, 1 / TWICE)) for p in profile.link]
+        yield trial("a link twice as fast", structs.replace(profile, link=link))
+        device = profile.device
+        bigger = structs.replace(device, memory_bytes=2 * device.memory_bytes)
+        experts = engine.experts
+        if experts.device_memory_bytes is not None:
+            experts = replace(experts, device_memory_bytes=2 * experts.device_memory_bytes)
+        elif experts.device_slots is not None:
+            experts = replace(experts, device_slots=2 * experts.device_slots)
+        more = replace(request, engine=replace(engine, experts=experts))
+        yield trial("twice the device's memory", structs.replace(profile, device=bigger), more)
+        fast = structs.replace(profile, device=_faster_reads(_faster_peaks(device)))
+        yield trial("a device twice as fast", fast)
+
+
+def _faster_reads(processor: Processor) -> Processor:
+    read = [
+        structs.replace(rate, bytes_per_s=_times(rate.bytes_per_s, TWICE))
+        for rate in processor.read
+    ]
+    return structs.replace(processor, read=read)
+
+
+def _faster_peaks(processor: Processor) -> Processor:
+    peaks = {name: _times(figure, TWICE) for name, figure in processor.ops_per_s.items()}
+    return structs.replace(processor, ops_per_s=peaks)
+
+
+def _times(figure: Figure, factor: float) -> Figure:
+    return structs.replace(figure, value=figure.value * factor)
+
+
+def words_of(advice: Sequence[Advice]) -> list[str]:
+    """One line each: `int4 weights (--quantize int4): 1.7x`."""
+    lines = []
+    for each in advice:
+        flags = f" ({each.flags})" if each.flags else ""
+        effect = f"{each.factor:.2f}x"
+        if abs(each.factor - 1) <= NO_EFFECT:
+            effect = "no effect"
+        lines.append(f"{each.change}{flags}: {effect}{'' if each.fits else ', does not fit'}")
+    return lines

@@ -1,0 +1,183 @@
+"""The `plan` subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from moeserve.cli_options import ENGINE_SETTINGS, add_flags, engine_config
+from moeserve.core import ConfigError
+from moeserve.experts.schedule.profile import Profile
+from moeserve.planner.plan_types import Deployment, Estimate, PlanRequest, Traffic
+
+PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="directory, hub id, or a config.json by itself (default: the bundled model)",
+    )
+    plan = parser.add_argument_group("Plan")
+    plan.add_argument(
+        "--hardware",
+        metavar="PROFILE",
+        help="a profile that comes with the package, or a file of `moeserve calibrate` (default:"
+        " this machine's own)",
+    )
+    plan.add_argument(
+        "--foreign",
+        action="store_true",
+        help="the profile was measured on another machine, and that one is meant",
+    )
+    plan.add_argument(
+        "--concurrency", type=int, default=1, metavar="N", help="requests at once (default: 1)"
+    )
+    plan.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="TOKENS",
+        help=f"of each request (default: {PROMPT_TOKENS}, or what --context leaves)",
+    )
+    plan.add_argument(
+        "--output-tokens",
+        type=int,
+        default=OUTPUT_TOKENS,
+        metavar="TOKENS",
+        help=f"of each request (default: {OUTPUT_TOKENS})",
+    )
+    plan.add_argument(
+        "--slots",
+        type=int,
+        metavar="N",
+        help="experts in the fast tier: on the device where there is one, else in memory",
+    )
+    plan.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="routing that `moeserve trace` has recorded, for hit rates",
+    )
+    plan.add_argument(
+        "--no-advice", action="store_true", help="do not plan again with other settings"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    plan.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw throughput over requests and fast tier"
+    )
+    add_flags(parser, *ENGINE_SETTINGS)
+    parser.add_argument(
+        "--context", type=int, dest="context_tokens", metavar="TOKENS", help=argparse.SUPPRESS
+    )
+    parser.set_defaults(device=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans and prints. 0: it fits; 2: it does not, and the numbers were printed.
+
+    Raises ConfigError and ModelError for what cannot be planned.
+    """
+    from moeserve.planner.deployment import DoesNotFit, find_hardware, find_shape, plan_on
+    from moeserve.planner.plan_plot import check_plot, draw
+    from moeserve.planner.plan_report import Plan, as_json, memory_json, show_memory, show_plan
+
+    if args.plot is not None:
+        check_plot(args.plot)
+    profile = find_hardware(args.hardware, args.foreign)
+    request = request_of(args, profile)
+    stages = stages_of()
+    try:
+        deployment = plan_on(request, profile, find_shape(request.engine))
+    except DoesNotFit as error:
+        if args.json:
+            nearest = None if error.nearest is None else error.nearest.flags
+            print(json.dumps({"memory": memory_json(error.plan), "nearest": nearest}, indent=2))
+        else:
+            show_memory(Console(stderr=True), error.plan)
+        raise
+    from moeserve.planner.advice import advise
+    from moeserve.planner.bound import Bound
+
+    plan = Plan(
+        deployment=deployment,
+        estimates=[stage(deployment) for stage in stages],
+        saturation=Bound(deployment).saturation(),
+        advice=[] if args.no_advice else advise(deployment, stages[-1]),
+        notes=notes_of(deployment),
+    )
+    if args.plot is not None:
+        draw(args.plot, deployment, stages)
+    if args.json:
+        json.dump(as_json(plan), sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        show_plan(Console(), plan)
+    return 0
+
+
+def stages_of() -> list[Callable[[Deployment], Estimate]]:
+    """The bound."""
+    from moeserve.planner.bound import bound
+
+    return [bound]
+
+
+def request_of(args: argparse.Namespace, profile: Profile) -> PlanRequest:
+    """From flags: the device is that of the profile unless another was asked for."""
+    on_device = profile.device is not None if args.device is None else args.device != "cpu"
+    if args.slots is not None:
+        field = "device_slots" if on_device else "host_slots"
+        for other in (field, field.replace("slots", "memory_bytes")):
+            if getattr(args, other) is not None:
+                raise ConfigError(f"slots: contradicts {other}; give one", field="slots")
+        setattr(args, field, args.slots)
+    tiered = args.host_slots is not None or args.host_memory_bytes is not None
+    if args.device is None and tiered:
+        on_device = False
+    if args.device is None:
+        args.device = "emulated" if on_device else "cpu"
+    unlimited = args.device_slots is None and args.device_memory_bytes is None
+    if args.device == "emulated" and unlimited and profile.device is not None:
+        args.device_memory_bytes = profile.device.memory_bytes
+    engine = engine_config(args)
+    prompt = args.prompt_tokens
+    if prompt is None:
+        prompt = PROMPT_TOKENS
+        if args.context_tokens is not None:
+            prompt = max(1, args.context_tokens - args.output_tokens)
+    traffic = Traffic(
+        concurrency=args.concurrency, prompt_tokens=prompt, output_tokens=args.output_tokens
+    )
+    for name in ("concurrency", "prompt_tokens", "output_tokens"):
+        if getattr(traffic, name) < 1:
+            value = getattr(traffic, name)
+            raise ConfigError(f"{name}: {value} is below the minimum 1", field=name)
+    return PlanRequest(
+        engine=engine,
+        traffic=traffic,
+        hardware=args.hardware,
+        foreign=args.foreign,
+        trace=args.trace,
+    )
+
+
+def notes_of(deployment: Deployment) -> list[str]:
+    """What the reader must know to trust the numbers as far as they go."""
+    notes = []
+    profile, engine = deployment.profile, deployment.request.engine
+    if profile.source == "datasheet":
+        notes.append("the hardware is known from data sheets, not measured: take it as a bound")
+    if engine.model.quantize_group == "auto" and engine.model.quantize == "int4":
+        notes.append("--quantize-group auto looks at the weights: sizes are of the coarsest")
+    if deployment.host_slots is not None and not deployment.shape.packed:
+        notes.append("experts on disk take a packed model: run `moeserve pack MODEL OUT` first")
+    if deployment.device_slots is not None:
+        notes.append("slots on a device are those of --device emulated, on a real one")
+    return notes
