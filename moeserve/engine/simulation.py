@@ -98,9 +98,11 @@ class RequestTimes:
 
 @dataclass
 class SimulationResult:
-    """requests: in order of arrival. end_s: when the last one ended."""
+    """requests: in order of arrival. emitted: the end of every step, and how many tokens it gave.
+    end_s: when the last request ended."""
 
     requests: list[RequestTimes] = field(default_factory=list)
+    emitted: list[tuple[float, int]] = field(default_factory=list)
     stats: EngineStats = field(default_factory=EngineStats)
     end_s: float = 0.0
     num_steps: int = 0
@@ -186,6 +188,7 @@ class Simulation:
         self._held_s += step_s * self.blocks.num_held
         self._result.num_steps += 1
         tokens = {name: SampledToken(token_id) for name, token_id in self._sampled(batch)}
+        self._result.emitted.append((now_s + step_s, len(tokens)))
         for delta in self.scheduler.commit(batch, StepResult(tokens), now_s + step_s):
             times = self._result.requests[int(delta.request_id)]
             times.num_cached_tokens = delta.num_cached_tokens

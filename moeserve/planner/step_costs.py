@@ -9,9 +9,14 @@ is added then, kv is read at the memory's speed, and `is_measured` is False.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
+
+import numpy as np
 
 from moeserve.config import ModelConfig
 from moeserve.core import ConfigError, ExpertSpec
@@ -19,39 +24,81 @@ from moeserve.experts.schedule.cost_model import CostModel, Curve, expert_curve
 from moeserve.experts.schedule.profile import Profile, StepFigures
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.plan_types import (
+    ExpertsShape,
     LayerShape,
     Matrix,
     ModelShape,
+    Resource,
     StepLoad,
 )
 from moeserve.planner.step_fit import (
     EngineCosts,
     ProductCosts,
+    attention_features,
     attention_width,
     fit_engine,
 )
 
 ROUTER = "router"
 #: at which a roofline is asked for
+#: at which arithmetic is at its best
+MANY_ROWS = 512
 ROOFLINE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass
+class Work:
+    """us: how long it takes. used: how long each resource would, alone."""
+
+    us: float = 0.0
+    used: dict[Resource, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, resource: Resource, us: float) -> None:
+        """What takes nothing but that resource."""
+        self.us += us
+        self.used[resource] += us
+
+
+class LayerCosts(Protocol):
+    """Of a step and of its layers without routed experts."""
+
+    def step_work(self, load: StepLoad) -> Work:
+        """Once per step."""
+        ...
+
+    def layer_work(self, layer: int, load: StepLoad) -> Work:
+        """One layer."""
+        ...
 
 
 class Products:
     """Products by the curves of linear layers, else of experts in the same format."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, num_threads: int | None = None) -> None:
+        """num_threads: that compute; None: as many as the profile's curves were measured with."""
         self._profile = profile
+        self._num_threads = num_threads
         self._curves: dict[str, Curve] = {}
 
     def us(self, matrix: Matrix, num_rows: int) -> float:
         """Microseconds of [num_rows, cols] times the matrix."""
         return self._curve(matrix)[num_rows] * matrix.rows * matrix.cols
 
+    def add(self, work: Work, matrix: Matrix, num_rows: int) -> None:
+        """Reading the weights is what one row takes, multiplying what many rows take of each."""
+        curve, size = self._curve(matrix), matrix.rows * matrix.cols
+        us = curve[num_rows] * size
+        work.us += us
+        work.used[Resource.CPU_MEMORY] += min(us, curve[1] * size)
+        work.used[Resource.CPU_COMPUTE] += min(us, curve[MANY_ROWS] / MANY_ROWS * num_rows * size)
+
     def _curve(self, matrix: Matrix) -> Curve:
         """Microseconds of one weight, by rows."""
         found = self._curves.get(matrix.form)
         if found is None:
-            found = self._curves[matrix.form] = self._of_linear(matrix) or self._of_expert(matrix)
+            measured = self._of_linear(matrix) or self._of_expert(matrix)
+            found = with_threads(measured, self._profile, matrix.form, self._num_threads)
+            self._curves[matrix.form] = found
         return found
 
     def _of_linear(self, matrix: Matrix) -> Curve | None:
@@ -70,21 +117,45 @@ class Products:
         return Curve(rows, [curve[count] / weights for count in rows])
 
 
+def with_threads(curve: Curve, profile: Profile, form: str, num_threads: int | None) -> Curve:
+    """The curve with fewer threads than were calibrated: reading by the rates that were measured
+    with so many, arithmetic in proportion."""
+    most = profile.hardware.num_cores
+    if num_threads is None or num_threads >= most:
+        return curve
+    rates = {r.num_threads: r.bytes_per_s.value for r in profile.cpu.read if r.kernel == form}
+    rates = rates or {r.num_threads: r.bytes_per_s.value for r in profile.cpu.read}
+    counts = sorted(rates)
+    values = [rates[count] for count in counts]
+    reading = float(np.interp(most, counts, values) / np.interp(num_threads, counts, values))
+    rows, read_us = sorted(curve), curve[1]
+    return Curve(
+        rows,
+        [read_us * reading + max(0.0, curve[n] - read_us) * most / num_threads for n in rows],
+    )
+
+
 class EngineStepCosts:
     """Costs of one model's steps; see the protocol `StepCosts`."""
 
-    def __init__(self, model: ModelShape, profile: Profile) -> None:
-        """Raises ConfigError where the profile has neither curves nor rates."""
+    def __init__(self, model: ModelShape, profile: Profile, num_threads: int | None = None) -> None:
+        """num_threads: None for as many as were calibrated.
+
+        Raises ConfigError where the profile has neither curves nor rates.
+        """
         self.model = model
         self.profile = profile
-        self.products = Products(profile)
+        self.products = Products(profile, num_threads)
+        self._slower = profile.hardware.num_cores / (num_threads or profile.hardware.num_cores)
+        costs: dict[ExpertsShape, CostModel] = {}
+        for layer in model.layers:
+            shape = layer.experts
+            if shape is not None and shape not in costs:
+                found = CostModel.of(profile, shape.spec, shape.form, shape.record_bytes)
+                cpu = with_threads(found.cpu, profile, shape.form, num_threads)
+                costs[shape] = replace(found, cpu=cpu)
         self._experts = [
-            None
-            if layer.experts is None
-            else CostModel.of(
-                profile, layer.experts.spec, layer.experts.form, layer.experts.record_bytes
-            )
-            for layer in model.layers
+            None if layer.experts is None else costs[layer.experts] for layer in model.layers
         ]
         self.engine = EngineCosts()
         self.is_measured = profile.steps is not None
@@ -97,29 +168,49 @@ class EngineStepCosts:
         return costs
 
     def step_us(self, load: StepLoad) -> float:
-        model, engine = self.model, self.engine
-        sequences = len(load.decode_contexts) + len(load.chunks)
-        us = float(engine.once @ (1.0, sequences, load.num_rows))
-        if load.num_sampled:
-            us += self.products.us(model.head, load.num_sampled)
-            us += engine.sampling_us(load.num_sampled, model.vocab_size)
-        return us
+        return self.step_work(load).us
 
     def layer_us(self, layer: int, load: StepLoad) -> float:
-        shape, rows = self.model.layers[layer], load.num_rows
-        us = sum(self.products.us(matrix, rows) for matrix in shape.products)
-        return us + self.attend_us(layer, load) + self._around_us(layer, rows)
+        return self.layer_work(layer, load).us
 
-    def attend_us(self, layer: int, load: StepLoad) -> float:
-        """Scores and values of all sequences, without products."""
+    def step_work(self, load: StepLoad) -> Work:
+        """Once per step, and what of the machine that uses."""
+        sequences = len(load.decode_contexts) + len(load.chunks)
+        work = Work()
+        work.add(Resource.OVERHEAD, float(self.engine.once @ (1.0, sequences, load.num_rows)))
+        if load.num_sampled:
+            self.products.add(work, self.model.head, load.num_sampled)
+            work.add(
+                Resource.OVERHEAD,
+                self.engine.sampling_us(load.num_sampled, self.model.vocab_size),
+            )
+        return work
+
+    def layer_work(self, layer: int, load: StepLoad) -> Work:
+        """One layer without its routed experts, and what of the machine that uses."""
+        shape, rows = self.model.layers[layer], load.num_rows
+        work = Work()
+        for matrix in shape.products:
+            self.products.add(work, matrix, rows)
+        kv, ops, calls = self._attention_us(layer, load)
+        work.add(Resource.CPU_MEMORY, kv)
+        work.add(Resource.CPU_COMPUTE, ops)
+        width = attention_width(self.model, shape)
+        around = float(self.engine.around_attention @ (1.0, rows * width))
+        around += float(self.engine.around_experts @ (1.0, rows * self.model.hidden_size))
+        work.add(Resource.OVERHEAD, calls + around)
+        return work
+
+    def _attention_us(self, layer: int, load: StepLoad) -> tuple[float, float, float]:
+        """Scores and values of all sequences: reading kv, multiplying, calls."""
         attention = self.model.layers[layer].attention
         if not self.is_measured:
-            return self._kv_read_us(layer, load)
-        us = sum(self.engine.attention_us(attention, c - 1, 1) for c in load.decode_contexts)
-        return us + sum(
-            self.engine.attention_us(attention, chunk.start, chunk.num_tokens)
-            for chunk in load.chunks
-        )
+            return self._kv_read_us(layer, load), 0.0, 0.0
+        starts = [context - 1 for context in load.decode_contexts]
+        starts += [chunk.start for chunk in load.chunks]
+        rows = [1] * len(load.decode_contexts) + [chunk.num_tokens for chunk in load.chunks]
+        calls, kv, ops = self.engine.attention * attention_features(attention, starts, rows)
+        return float(kv) * self._slower, float(ops) * self._slower, float(calls)
 
     def _kv_read_us(self, layer: int, load: StepLoad) -> float:
         attention = self.model.layers[layer].attention
@@ -130,13 +221,6 @@ class EngineStepCosts:
         tokens = sum(attention.keys(end) for end in ends)
         num_bytes = tokens * attention.kv_heads * attention.kv_width * self.model.number_bytes
         return num_bytes / rate.bytes_per_s.value * 1e6
-
-    def _around_us(self, layer: int, rows: int) -> float:
-        """Norms, rotations and sums of a layer, and what calls cost."""
-        shape = self.model.layers[layer]
-        width = attention_width(self.model, shape)
-        us = float(self.engine.around_attention @ (1.0, rows * width))
-        return us + float(self.engine.around_experts @ (1.0, rows * self.model.hidden_size))
 
     def experts_us(self, layer: int, rows: Sequence[int]) -> float:
         costs = self._experts[layer]

@@ -23,7 +23,7 @@ TILE_PAIRS = 96
 Costs = NDArray[np.float64]
 
 
-def fit_costs(features: Sequence[Sequence[float]], us: Sequence[float]) -> Costs:
+def fit_costs(features: Sequence[Sequence[float] | Costs], us: Sequence[float]) -> Costs:
     """Costs >= 0 of each feature [F], by least squares of relative errors. features: [N, F].
 
     A feature whose cost comes out negative is left out and the others are fitted again: with as few
@@ -43,16 +43,21 @@ def fit_costs(features: Sequence[Sequence[float]], us: Sequence[float]) -> Costs
     return costs
 
 
-def attention_features(shape: AttentionShape, start: int, num_rows: int) -> list[float]:
-    """What one sequence's rows cost by: one, numbers of kv that are read, multiply-adds.
+def attention_features(
+    shape: AttentionShape, starts: Sequence[int], num_rows: Sequence[int]
+) -> Costs:
+    """What sequences' rows cost by, [3]: sequences, numbers of kv that are read, multiply-adds.
 
-    start: tokens before the rows. Prompts pay for whole blocks of keys.
+    starts: tokens before the rows of each. Prompts pay for whole blocks of keys.
     """
-    first, last = shape.keys(start + 1), shape.keys(start + num_rows)
-    keys = (first + last) / 2 + (BLOCK_KEYS / 2 if num_rows > 1 else 0)
-    tiles = max(1.0, num_rows * shape.num_heads / shape.kv_heads / TILE_PAIRS)
+    before, rows = np.asarray(starts, np.float64), np.asarray(num_rows, np.float64)
+    window = np.inf if shape.window is None else shape.window
+    keys = (np.minimum(before + 1, window) + np.minimum(before + rows, window)) / 2
+    keys += np.where(rows > 1, BLOCK_KEYS / 2, 0)
+    tiles = np.maximum(1.0, rows * (shape.num_heads / shape.kv_heads / TILE_PAIRS))
     width = shape.score_width + shape.value_width
-    return [1.0, tiles * keys * shape.kv_heads * width, num_rows * shape.num_heads * keys * width]
+    numbers = float((tiles * keys).sum()) * shape.kv_heads * width
+    return np.array([len(rows), numbers, float((rows * keys).sum()) * shape.num_heads * width])
 
 
 def rows_at_random(num_rows: int, num_experts: int, top_k: int) -> list[tuple[int, float]]:
@@ -95,7 +100,7 @@ class EngineCosts:
     pairs: Costs = field(default_factory=lambda: np.zeros(2))
 
     def attention_us(self, shape: AttentionShape, start: int, num_rows: int) -> float:
-        return float(self.attention @ attention_features(shape, start, num_rows))
+        return float(self.attention @ attention_features(shape, [start], [num_rows]))
 
     def sampling_us(self, num_rows: int, vocab_size: int) -> float:
         return float(self.sampling @ (1.0, num_rows * vocab_size)) if num_rows else 0.0
@@ -158,7 +163,7 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
     )
 
 
-def _of_point(point: AttentionPoint) -> list[float]:
+def _of_point(point: AttentionPoint) -> Costs:
     shape = AttentionShape(
         num_heads=point.kv_heads * point.group_heads,
         score_width=point.head_dim,
@@ -167,7 +172,7 @@ def _of_point(point: AttentionPoint) -> list[float]:
         kv_width=2 * point.head_dim,
         window=None,
     )
-    return attention_features(shape, point.context_tokens - point.num_rows, point.num_rows)
+    return attention_features(shape, [point.context_tokens - point.num_rows], [point.num_rows])
 
 
 def _fit(

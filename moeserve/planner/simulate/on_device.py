@@ -1,0 +1,49 @@
+"""Costs of what a device computes besides routed experts: by its rates, the longer of reading and
+multiplying."""
+
+from __future__ import annotations
+
+from moeserve.planner.plan_types import Deployment, Matrix, Resource, StepLoad
+from moeserve.planner.rates import Rates
+from moeserve.planner.step_costs import Work
+
+
+class DeviceLayerCosts:
+    """`LayerCosts` of a device. What launching kernels costs is the start of a job, for each
+    product; what Python adds on that machine is not known, and left out."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        rates = Rates(deployment)
+        self._model = deployment.shape
+        self._rates = rates
+        self._bytes_per_us = rates.device_read / 1e6
+        device = deployment.profile.device
+        assert device is not None, "deployments with slots on a device have one"
+        self._start_us = device.start_us.value
+
+    def step_work(self, load: StepLoad) -> Work:
+        work = Work()
+        if load.num_sampled:
+            self._product(work, self._model.head, load.num_sampled)
+        return work
+
+    def layer_work(self, layer: int, load: StepLoad) -> Work:
+        shape = self._model.layers[layer]
+        work = Work()
+        for matrix in shape.products:
+            self._product(work, matrix, load.num_rows)
+        attention = shape.attention
+        contexts = [*load.decode_contexts, *(c.start + c.num_tokens for c in load.chunks)]
+        tokens = sum(attention.keys(context) for context in contexts)
+        num_bytes = tokens * attention.kv_heads * attention.kv_width * self._model.number_bytes
+        work.add(Resource.DEVICE_MEMORY, num_bytes / self._bytes_per_us)
+        return work
+
+    def _product(self, work: Work, matrix: Matrix, num_rows: int) -> None:
+        read_us = matrix.num_bytes / self._bytes_per_us
+        ops_per_us = self._rates.device_peak(matrix.form) / 1e6
+        ops_us = 2 * num_rows * matrix.rows * matrix.cols / ops_per_us
+        work.us += max(read_us, ops_us) + self._start_us
+        work.used[Resource.DEVICE_MEMORY] += read_us
+        work.used[Resource.DEVICE_COMPUTE] += ops_us
+        work.used[Resource.OVERHEAD] += self._start_us

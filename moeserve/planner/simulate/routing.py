@@ -1,0 +1,113 @@
+"""Which experts simulated tokens choose: recorded, or drawn from a popularity.
+
+What decides about experts is not how often each is chosen alone. The cache lives of those that come
+again soon, and a batch reads each of its experts once, however many rows want it. Both follow from
+tokens that choose experts, so a popularity becomes a trace, too, by drawing tokens from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeserve.cache.routing_trace import RoutingTrace, check_for_model
+from moeserve.planner.plan_types import ModelShape
+
+Ids = NDArray[np.int64]
+#: tokens that are drawn from a popularity
+DRAWN_TOKENS = 4096
+#: layers whose experts are simulated; the others are like them
+MOST_LAYERS = 8
+#: tokens after which a text has drifted to other experts
+DRIFT_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Skew:
+    """How unlike each other experts are in use, in standard deviations of log odds.
+
+    popularity: between the experts of a layer, at all times. context: within a text for a while.
+    """
+
+    popularity: float
+    context: float
+
+
+#: where nothing is known. HIGH is like gpt-oss-20b while it decodes (of one stream's uses 0.65 are
+#: hits where LRU has slots for a quarter of a layer, 0.87 for half), and MID is between it and
+#: DeepSeek-V2-Lite (0.55, 0.79), as recorded; LOW is nearly as even as balanced training aims at
+LOW_SKEW, MID_SKEW, HIGH_SKEW = Skew(0.35, 0.7), Skew(0.8, 1.3), Skew(1.0, 1.5)
+
+
+@dataclass(frozen=True)
+class SimulatedRouting:
+    """ids: [T, L, K], experts of T tokens in the simulated layers. num_experts: of a layer.
+    layers: the simulated ones, by their index in the model. num_layers: of all MoE layers."""
+
+    ids: Ids
+    num_experts: int
+    layers: tuple[int, ...]
+    num_layers: int
+
+    @property
+    def share(self) -> float:
+        """Simulated layers, of all."""
+        return len(self.layers) / self.num_layers
+
+    def rows(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of every expert, [L, E], when these tokens [N] are computed together."""
+        chosen = self.ids[tokens % len(self.ids)]  # [N, L, K]
+        offsets = np.arange(len(self.layers))[:, None] * self.num_experts
+        flat = np.bincount(
+            (chosen + offsets).ravel(), minlength=len(self.layers) * self.num_experts
+        )
+        return flat.reshape(len(self.layers), self.num_experts)
+
+
+def recorded(trace: RoutingTrace, model: ModelShape) -> SimulatedRouting:
+    """Raises MoeserveError where the trace is of another model."""
+    sizes = {s.index: s.experts.spec.num_experts for s in model.layers if s.experts is not None}
+    check_for_model(trace, sizes, _top_k(model))
+    ranks = _sampled(len(sizes))
+    layers = tuple(list(sizes)[rank] for rank in ranks)
+    return SimulatedRouting(trace.ids[:, ranks], max(sizes.values()), layers, len(sizes))
+
+
+def drawn(skew: Skew, model: ModelShape, seed: int) -> SimulatedRouting:
+    """Tokens of one long text after another, as `skew` has it."""
+    sizes = {s.index: s.experts.spec.num_experts for s in model.layers if s.experts is not None}
+    ranks = _sampled(len(sizes))
+    layers = tuple(list(sizes)[rank] for rank in ranks)
+    num_experts, top_k = max(sizes.values()), _top_k(model)
+    rng = np.random.default_rng(seed)
+    ids = np.empty((DRAWN_TOKENS, len(layers), top_k), np.int64)
+    for rank in range(len(layers)):
+        logits = skew.popularity * rng.standard_normal(num_experts)  # [E]
+        logits = logits + skew.context * _drift(rng, num_experts)  # [T, E]
+        logits = logits + rng.gumbel(size=logits.shape)
+        ids[:, rank] = np.argpartition(-logits, top_k - 1, axis=1)[:, :top_k]
+    return SimulatedRouting(ids, num_experts, layers, len(sizes))
+
+
+def _drift(rng: np.random.Generator, num_experts: int) -> NDArray[np.float64]:
+    """Unit normal numbers [T, E] that change slowly from token to token."""
+    knots = rng.standard_normal((DRAWN_TOKENS // DRIFT_TOKENS + 2, num_experts))
+    places = np.arange(DRAWN_TOKENS) / DRIFT_TOKENS
+    before = places.astype(np.int64)
+    after = (places - before)[:, None]
+    mixed = (1 - after) * knots[before] + after * knots[before + 1]
+    return mixed / np.sqrt((1 - after) ** 2 + after**2)
+
+
+def _sampled(num_layers: int) -> list[int]:
+    """Ranks of the layers that are simulated: all, or some from the first to the last."""
+    count = min(num_layers, MOST_LAYERS)
+    return [int(rank) for rank in np.linspace(0, num_layers - 1, count).round()]
+
+
+def _top_k(model: ModelShape) -> int:
+    found: Sequence[int] = [s.experts.top_k for s in model.layers if s.experts is not None]
+    return max(found)

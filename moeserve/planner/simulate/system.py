@@ -1,0 +1,251 @@
+"""Requests from their arrival to their end on the simulated engine, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from moeserve.cache.routing_trace import RoutingTrace, load_trace
+from moeserve.engine.simulation import Arrival, RequestTimes, Simulation, SimulationResult
+from moeserve.experts.schedule.profile import Profile
+from moeserve.planner.plan_types import Deployment, Estimate, Limit, Range, Resource, Traffic
+from moeserve.planner.simulate.clock import EngineClock
+from moeserve.planner.simulate.experts import (
+    DeviceClock,
+    DiskClock,
+    ExpertsClock,
+    ResidentClock,
+)
+from moeserve.planner.simulate.on_device import DeviceLayerCosts
+from moeserve.planner.simulate.routing import (
+    HIGH_SKEW,
+    LOW_SKEW,
+    MID_SKEW,
+    SimulatedRouting,
+    drawn,
+    recorded,
+)
+from moeserve.planner.step_costs import EngineStepCosts
+
+#: of the cases of `make bench-plan`, so many were nearer to the prediction than MODEL_ERROR
+CONFIDENCE, MODEL_ERROR = 0.8, 0.10
+#: for machines whose profile was not measured: rates of data sheets, and nothing of our engine
+SHEET_CONFIDENCE, SHEET_ERROR = 0.5, 0.35
+#: requests of each client, of which the first and the last are not counted
+ROUNDS = 4
+#: output tokens beyond which fewer rounds are simulated
+MOST_TOKENS = 40_000
+LEAST_REQUESTS = 8
+
+
+def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
+    """The traffic of the deployment's request, its clients waiting for their answers.
+
+    Raises MoeserveError where the trace is of another model, ConfigError where the profile lacks
+    what the deployment needs. The same seed gives the same estimate.
+    """
+    routings = choose_routing(deployment, seed)
+    runs = [steady_run(deployment, routing) for routing in routings.all]
+    mid = runs[0]
+    error, confidence = error_of(deployment.profile)
+
+    def around(values: Sequence[float]) -> Range:
+        return Range(min(values) / (1 + error), values[0], max(values) * (1 + error))
+
+    return Estimate(
+        stage="system",
+        ttft_s=around([run.ttft_s for run in runs]),
+        tpot_s=around([run.tpot_s for run in runs]),
+        output_tokens_per_s=around([run.tokens_per_s for run in runs]),
+        prompt_tokens_per_s=around([run.prompt_tokens_per_s for run in runs]),
+        limits=mid.limits,
+        confidence=confidence,
+        basis=f"{routings.basis}; {error_basis(deployment.profile, error)}",
+        hit_rate=mid.hit_rate,
+    )
+
+
+@dataclass(frozen=True)
+class Routings:
+    """mid: what is most likely. others: what it could be, too. None: a dense model."""
+
+    mid: SimulatedRouting | None
+    others: tuple[SimulatedRouting, ...]
+    basis: str
+
+    @property
+    def all(self) -> tuple[SimulatedRouting | None, ...]:
+        return (self.mid, *self.others)
+
+
+def choose_routing(deployment: Deployment, seed: int) -> Routings:
+    """The trace that the request names, else a popularity that is stated, and a wider range."""
+    model, trace_path = deployment.shape, deployment.request.trace
+    if not model.num_experts:
+        return Routings(None, (), "a dense model")
+    if trace_path is not None:
+        trace = load_trace(trace_path)
+        halves = [recorded(half, model) for half in _halves(trace)]
+        return Routings(
+            recorded(trace, model), tuple(halves), f"experts as {trace_path.name} chose them"
+        )
+    low, mid, high = (drawn(skew, model, seed) for skew in (LOW_SKEW, MID_SKEW, HIGH_SKEW))
+    return Routings(
+        mid,
+        (low, high),
+        "no routing is known: experts are assumed as unlike in use as between nearly even and"
+        " gpt-oss (name a recorded one with --trace)",
+    )
+
+
+def _halves(trace: RoutingTrace) -> Iterator[RoutingTrace]:
+    from dataclasses import replace
+
+    middle = len(trace.ids) // 2
+    if middle:
+        for part in (slice(0, middle), slice(middle, None)):
+            yield replace(trace, ids=trace.ids[part], weights=trace.weights[part], requests=())
+
+
+def make_clock(deployment: Deployment, routing: SimulatedRouting | None) -> EngineClock:
+    """Of this deployment; routing: None for a dense model."""
+    model, scheduler = deployment.shape, deployment.request.engine.scheduler
+    costs = EngineStepCosts(model, deployment.profile, deployment.num_threads)
+    on_device = deployment.device_slots is not None
+    layers = DeviceLayerCosts(deployment) if on_device else costs
+    experts: ExpertsClock | None = None
+    most_rows = max(scheduler.max_batch_tokens, scheduler.max_running)
+    if routing is not None and on_device:
+        experts = DeviceClock(costs, routing, most_rows, deployment)
+    elif routing is not None and deployment.host_slots is not None:
+        experts = DiskClock(costs, routing, most_rows, deployment)
+    elif routing is not None:
+        experts = ResidentClock(costs, routing, most_rows)
+    return EngineClock(model.layers, layers, experts)
+
+
+def make_simulation(deployment: Deployment, clock: EngineClock) -> Simulation:
+    engine = deployment.request.engine
+    return Simulation(
+        engine.scheduler,
+        deployment.num_kv_blocks,
+        engine.kv.block_tokens,
+        clock,
+        prefix_reuse=engine.kv.prefix_reuse,
+    )
+
+
+@dataclass(frozen=True)
+class Steady:
+    """What clients see while all of them are busy. waiting: share of them that wait for kv."""
+
+    ttft_s: float
+    tpot_s: float
+    tokens_per_s: float
+    prompt_tokens_per_s: float
+    hit_rate: float | None
+    limits: tuple[Limit, ...]
+
+
+def steady_run(deployment: Deployment, routing: SimulatedRouting | None) -> Steady:
+    """One simulation with clients that wait for their answers."""
+    traffic = deployment.request.traffic
+    clock = make_clock(deployment, routing)
+    simulation = make_simulation(deployment, clock)
+    warm_up(deployment, clock)
+    result = simulation.run_closed(requests_of(traffic, num_requests(traffic)), traffic.concurrency)
+    window = steady_window(result.requests, traffic.concurrency)
+    span_s = window.end_s - window.begin_s
+    tokens = sum(n for at_s, n in result.emitted if window.begin_s < at_s <= window.end_s)
+    tokens_per_s = tokens / span_s
+    return Steady(
+        ttft_s=float(np.mean([times.ttft_s for times in window.requests])),
+        tpot_s=float(np.mean([times.tpot_s for times in window.requests])),
+        tokens_per_s=tokens_per_s,
+        prompt_tokens_per_s=tokens_per_s * traffic.prompt_tokens / traffic.output_tokens,
+        hit_rate=clock.hit_rate,
+        limits=with_kv_room(clock.busy.limits(), result, traffic),
+    )
+
+
+def num_requests(traffic: Traffic) -> int:
+    """Enough for a steady state: a few of each client, fewer where outputs are long."""
+    wanted = max(LEAST_REQUESTS, ROUNDS * traffic.concurrency)
+    least = max(LEAST_REQUESTS, 2 * traffic.concurrency + 2)
+    return max(least, min(wanted, MOST_TOKENS // traffic.output_tokens))
+
+
+def requests_of(traffic: Traffic, count: int) -> Iterator[Arrival]:
+    """Of the traffic's lengths; no prompt is like another."""
+    for number in range(count):
+        prompt = [number] * traffic.prompt_tokens
+        yield Arrival(0.0, prompt, traffic.output_tokens, traffic.output_tokens)
+
+
+def warm_up(deployment: Deployment, clock: EngineClock) -> None:
+    """Lets a cache see as many requests as there are clients before anything counts."""
+    if deployment.host_slots is None and deployment.device_slots is None:
+        return
+    traffic = deployment.request.traffic
+    short = min(traffic.output_tokens, 16)
+    shorter = Traffic(
+        concurrency=traffic.concurrency, prompt_tokens=traffic.prompt_tokens, output_tokens=short
+    )
+    simulation = make_simulation(deployment, clock)
+    simulation.run_closed(requests_of(shorter, traffic.concurrency), traffic.concurrency)
+    clock.begin()
+
+
+@dataclass(frozen=True)
+class Window:
+    """requests: that arrived after the first of every client, and had neighbours to their end."""
+
+    begin_s: float
+    end_s: float
+    requests: Sequence[RequestTimes]
+
+
+def steady_window(requests: Sequence[RequestTimes], concurrency: int) -> Window:
+    """requests: in order of arrival. As long as one ends another arrives, so from the second round
+    to the last arrival all clients are busy."""
+    middle = requests[concurrency : len(requests) - concurrency] or requests[concurrency:]
+    return Window(requests[concurrency].arrived_s, requests[-1].arrived_s, middle)
+
+
+def with_kv_room(
+    limits: tuple[Limit, ...], result: SimulationResult, traffic: Traffic
+) -> tuple[Limit, ...]:
+    """Where clients wait although the budget would let them run, kv is what limits decoding."""
+    if result.mean_running >= 0.9 * traffic.concurrency or result.mean_kv_use < 0.5:
+        return limits
+    factor = traffic.concurrency / result.mean_running
+    return tuple(
+        Limit(limit.phase, Resource.KV_ROOM, limit.resource, factor)
+        if limit.phase == "decode"
+        else limit
+        for limit in limits
+    )
+
+
+def error_of(profile: Profile) -> tuple[float, float]:
+    """How far a prediction may be off, as a share, and for how many of the cases that holds."""
+    if profile.source != "measured" or profile.steps is None:
+        return SHEET_ERROR, SHEET_CONFIDENCE
+    return sqrt(MODEL_ERROR**2 + (spread_of(profile) / 2) ** 2), CONFIDENCE
+
+
+def spread_of(profile: Profile) -> float:
+    """The middle one of the spreads of what costs are made of."""
+    spreads = [figure.spread for curve in profile.cpu.expert_curves for figure in curve.us]
+    return float(np.median(spreads)) if spreads else 0.0
+
+
+def error_basis(profile: Profile, error: float) -> str:
+    if profile.source != "measured":
+        return f"rates of data sheets, nothing measured: up to {error:.0%} off"
+    if profile.steps is None:
+        return f"a profile without steps of the engine: up to {error:.0%} off"
+    return f"costs measured on {profile.date}, up to {error:.0%} off"
