@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -40,10 +41,23 @@ class HostSlots:
             self._slots.extend(whole.reshape(self._per_region, self.slot_bytes))
 
     def give_back(self, slot: int) -> None:
-        """Returns the slot's pages to the system; the slot may be written again later."""
+        """Returns the slot's pages to the system, until `take_back`.
+
+        Linux would else fill the hole beside a slot in use with a huge page again (khugepaged;
+        max_ptes_none is 511 by default).
+        """
+        self._advise(slot, mmap.MADV_DONTNEED)
+        with contextlib.suppress(OSError):  # as in _map
+            self._advise(slot, mmap.MADV_NOHUGEPAGE)
+
+    def take_back(self, slot: int) -> None:
+        """The slot is to be written again."""
+        with contextlib.suppress(OSError):
+            self._advise(slot, mmap.MADV_HUGEPAGE)
+
+    def _advise(self, slot: int, advice: int) -> None:
         region, place = divmod(slot, self._per_region)
-        start = place * self.slot_bytes
-        self._regions[region].madvise(mmap.MADV_DONTNEED, start, self.slot_bytes)
+        self._regions[region].madvise(advice, place * self.slot_bytes, self.slot_bytes)
 
     @staticmethod
     def _map(num_bytes: int) -> mmap.mmap:
