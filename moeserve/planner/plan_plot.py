@@ -54,7 +54,7 @@ def draw(path: Path, deployment: Deployment, stages: Sequence[Estimator]) -> Non
         (float(count), replace(request, traffic=replace(request.traffic, concurrency=count)))
         for count in CONCURRENCIES
     ]
-    panels = [
+    panels: list[tuple[str, list[Line | None]]] = [
         ("requests at once", [_line(stage, deployment, more) for stage in stages]),
         ("experts in the fast tier, %", [_share_line(stage, deployment) for stage in stages]),
     ]
