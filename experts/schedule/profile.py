@@ -24,17 +24,21 @@ SHIPPED = files("moeserve") / "planner" / "profiles"
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measured value: the median of the repeats, or a difference of the shortest.
+    """A measured value: the quartile of the repeats that other work disturbs least (the first of
+    times, the third of rates), or a difference of the shortest.
 
-    spread: the distance of the quartiles as a share of it; 0 for a data sheet's number.
+    spread: the distance of the quartiles as a share of it. interval: half of its 95 % confidence
+    interval, likewise. Both are 0 for a data sheet's number.
     """
 
     value: float
     spread: float = 0.0
+    interval: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.value >= 0 or not self.spread >= 0:
-            raise ValueError(f"value {self.value} and spread {self.spread} must not be negative")
+        for name in ("value", "spread", "interval"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must not be negative")
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from msgspec import structs
+
 from moeserve.cpu_backend.machine import cpu_model, memory_bytes
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
@@ -19,7 +21,7 @@ DOT_TYPES = ("f32", "bf16", "int8")
 #: an expert with next to no weights: its job costs what every job costs
 SMALL_INTERMEDIATE = 16
 #: of the two jobs whose difference is taken
-EXPERTS, EXPERTS_OF_MANY_ROWS = (2, 8), (1, 3)
+EXPERTS, EXPERTS_OF_MANY_ROWS = (2, 8), (1, 2)
 Report = Callable[[str], None]
 
 
@@ -63,10 +65,8 @@ def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
     report("memory")
     read = list(_plain_reads(plan, runtimes))
     report("arithmetic")
-    ops = {
-        name: plan.repeats.figure(partial(all_threads.handle.measure_dot_peak, name, 1))
-        for name in DOT_TYPES
-    }
+    peaks = [partial(all_threads.handle.measure_dot_peak, name, 1) for name in DOT_TYPES]
+    ops = dict(zip(DOT_TYPES, plan.repeats.rates(peaks), strict=True))
     report("start of a job")
     start_us = _start_us(plan, all_threads)
     curves: list[ExpertCurve] = []
@@ -99,18 +99,21 @@ def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
 
 
 def _plain_reads(plan: CpuPlan, runtimes: dict[int, NativeRuntime]) -> Iterator[ReadRate]:
-    for count, runtime in runtimes.items():
-        measure = partial(runtime.handle.measure_read_bandwidth, plan.pool_bytes, 1)
-        yield ReadRate(kernel="read", num_threads=count, bytes_per_s=plan.repeats.figure(measure))
+    measures = [
+        partial(runtime.handle.measure_read_bandwidth, plan.pool_bytes, 1)
+        for runtime in runtimes.values()
+    ]
+    for count, rate in zip(runtimes, plan.repeats.rates(measures), strict=True):
+        yield ReadRate(kernel="read", num_threads=count, bytes_per_s=rate)
 
 
 def _kernel_reads(
     plan: CpuPlan, runtimes: dict[int, NativeRuntime], pool: PackedExperts
 ) -> Iterator[ReadRate]:
-    for count, runtime in runtimes.items():
-        jobs = ExpertJobs.on(runtime, pool)
-        us = jobs.one_more_us(plan.repeats, 1, *EXPERTS)
-        rate = Figure(value=pool.record_bytes / us.value * 1e6, spread=us.spread)
+    few, many = EXPERTS
+    pairs = [ExpertJobs.on(runtime, pool).one_more(1, few, many) for runtime in runtimes.values()]
+    for count, us in zip(runtimes, plan.repeats.differences(pairs), strict=True):
+        rate = structs.replace(us, value=pool.record_bytes / us.value * 1e6)
         yield ReadRate(kernel=pool.gate_up_form.describe(), num_threads=count, bytes_per_s=rate)
 
 
@@ -125,11 +128,12 @@ def _curve(
     plan: CpuPlan, runtime: NativeRuntime, pool: PackedExperts, shape: ExpertShape
 ) -> ExpertCurve:
     jobs = ExpertJobs.on(runtime, pool)
-    us = []
-    for rows in plan.rows:
-        # A difference of long times is as well known from few experts as of short ones from many.
-        few, many = EXPERTS if rows <= 16 else EXPERTS_OF_MANY_ROWS
-        us.append(jobs.one_more_us(plan.repeats, rows, few, many))
+    # A difference of long times is as well known from few experts as of short ones from many.
+    pairs = [
+        jobs.one_more(rows, *(EXPERTS if rows <= 16 else EXPERTS_OF_MANY_ROWS))
+        for rows in plan.rows
+    ]
+    us = plan.repeats.differences(pairs)
     return ExpertCurve(
         weights=shape.form.describe(),
         hidden_size=shape.hidden_size,

@@ -9,7 +9,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moeserve.core import ConfigError
@@ -44,7 +46,7 @@ def measure_disk(plan: DiskPlan, report: Callable[[str], None]) -> list[DiskPoin
         points: list[DiskPoint] = []
         for block in plan.block_bytes:
             report(f"disk: blocks of {block >> 10} KiB")
-            points += [_point(plan, path, block, depth) for depth in plan.queue_depths]
+            points += _points(plan, path, block)
     return points
 
 
@@ -65,11 +67,21 @@ def _write(path: Path, num_bytes: int) -> None:
         os.fsync(file.fileno())
 
 
-def _point(plan: DiskPlan, path: Path, block: int, depth: int) -> DiskPoint:
-    with DirectReader(path, block, depth) as reader:
-        num_blocks = max(depth, plan.sample_bytes // block)
-        rate = plan.repeats.figure(lambda: reader.bytes_per_s(num_blocks))
-    return DiskPoint(block_bytes=block, queue_depth=depth, bytes_per_s=rate)
+def _points(plan: DiskPlan, path: Path, block: int) -> list[DiskPoint]:
+    """Of one block size by depth, which take turns."""
+    with ExitStack() as stack:
+        samples = [
+            partial(
+                stack.enter_context(DirectReader(path, block, depth)).bytes_per_s,
+                max(depth, plan.sample_bytes // block),
+            )
+            for depth in plan.queue_depths
+        ]
+        rates = plan.repeats.rates(samples)
+    return [
+        DiskPoint(block_bytes=block, queue_depth=depth, bytes_per_s=rate)
+        for depth, rate in zip(plan.queue_depths, rates, strict=True)
+    ]
 
 
 class DirectReader:

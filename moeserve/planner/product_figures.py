@@ -38,7 +38,7 @@ def measure_products(
         if form.name in PRODUCT_FORMATS and not form.holds_codes:
             report(f"{form.describe()} products of {size} x {size}")
             products = ProductPool(runtime, form, size, pool_bytes)
-            ps = [repeats.figure(partial(products.ps, count)) for count in rows]
+            ps = repeats.figures([partial(products.ps, count) for count in rows])
             curves.append(ProductCurve(weights=form.describe(), rows=list(rows), ps=ps))
     return curves
 

@@ -1,7 +1,13 @@
-"""Measuring until the spread is known."""
+"""Measuring until the spread is known, also where other work comes and goes.
+
+What else runs only makes times longer, and it comes in bursts. So a time is the first quartile of
+its samples, a rate the third, and figures of one kind take turns: a burst meets some samples of
+all of them and not all samples of one.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,72 +16,143 @@ from dataclasses import dataclass
 from moeserve.core import ErrorCode, MoeserveError
 from moeserve.experts.schedule.profile import Figure
 
+#: which part of the samples is shorter than a time, and longer than a rate
+UNDISTURBED = 0.25
+#: deviations of a normal distribution that hold 95 % of it
+CONFIDENCE_95 = 1.96
+Sample = Callable[[], float]
+
 
 @dataclass(frozen=True)
 class Repeats:
-    """How long one figure is measured: at_least samples, then on until the median is known to
-    within `known_to` (a share of it), or limit_s have passed, or there are at_most samples."""
+    """How long one figure is measured: at_least samples, then on until it is known to within
+    `known_to` (a share of it, 95 % confidence), or limit_s have passed, or at_most samples."""
 
     at_least: int = 5
     at_most: int = 25
-    known_to: float = 0.02
+    known_to: float = 0.03
     limit_s: float = 0.5
 
-    def figure(self, sample: Callable[[], float]) -> Figure:
-        """sample: measures once. What it gives the first time is dropped: caches and threads are
-        cold then, which is a cost of its own and not this one."""
-        return self._until_known(lambda: (sample(),), lambda samples: summarise(samples[0]))
+    def figure(self, sample: Sample) -> Figure:
+        """A time. sample: measures once. What it gives the first time is dropped: caches and
+        threads are cold then, which is a cost of its own and not this one."""
+        return self.figures([sample])[0]
 
-    def difference(
-        self, more: Callable[[], float], less: Callable[[], float], count: int
-    ) -> Figure:
-        """(more - less) / count, of the shortest of each: what else runs only makes times longer,
-        and a difference takes the noise of both."""
-        return self._until_known(
-            lambda: (more(), less()), lambda samples: _difference(samples[0], samples[1], count)
+    def rate(self, sample: Sample) -> Figure:
+        """The more the better: disturbances make rates smaller."""
+        return self._measure([_Job([sample], lambda columns: summarise(columns[0], True))])[0]
+
+    def rates(self, samples: Sequence[Sample]) -> list[Figure]:
+        """The same, of several that take turns."""
+        return self._measure(
+            [_Job([s], lambda columns: summarise(columns[0], True)) for s in samples]
         )
 
-    def _until_known(
-        self,
-        sample: Callable[[], tuple[float, ...]],
-        judge: Callable[[Sequence[list[float]]], Figure],
-    ) -> Figure:
-        columns: list[list[float]] = [[] for _ in sample()]
-        ends_s = time.perf_counter() + self.limit_s
-        while True:
-            for column, value in zip(columns, sample(), strict=True):
-                column.append(value)
-            count = len(columns[0])
-            if count < self.at_least:
-                continue
-            figure = judge(columns)
-            # The median of n samples strays by about the distance of the quartiles over sqrt(n)
-            # (0.93 of it, for a normal distribution).
-            known = figure.value > 0 and figure.spread / count**0.5 <= self.known_to
-            over = time.perf_counter() > ends_s and figure.value > 0
-            if known or over or count >= self.at_most:
-                return _positive(figure)
+    def figures(self, samples: Sequence[Sample]) -> list[Figure]:
+        """Times of several that take turns."""
+        return self._measure([_Job([s], lambda columns: summarise(columns[0])) for s in samples])
+
+    def difference(self, more: Sample, less: Sample, count: int) -> Figure:
+        """(more - less) / count, of the shortest of each: a difference takes the noise of both."""
+        return self.differences([(more, less, count)])[0]
+
+    def differences(self, pairs: Sequence[tuple[Sample, Sample, int]]) -> list[Figure]:
+        """The same, of several (more, less, count) that take turns."""
+        return self._measure([_difference_job(*pair) for pair in pairs])
+
+    def _measure(self, jobs: Sequence[_Job]) -> list[Figure]:
+        for job in jobs:
+            job.warm_up()
+        ends_s = time.perf_counter() + self.limit_s * len(jobs)
+        waiting = list(jobs)
+        while waiting:
+            for job in waiting:
+                job.take()
+            over = time.perf_counter() > ends_s
+            waiting = [job for job in waiting if not self._is_done(job, over)]
+        return [_positive(job.figure) for job in jobs]
+
+    def _is_done(self, job: _Job, over: bool) -> bool:
+        if job.count < self.at_least:
+            return False
+        job.judge()
+        known = job.figure.value > 0 and job.figure.interval <= self.known_to
+        return known or (over and job.figure.value > 0) or job.count >= self.at_most
 
 
-def summarise(samples: list[float]) -> Figure:
-    """The median, and the distance of the quartiles as a share of it.
+class _Job:
+    """Samples of one figure, in columns, and how the figure follows from them."""
 
-    Median and quartiles, not mean and deviation: what else runs makes single samples many times
-    longer, which says nothing of the figure.
+    def __init__(
+        self, samples: Sequence[Sample], summarise: Callable[[Sequence[list[float]]], Figure]
+    ) -> None:
+        self._samples = samples
+        self._summarise = summarise
+        self._columns: list[list[float]] = [[] for _ in samples]
+        self.figure = Figure(value=0.0)
+
+    @property
+    def count(self) -> int:
+        return len(self._columns[0])
+
+    def warm_up(self) -> None:
+        for sample in self._samples:
+            sample()
+
+    def take(self) -> None:
+        for column, sample in zip(self._columns, self._samples, strict=True):
+            column.append(sample())
+
+    def judge(self) -> None:
+        self.figure = self._summarise(self._columns)
+
+
+def summarise(samples: Sequence[float], is_rate: bool = False) -> Figure:
+    """The quartile that is disturbed least, the distance of the quartiles as a share of it, and the
+    half of its 95 % confidence interval likewise.
+
+    The interval is that of order statistics, which needs no distribution: of n samples, the rank of
+    a quantile q strays by sqrt(n q (1 - q)) (David and Nagaraja, Order Statistics, section 7.1).
     """
-    median = statistics.median(samples)
-    return Figure(value=max(median, 0.0), spread=_quartiles(samples) / median if median > 0 else 0)
+    ordered = sorted(samples, reverse=is_rate)
+    count = len(ordered)
+    value = _quantile(ordered, UNDISTURBED)
+    if value <= 0:
+        return Figure(value=0.0)
+    stray = CONFIDENCE_95 * math.sqrt(count * UNDISTURBED * (1 - UNDISTURBED))
+    low = max(0, math.floor(count * UNDISTURBED - stray))
+    high = min(count - 1, math.ceil(count * UNDISTURBED + stray))
+    interval = abs(ordered[high] - ordered[low]) / 2 / value
+    return Figure(value=value, spread=_quartiles(samples) / value, interval=interval)
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """Between two samples in proportion."""
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def _difference_job(more: Sample, less: Sample, count: int) -> _Job:
+    return _Job([more, less], lambda columns: _difference(columns[0], columns[1], count))
 
 
 def _difference(more: list[float], less: list[float], count: int) -> Figure:
     difference = min(more) - min(less)
     if difference <= 0:
         return Figure(value=0.0)
-    spread = (_quartiles(more) ** 2 + _quartiles(less) ** 2) ** 0.5 / difference
-    return Figure(value=difference / count, spread=spread)
+    spread = math.hypot(_quartiles(more), _quartiles(less)) / difference
+    # How far the shortest may be off: what lies between them and the next quarter of the samples.
+    intervals = [_quantile(sorted(column), UNDISTURBED) - min(column) for column in (more, less)]
+    return Figure(
+        value=difference / count, spread=spread, interval=math.hypot(*intervals) / difference
+    )
 
 
-def _quartiles(samples: list[float]) -> float:
+def _quartiles(samples: Sequence[float]) -> float:
+    if len(samples) < 2:
+        return 0.0
     first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
     return third - first
 

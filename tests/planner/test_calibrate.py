@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from moeserve.planner.cpu_figures import CpuPlan, ExpertShape, measure_cpu, thre
 from moeserve.planner.device_figures import DevicePlan, measure_device, measure_link
 from moeserve.planner.disk_figures import DirectReader, DiskPlan, measure_disk
 from moeserve.planner.hardware import last_level_cache_bytes, this_hardware
-from moeserve.planner.repeats import Repeats
+from moeserve.planner.repeats import Repeats, summarise
 
 SHORT = Repeats(at_least=3, at_most=3, limit_s=0.01)
 SHAPE = (256, 128)
@@ -169,17 +170,52 @@ def test_shapes_of_a_model() -> None:
         model_shapes(ModelConfig(model="/nowhere/at/all"))
 
 
-def test_repeats_stop_when_the_median_is_known_or_the_samples_end() -> None:
+def test_repeats_stop_when_the_figure_is_known_or_the_samples_end() -> None:
     calls = iter([100.0, *[1.0] * 100])
     steady = Repeats(at_least=4, at_most=50, limit_s=60.0).figure(lambda: next(calls))
-    assert (steady.value, steady.spread) == (1.0, 0.0)
+    assert (steady.value, steady.spread, steady.interval) == (1.0, 0.0, 0.0)
     assert next(calls, None) == 1.0
     assert len(list(calls)) == 100 - 4 - 1
-    jumps = iter([0.0, *[1.0, 9.0] * 10])
-    assert Repeats(at_least=2, at_most=20, limit_s=60.0).figure(lambda: next(jumps)).value == 5.0
-    assert not list(jumps)
+    growing = iter([0.0, *map(float, range(1, 21))])
+    figure = Repeats(at_least=2, at_most=20, limit_s=60.0).figure(lambda: next(growing))
+    assert figure.value == 1.0 + 0.25 * 19
+    assert not list(growing)
     with pytest.raises(MoeserveError, match="measure when nothing else runs"):
         SHORT.figure(lambda: -1.0)
+
+
+def test_a_burst_of_other_work_changes_no_figure() -> None:
+    """Times ten times as long for a third of the samples: what is disturbed least is the figure."""
+    rng = random.Random(seed := random.randrange(1 << 30))
+    disturbed = [rng.random() < 1 / 3 for _ in range(400)]
+    clock = iter(disturbed)
+
+    def sample() -> float:
+        return rng.uniform(1.0, 1.01) * (10.0 if next(clock) else 1.0)
+
+    repeats = Repeats(at_least=20, at_most=30, limit_s=60.0)
+    for figure in repeats.figures([sample] * 4):
+        assert figure.value < 1.02, f"seed {seed}"
+    clock = iter(disturbed)
+    assert repeats.rate(lambda: 1 / sample()).value > 0.98, f"seed {seed}"
+
+
+def test_the_interval_holds_the_quartile_of_the_distribution() -> None:
+    rng = random.Random(seed := random.randrange(1 << 30))
+    inside = 0
+    for _ in range(400):
+        samples = [rng.expovariate(1.0) for _ in range(25)]
+        figure = summarise(samples)
+        quartile = 0.28768  # -log(3/4)
+        inside += abs(figure.value - quartile) <= 2 * figure.interval * figure.value
+    assert inside >= 0.9 * 400, f"seed {seed}"
+
+
+def test_figures_take_turns() -> None:
+    order: list[int] = []
+    samples = [lambda i=i: float(order.append(i) or i + 1) for i in range(3)]
+    Repeats(at_least=3, at_most=3, limit_s=60.0).figures(samples)
+    assert order == [0, 1, 2] * 4
 
 
 def test_a_difference_is_that_of_the_shortest() -> None:
