@@ -11,6 +11,7 @@ from moeserve.core import ConfigError, ModelError
 from moeserve.experts.schedule.profile import Figure, Processor, Profile
 from moeserve.planner.deployment import find_shape, sized
 from moeserve.planner.plan_types import Advice, Deployment, Estimate, PlanRequest
+from moeserve.planner.step_costs import on_other_cpu
 
 #: of a change of hardware
 TWICE = 2.0
@@ -109,8 +110,8 @@ def _hardware(deployment: Deployment) -> Iterator[Trial]:
         with_budget = replace(request, engine=replace(engine, experts=experts))
     yield trial("twice the RAM", structs.replace(profile, cpu=bigger), with_budget)
     cpu = profile.cpu
-    yield trial("twice the memory bandwidth", structs.replace(profile, cpu=_faster_reads(cpu)))
-    yield trial("twice the CPU's arithmetic", structs.replace(profile, cpu=_faster_peaks(cpu)))
+    yield trial("twice the memory bandwidth", on_other_cpu(profile, _faster_reads(cpu)))
+    yield trial("twice the CPU's arithmetic", on_other_cpu(profile, _faster_peaks(cpu)))
     if deployment.host_slots is not None:
         disk = [structs.replace(p, bytes_per_s=_times(p.bytes_per_s, TWICE)) for p in profile.disk]
         yield trial("a disk twice as fast", structs.replace(profile, disk=disk))
@@ -135,12 +136,29 @@ def _faster_reads(processor: Processor) -> Processor:
         structs.replace(rate, bytes_per_s=_times(rate.bytes_per_s, TWICE))
         for rate in processor.read
     ]
-    return structs.replace(processor, read=read)
+    return with_curves(structs.replace(processor, read=read), 1 / TWICE, 1.0)
 
 
 def _faster_peaks(processor: Processor) -> Processor:
     peaks = {name: _times(figure, TWICE) for name, figure in processor.ops_per_s.items()}
-    return structs.replace(processor, ops_per_s=peaks)
+    return with_curves(structs.replace(processor, ops_per_s=peaks), 1.0, 1 / TWICE)
+
+
+def with_curves(processor: Processor, reading: float, multiplying: float) -> Processor:
+    """Measured times by rows scaled: what one row takes is reading, what more is multiplying."""
+
+    def scaled(figures: list[Figure]) -> list[Figure]:
+        one = figures[0].value
+        return [
+            structs.replace(f, value=one * reading + max(0.0, f.value - one) * multiplying)
+            for f in figures
+        ]
+
+    return structs.replace(
+        processor,
+        expert_curves=[structs.replace(c, us=scaled(c.us)) for c in processor.expert_curves],
+        product_curves=[structs.replace(c, ps=scaled(c.ps)) for c in processor.product_curves],
+    )
 
 
 def _times(figure: Figure, factor: float) -> Figure:

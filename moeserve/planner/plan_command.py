@@ -16,6 +16,7 @@ from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.plan_types import Deployment, Estimate, PlanRequest, Traffic
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128
+Stage = Callable[[Deployment], Estimate]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     profile = find_hardware(args.hardware, args.foreign)
     request = request_of(args, profile)
-    stages = stages_of()
+    stages, compare = stages_of()
     try:
         deployment = plan_on(request, profile, find_shape(request.engine))
     except DoesNotFit as error:
@@ -109,11 +110,11 @@ def run(args: argparse.Namespace) -> int:
         deployment=deployment,
         estimates=[stage(deployment) for stage in stages],
         saturation=Bound(deployment).saturation(),
-        advice=[] if args.no_advice else advise(deployment, stages[-1]),
+        advice=[] if args.no_advice else advise(deployment, compare),
         notes=notes_of(deployment),
     )
     if args.plot is not None:
-        draw(args.plot, deployment, stages)
+        draw(args.plot, deployment, [stages[0], compare])
     if args.json:
         json.dump(as_json(plan), sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -122,11 +123,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def stages_of() -> list[Callable[[Deployment], Estimate]]:
-    """The bound."""
+def stages_of() -> tuple[list[Stage], Stage]:
+    """The bound and our engine simulated; and what compares many deployments in short time."""
     from moeserve.planner.bound import bound
+    from moeserve.planner.simulate.system import simulate, simulate_quickly
 
-    return [bound]
+    return [bound, simulate], simulate_quickly
 
 
 def request_of(args: argparse.Namespace, profile: Profile) -> PlanRequest:

@@ -17,15 +17,15 @@ from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import numpy as np
+from msgspec import structs
 
 from moeserve.config import ModelConfig
 from moeserve.core import ConfigError, ExpertSpec
 from moeserve.experts.schedule.cost_model import CostModel, Curve, expert_curve
-from moeserve.experts.schedule.profile import Profile, StepFigures
+from moeserve.experts.schedule.profile import Processor, Profile, StepFigures
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.plan_types import (
     ExpertsShape,
-    LayerShape,
     Matrix,
     ModelShape,
     Resource,
@@ -37,6 +37,7 @@ from moeserve.planner.step_fit import (
     attention_features,
     attention_width,
     fit_engine,
+    rebased,
 )
 
 ROUTER = "router"
@@ -242,30 +243,43 @@ class EngineStepCosts:
 
 def fit_profile(profile: Profile, steps: StepFigures) -> EngineCosts:
     """The engine's own costs on the machine of a profile."""
+    model = _model_of(steps)
+    return fit_engine(steps, model, _product_costs(profile, model))
+
+
+def on_other_cpu(profile: Profile, cpu: Processor) -> Profile:
+    """The profile with a processor of other speed, on which our engine adds to its products what it
+    adds on this one."""
+    changed = structs.replace(profile, cpu=cpu)
+    if profile.steps is None:
+        return changed
+    model = _model_of(profile.steps)
+    before, after = _product_costs(profile, model), _product_costs(changed, model)
+    return structs.replace(changed, steps=rebased(profile.steps, model, before, after))
+
+
+def _model_of(steps: StepFigures) -> ModelShape:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(steps.config))
-        model = read_shape(ModelConfig(model=str(path), quantize=steps.quantize), path)
+        return read_shape(ModelConfig(model=str(path), quantize=steps.quantize), path)
+
+
+def _product_costs(profile: Profile, model: ModelShape) -> ProductCosts:
     products = Products(profile)
     experts = model.layers[0].experts
     assert experts is not None, "the model that is measured has experts"
     costs = CostModel.of(profile, experts.spec, experts.form, experts.record_bytes)
-
-    def attention_us(layer: LayerShape, rows: int) -> float:
-        return sum(products.us(m, rows) for m in layer.products if not is_router(m))
-
-    return fit_engine(
-        steps,
-        model,
-        ProductCosts(
-            head_us=lambda rows: products.us(model.head, rows),
-            attention_us=attention_us,
-            router_us=lambda layer, rows: sum(
-                products.us(m, rows) for m in layer.products if is_router(m)
-            ),
-            expert_us=lambda layer, rows: costs.cpu[rows],
-            start_us=costs.cpu_start_us,
+    return ProductCosts(
+        head_us=lambda rows: products.us(model.head, rows),
+        attention_us=lambda layer, rows: sum(
+            products.us(matrix, rows) for matrix in layer.products if not is_router(matrix)
         ),
+        router_us=lambda layer, rows: sum(
+            products.us(matrix, rows) for matrix in layer.products if is_router(matrix)
+        ),
+        expert_us=lambda layer, rows: costs.cpu[rows],
+        start_us=costs.cpu_start_us,
     )
 
 

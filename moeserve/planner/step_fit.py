@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from math import comb
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from moeserve.experts.schedule.profile import AttentionPoint, Figure, StepFigures, StepPoint
@@ -219,3 +220,36 @@ def _sum(parts: dict[str, Figure]) -> float:
 def _value(point: StepPoint, part: str) -> float:
     figure = point.layer_us.get(part)
     return 0.0 if figure is None else figure.value
+
+
+def rebased(
+    figures: StepFigures, model: ModelShape, before: ProductCosts, after: ProductCosts
+) -> StepFigures:
+    """The steps as they would be measured if products took other times: what the engine adds to
+    them stays as it is."""
+    layer = model.layers[0]
+
+    def more_us(costs: Callable[[ProductCosts], float]) -> float:
+        return costs(after) - costs(before)
+
+    def step(point: StepPoint) -> StepPoint:
+        rows = point.num_rows
+        head = more_us(lambda costs: costs.head_us(point.num_streams))
+        attention = more_us(lambda costs: costs.attention_us(layer, rows))
+        router = more_us(lambda costs: costs.router_us(layer, rows))
+        experts = more_us(lambda costs: costs.start_us + _experts_us(costs, layer, point))
+        of_layer = {"attention": attention, "experts": experts, "feed forward": router + experts}
+        return structs.replace(
+            point,
+            once_us=_with_more(point.once_us, {"head and sampler": head}),
+            layer_us=_with_more(point.layer_us, of_layer),
+        )
+
+    return structs.replace(figures, steps=[step(point) for point in figures.steps])
+
+
+def _with_more(parts: dict[str, Figure], more_us: dict[str, float]) -> dict[str, Figure]:
+    return {
+        name: structs.replace(figure, value=max(0.0, figure.value + more_us.get(name, 0.0)))
+        for name, figure in parts.items()
+    }

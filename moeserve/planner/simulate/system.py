@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
@@ -35,7 +35,7 @@ CONFIDENCE, MODEL_ERROR = 0.8, 0.10
 #: for machines whose profile was not measured: rates of data sheets, and nothing of our engine
 SHEET_CONFIDENCE, SHEET_ERROR = 0.5, 0.35
 #: requests of each client, of which the first and the last are not counted
-ROUNDS = 4
+ROUNDS, LEAST_ROUNDS = 4, 3
 #: output tokens beyond which fewer rounds are simulated
 MOST_TOKENS = 40_000
 LEAST_REQUESTS = 8
@@ -48,7 +48,16 @@ def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
     what the deployment needs. The same seed gives the same estimate.
     """
     routings = choose_routing(deployment, seed)
-    runs = [steady_run(deployment, routing) for routing in routings.all]
+    return _estimate(deployment, routings, [steady_run(deployment, r) for r in routings.all])
+
+
+def simulate_quickly(deployment: Deployment, seed: int = 0) -> Estimate:
+    """The likeliest case alone and fewer requests: to compare many deployments with each other."""
+    routings = choose_routing(deployment, seed)
+    return _estimate(deployment, routings, [steady_run(deployment, routings.mid, LEAST_ROUNDS)])
+
+
+def _estimate(deployment: Deployment, routings: Routings, runs: Sequence[Steady]) -> Estimate:
     mid = runs[0]
     error, confidence = error_of(deployment.profile)
 
@@ -102,8 +111,6 @@ def choose_routing(deployment: Deployment, seed: int) -> Routings:
 
 
 def _halves(trace: RoutingTrace) -> Iterator[RoutingTrace]:
-    from dataclasses import replace
-
     middle = len(trace.ids) // 2
     if middle:
         for part in (slice(0, middle), slice(middle, None)):
@@ -150,13 +157,16 @@ class Steady:
     limits: tuple[Limit, ...]
 
 
-def steady_run(deployment: Deployment, routing: SimulatedRouting | None) -> Steady:
+def steady_run(
+    deployment: Deployment, routing: SimulatedRouting | None, rounds: int = ROUNDS
+) -> Steady:
     """One simulation with clients that wait for their answers."""
     traffic = deployment.request.traffic
     clock = make_clock(deployment, routing)
     simulation = make_simulation(deployment, clock)
     warm_up(deployment, clock)
-    result = simulation.run_closed(requests_of(traffic, num_requests(traffic)), traffic.concurrency)
+    count = num_requests(traffic, rounds)
+    result = simulation.run_closed(requests_of(traffic, count), traffic.concurrency)
     window = steady_window(result.requests, traffic.concurrency)
     span_s = window.end_s - window.begin_s
     tokens = sum(n for at_s, n in result.emitted if window.begin_s < at_s <= window.end_s)
@@ -171,11 +181,11 @@ def steady_run(deployment: Deployment, routing: SimulatedRouting | None) -> Stea
     )
 
 
-def num_requests(traffic: Traffic) -> int:
-    """Enough for a steady state: a few of each client, fewer where outputs are long."""
-    wanted = max(LEAST_REQUESTS, ROUNDS * traffic.concurrency)
-    least = max(LEAST_REQUESTS, 2 * traffic.concurrency + 2)
-    return max(least, min(wanted, MOST_TOKENS // traffic.output_tokens))
+def num_requests(traffic: Traffic, rounds: int = ROUNDS) -> int:
+    """Whole rounds of all clients: fewer where outputs are long, more where clients are few."""
+    clients = traffic.concurrency
+    affordable = MOST_TOKENS // (clients * traffic.output_tokens)
+    return clients * max(LEAST_ROUNDS, min(rounds, affordable), -(-LEAST_REQUESTS // clients))
 
 
 def requests_of(traffic: Traffic, count: int) -> Iterator[Arrival]:
@@ -209,10 +219,15 @@ class Window:
 
 
 def steady_window(requests: Sequence[RequestTimes], concurrency: int) -> Window:
-    """requests: in order of arrival. As long as one ends another arrives, so from the second round
-    to the last arrival all clients are busy."""
-    middle = requests[concurrency : len(requests) - concurrency] or requests[concurrency:]
-    return Window(requests[concurrency].arrived_s, requests[-1].arrived_s, middle)
+    """requests: in order of arrival, whole rounds. As long as one ends another arrives: from the
+    first arrival of the second round to that of the last all clients are busy, and both are at the
+    same point of what may be a cycle."""
+    last = len(requests) - concurrency
+    window = Window(
+        requests[concurrency].arrived_s, requests[last].arrived_s, requests[concurrency:last]
+    )
+    assert window.end_s > window.begin_s, "a round takes time"
+    return window
 
 
 def with_kv_room(
