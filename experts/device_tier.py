@@ -19,6 +19,7 @@ from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.cpu_costs import measure_cpu
 from moeserve.experts.device.clock import EmulatedClock, ModelledClock, RealCpuClock
 from moeserve.experts.device.emulated import EmulatedDevice
+from moeserve.experts.device.modelled_reads import ModelledReads
 from moeserve.experts.device_supply import DeviceSupply, FittingPlacement
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import DiskTier
@@ -42,6 +43,7 @@ from moeserve.experts.schedule.profile import (
 )
 from moeserve.experts.tiered_prefetch import TieredPrefetch
 from moeserve.experts.watch import Watch
+from moeserve.timeline import Timeline
 
 #: experts of one layer that the CPU's costs are measured on
 NUM_MEASURED = 16
@@ -83,7 +85,11 @@ def build_device_tier(
     host: HostSide = WholeHost(layers)
     if below is not None:
         host = HostOverDisk(below.supply, clock.now_us)
-        costs = {n: dataclasses.replace(costs[n], disk=below.intra.costs[n].disk) for n in costs}
+        if config.emulate_cpu:
+            _read_by_model(below.supply, costs, clock, watch.timeline)
+        else:  # the disk's time is as real as the CPU's
+            disk = {layer: each.disk for layer, each in below.intra.costs.items()}
+            costs = {n: dataclasses.replace(each, disk=disk[n]) for n, each in costs.items()}
     device = emulated_device(clock, layers, costs, num_slots, watch, host)
     supply = DeviceSupply(cache, device)
     depth = config.prefetch_depth
@@ -105,6 +111,18 @@ def build_device_tier(
         "device_policy": policy,
     }
     return DeviceTier(cache, supply, FittingPlacement(intra, cache), inter, notes)
+
+
+def _read_by_model(
+    disk: DiskSupply, costs: Mapping[int, CostModel], clock: EmulatedClock, timeline: Timeline
+) -> None:
+    """Reads take the profile's time. ConfigError where it says nothing of a disk."""
+    read_us = {layer: each.disk_us(each.expert_bytes) for layer, each in costs.items()}
+    disk.read_with(
+        lambda source, slot: ModelledReads(
+            source, slot, clock, lambda key: read_us[key.layer], timeline
+        )
+    )
 
 
 def prefetch_to_device(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from moeserve.cache.expert_cache import ExpertCache
 from moeserve.cache.record_copy import Urgency
 from moeserve.cache.tiers.disk_store import DiskStore
 from moeserve.cache.tiers.host_slots import HostSlots
-from moeserve.cache.tiers.source import StoreError
-from moeserve.cache.transfer import Arrival, Transfers
+from moeserve.cache.tiers.source import ExpertSource, StoreError
+from moeserve.cache.transfer import Arrival
 from moeserve.cache.types import CacheError, ExpertState, Load
 from moeserve.core import ExpertKey, Placement
 from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.experts.reads import Reads, SlotMemory
 from moeserve.experts.stats import cache_stats, link_stats
 from moeserve.experts.supply import ExpertSupply, Group, Supplied
 from moeserve.stats import CacheStats, LinkStats
@@ -48,7 +49,7 @@ class DiskSupply(ExpertSupply):
     """
 
     def __init__(
-        self, cache: ExpertCache, store: DiskStore, slots: HostSlots, transfers: Transfers
+        self, cache: ExpertCache, store: DiskStore, slots: HostSlots, transfers: Reads
     ) -> None:
         """transfers: from that store into those slots."""
         self.timeline = transfers.timeline
@@ -63,6 +64,13 @@ class DiskSupply(ExpertSupply):
         self._owners: dict[int, ExpertKey] = {}
         self._places: dict[ExpertKey, int] = {}
         self._failed: dict[ExpertKey, StoreError] = {}
+
+    def read_with(self, make: Callable[[ExpertSource, SlotMemory], Reads]) -> None:
+        """Reads by other means from now on, before anything was read. make: gets the records and
+        the memory of a slot by its number."""
+        assert not self.transfers.num_active, "records are on their way"
+        self.transfers.close()
+        self.transfers = make(self._store, self.slots.__getitem__)
 
     def add_layer(self, layer: int, experts: PackedExperts) -> None:
         """Takes over where the layer's records are."""

@@ -1,4 +1,5 @@
-"""The link of an emulated device: one copy at a time, what a step waits for before guesses."""
+"""An emulated link, to a device or from a disk: one copy at a time, what a step waits for before
+guesses."""
 
 from __future__ import annotations
 
@@ -33,9 +34,17 @@ class EmulatedLink:
     """A timeline of copies. Prefetches move in their order whenever no demand does; a demand stops
     the prefetch that is running, which goes on behind it (chunks are small beside a record)."""
 
-    def __init__(self, begins: Written, ends: Written, timeline: Timeline | None = None) -> None:
+    def __init__(
+        self,
+        begins: Written,
+        ends: Written,
+        timeline: Timeline | None = None,
+        names: tuple[str, str] = ("copy", "link"),
+    ) -> None:
+        """names: of a transfer and of its row, on the timeline."""
         self.stats = TransferStats()
         self._timeline = timeline or Timeline()
+        self._names = names
         self._begins = begins
         self._ends = ends
         self._now_us = 0.0  # how far the timeline is filled; demands may fill it ahead of the clock
@@ -127,7 +136,7 @@ class EmulatedLink:
         start_s, self._now_us = self._now_us / 1e6, self._now_us + us
         urgency = "demand" if copy.demanded else "prefetch"
         about = {"urgency": urgency, **load.key._asdict()}
-        self._timeline.add("copy", "link", start_s, self._now_us / 1e6, EMULATED, **about)
+        self._timeline.add(*self._names, start_s, self._now_us / 1e6, EMULATED, **about)
         copy.left_us -= us
         if not copy.left_us:
             self._ends(load, self._now_us)

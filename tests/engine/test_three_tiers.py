@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 
 from moeserve.cache.policies import registry
 from moeserve.config import BUNDLED_MODEL, ModelConfig
-from moeserve.core import ErrorCode, FinishReason
+from moeserve.core import ConfigError, ErrorCode, FinishReason
 from moeserve.engine.engine import Engine
 from moeserve.experts.device_supply import DeviceSupply
 from moeserve.experts.host_over_disk import HostOverDisk
+from moeserve.experts.schedule.profile import encode_profile, shipped_profile
 from moeserve.models.pack import pack_model
 
 POLICIES = sorted(set(registry.POLICIES) - {"resident"})
@@ -112,13 +114,56 @@ def test_same_bits_while_both_tiers_change_their_size(packed: Path, resident: En
         engine.close()
 
 
-def test_a_disk_that_fails_ends_its_requests_and_nothing_else(packed: Path, tmp_path: Path) -> None:
+def test_the_time_by_the_profile_is_the_same_again(packed: Path) -> None:
+    """The disk's, too: two runs differ in nothing that counts, whatever this machine does."""
+    seed = fresh_seed()
+    seen = []
+    for _ in range(2):
+        engine = make_engine(
+            packed,
+            device="emulated",
+            device_slots=12,
+            host_slots=20,
+            predictor="markov",
+            emulate_cpu=True,
+        )
+        try:
+            answers(engine, make_requests(random.Random(seed), engine.info.vocab_size))
+            supply, host = tiers_of(engine)
+            links = supply.stats()[1]
+            assert sum(links[1].stall_s) > 0, "steps wait for the disk"
+            assert sum(links[1].demand_bytes) > 0
+            counts = [supply.cache.counters.totals(), host.disk.cache.counters.totals()]
+            seen.append((supply.device.clock.now_us(), counts, links))
+        finally:
+            engine.close()
+    assert seen[0] == seen[1]
+
+
+def test_a_profile_without_a_disk_cannot_tell_its_time(packed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_bytes(encode_profile(replace(shipped_profile("rtx4090-pcie4"), disk=[])))
+    settings = {"device_slots": 4, "host_slots": 4, "device_profile": str(file)}
+    with pytest.raises(ConfigError, match="says nothing of a disk"):
+        make_engine(packed, device="emulated", emulate_cpu=True, **settings)
+    make_engine(packed, device="emulated", **settings).close()  # this one has its own
+
+
+@pytest.mark.parametrize("emulate_cpu", [False, True])
+def test_a_disk_that_fails_ends_its_requests_and_nothing_else(
+    emulate_cpu: bool, packed: Path, tmp_path: Path
+) -> None:
     """And when the files are whole again, the same engine answers as if nothing had been."""
     rng = random.Random(fresh_seed())
     copy = tmp_path / "model"
     shutil.copytree(packed, copy)
     engine = make_engine(
-        copy, device="emulated", device_slots=6, host_slots=4, predictor="markov", emulate_cpu=True
+        copy,
+        device="emulated",
+        device_slots=6,
+        host_slots=4,
+        predictor="markov",
+        emulate_cpu=emulate_cpu,
     )
     try:
         requests = make_requests(rng, engine.info.vocab_size)
@@ -135,6 +180,8 @@ def test_a_disk_that_fails_ends_its_requests_and_nothing_else(packed: Path, tmp_
         assert [delta.finish_reason for delta in deltas] == [FinishReason.ERROR]
         assert deltas[0].error_code is ErrorCode.UNAVAILABLE
         assert "checksum" in str(deltas[0].error)
+        clock = tiers_of(engine)[0].device.clock
+        clock.wait_until(clock.now_us() + 1e6)  # whatever else was being read has failed, too
         engine.check_integrity()
         for file in files:
             file.write_bytes(whole[file])
