@@ -1,0 +1,113 @@
+"""Equations of MoE-Lens, against sums and against what the paper publishes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from moeserve.config import BUNDLED_MODEL, EngineConfig, ExpertConfig, ModelConfig
+from moeserve.experts.schedule.profile import shipped_profile
+from moeserve.planner.bound import Bound
+from moeserve.planner.deployment import find_shape, sized
+from moeserve.planner.moe_lens import (
+    expert_tokens_to_saturate,
+    most_tokens_per_s,
+    parallelism_memory_efficiency,
+    sequences_in_step,
+    tokens_to_saturate,
+)
+from moeserve.planner.plan_types import PlanRequest, Traffic
+
+#: Mixtral-8x7B (arXiv:2401.04088): 32 layers of 8 experts, 2 of them for a token, 8 kv heads of 128
+EXPERTS, TOP_K, LAYERS, KV_TOKEN_BYTES = 8, 2, 32, 2 * 32 * 8 * 128 * 2
+HIDDEN, INNER = 4096, 14336
+BF16 = 2
+A40 = shipped_profile("a40-xeon8380")
+
+
+def test_mixtral_on_an_a40_needs_19200_tokens_at_once() -> None:
+    """The paper's section 5.1 rounds: 150 TFLOPS, and 32 GB/s as 31.25 of 10^9 bytes."""
+    assert expert_tokens_to_saturate(150e12, 31.25e9, EXPERTS, TOP_K, BF16) == pytest.approx(19_200)
+    peak = A40.device.ops_per_s["bf16"].value if A40.device is not None else 0.0
+    exact = expert_tokens_to_saturate(peak, 32e9, EXPERTS, TOP_K, BF16)
+    assert exact == pytest.approx(19_200, rel=0.03)
+
+
+def test_size_cancels_out_of_experts() -> None:
+    expert = 3 * HIDDEN * INNER
+    weight_bytes = LAYERS * EXPERTS * expert * BF16
+    ops = LAYERS * TOP_K * expert * 2
+    by_size = tokens_to_saturate(149.7e12, 32e9, weight_bytes, ops)
+    assert by_size == pytest.approx(expert_tokens_to_saturate(149.7e12, 32e9, EXPERTS, TOP_K, BF16))
+
+
+def test_their_kv_takes_614_gb_at_256_tokens() -> None:
+    """A GB of 1000 MiB, as the paper has it."""
+    assert KV_TOKEN_BYTES == 128 * 1024
+    kv_bytes = 19_200 * 256 * KV_TOKEN_BYTES
+    assert round(kv_bytes / (1000 * 2**20)) == 614
+
+
+@pytest.mark.parametrize(
+    ("p", "g", "efficiency"),
+    [(100, 128, 456 / (328 * 128)), (98, 32, 260 / 7296), (926, 128, 2108 / (1980 * 128))],
+)
+def test_parallelism_memory_efficiency_of_known_lengths(p: int, g: int, efficiency: float) -> None:
+    assert parallelism_memory_efficiency(p, g) == pytest.approx(efficiency)
+
+
+def test_efficiency_is_tokens_over_the_kv_held_step_by_step() -> None:
+    rng = random.Random(seed := random.randrange(1 << 30))
+    for _ in range(50):
+        p, g = rng.randrange(1, 4000), rng.randrange(1, 1000)
+        held = sum(p + step + 0.5 for step in range(g))  # in the middle of each step
+        expected = (p + g) / held
+        assert parallelism_memory_efficiency(p, g) == pytest.approx(expected), f"seed {seed}"
+
+
+def test_efficiency_is_that_of_a_schedule() -> None:
+    """Sequences that begin one after the other, each giving its place to the next: counted."""
+    p, g, num = 40, 25, 200
+    tokens = kv = 0
+    starts = [i % g for i in range(num)]  # at all stages at once
+    for step in range(10 * g):
+        for start in starts:
+            stage = (step - start) % g
+            tokens += p + 1 if stage == 0 else 1
+            kv += p + stage
+    # A sum over whole steps, where the equation has an integral: half a token of kv in each.
+    assert tokens / kv == pytest.approx(
+        parallelism_memory_efficiency(p, g), rel=0.5 / (p + g / 2 - 0.5) + 1e-6
+    )
+
+
+def test_throughput_grows_with_kv_until_the_device_is_busy() -> None:
+    rates = [most_tokens_per_s(100, 128, kv, 2.9, 5000.0) for kv in (1e5, 2e5, 1e9)]
+    assert rates[1] == pytest.approx(2 * rates[0])
+    assert rates[2] == 5000.0
+    assert sequences_in_step(100, 128, 164_000) == 1000
+
+
+def test_a_plan_says_the_same() -> None:
+    """The bundled model on an A40, by the plan's own bookkeeping."""
+    engine = EngineConfig(
+        model=ModelConfig(model=str(BUNDLED_MODEL), device="emulated"),
+        experts=ExpertConfig(device_slots=1),
+    )
+    traffic = Traffic(concurrency=1, prompt_tokens=100, output_tokens=28)
+    deployment = sized(PlanRequest(engine=engine, traffic=traffic), A40, find_shape(engine))
+    found = Bound(deployment).saturation()
+    shape = deployment.shape
+    assert A40.device is not None
+    ops = 2 * sum(
+        sum(m.rows * m.cols for m in s.products) + 3 * s.experts.top_k * s.experts.spec.hidden_size
+        * s.experts.spec.intermediate_size
+        for s in shape.layers
+        if s.experts is not None
+    )  # fmt: skip
+    link = 1e9 / (31748.0 - 10.0) * 1e6
+    peak = A40.device.ops_per_s["f32"].value
+    assert found.tokens == pytest.approx(peak / ops * shape.expert_bytes / link)
+    assert found.kv_bytes == pytest.approx(found.tokens * 128 * shape.kv_token_bytes)
+    assert found.efficiency == pytest.approx(parallelism_memory_efficiency(100, 28))
