@@ -56,6 +56,8 @@ class Runtime:
     def isa(self) -> str: ...
     @property
     def num_threads(self) -> int: ...
+    def take_part_times(self) -> dict[str, float]:
+        """Seconds by part of a decoder layer, since they were last taken."""
     def measure_read_bandwidth(self, num_bytes: int, repeats: int = 3) -> float:
         """Bytes per second that the threads read together."""
     def measure_dot_peak(self, type: str, repeats: int = 3) -> float:

@@ -1,4 +1,5 @@
 // Runtime, ISA levels, memory, and measurements of the machine.
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -163,6 +164,15 @@ void bind_runtime(nb::module_ &m) {
           "isa: the name of a level. cpus: a core for every thread, or none. Raises ValueError.")
       .def_prop_ro("isa", [](const Runtime &runtime) { return runtime.kernels.name; })
       .def_prop_ro("num_threads", [](const Runtime &runtime) { return runtime.pool.num_threads(); })
+      .def(
+          "take_part_times",
+          [](Runtime &runtime) {
+            const auto seconds = runtime.parts.take();
+            std::map<std::string, double> by_name;
+            for (std::size_t i = 0; i < seconds.size(); ++i) by_name[kPartNames[i]] = seconds[i];
+            return by_name;
+          },
+          "Seconds by part of a decoder layer, since they were last taken.")
       .def("measure_read_bandwidth", &measure_read_bandwidth, nb::arg("num_bytes"),
            nb::arg("repeats") = 3, "Bytes per second that the threads read together.")
       .def("measure_dot_peak", &measure_dot_peak, nb::arg("type"), nb::arg("repeats") = 3,

@@ -73,19 +73,26 @@ void run_attention(Runtime &runtime, const AttentionHalf &half, const Stream &st
   void *normed = take_rows(workspace.normed, stream, stream.hidden);
   void *qkv = take_rows(workspace.projected, stream, qkv_cols);
   void *mixed = take_rows(workspace.mixed, stream, mixed_cols);
+  Laps laps(runtime.parts);
   norm_stream(runtime, half.norm, stream, normed);
+  laps.end(Part::kNorm);
   linear(runtime, *half.qkv, dtype, normed, rows, stream.hidden, dtype, qkv, qkv_cols);
+  laps.end(Part::kProjection);
   heads.rows = qkv;
   heads.row_stride = qkv_cols;
   prepare(runtime, heads, rows);
+  laps.end(Part::kHeads);
   call.queries = qkv;
   call.query_strides[0] = qkv_cols;
   call.query_strides[1] = std::int64_t{heads.group_heads + 2} * heads.head_dim;
   call.query_strides[2] = heads.head_dim;
   call.out = mixed;
   attend(runtime, call, spans);
+  laps.end(Part::kAttention);
   linear(runtime, *half.output, dtype, mixed, rows, mixed_cols, dtype, normed, stream.hidden);
+  laps.end(Part::kProjection);
   add_to_stream(runtime, stream, normed);
+  laps.end(Part::kNorm);
 }
 
 void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream,
@@ -98,10 +105,13 @@ void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &str
       static_cast<std::size_t>(stream.num_rows) * static_cast<std::size_t>(half.rule.top_k);
   auto *ids = workspace.ids.take<std::int64_t>(choices);
   auto *weights = workspace.weights.take<float>(choices);
+  Laps laps(runtime.parts);
   norm_stream(runtime, half.norm, stream, normed);
+  laps.end(Part::kNorm);
   route(runtime, *half.gate, half.rule, stream.dtype, normed, stream.num_rows, stream.hidden, ids,
         weights);
   if (use != nullptr) count_use(*use, half.rule.num_experts, ids, weights, choices);
+  laps.end(Part::kRouter);
   ExpertJob job = {};
   job.dtype = job.y_dtype = stream.dtype;
   job.x = normed;
@@ -112,7 +122,9 @@ void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &str
   job.top_k = half.rule.top_k;
   job.y = sums;
   run_experts(runtime, *half.experts, job);
+  laps.skip();
   add_to_stream(runtime, stream, sums);
+  laps.end(Part::kNorm);
 }
 
 }  // namespace moeserve

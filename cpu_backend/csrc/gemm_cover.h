@@ -64,13 +64,20 @@ inline PanelsAhead ahead_of(const GemmJob &job, int first, int panels, std::int6
   return PanelsAhead(begin, most < panels ? most : panels, job.layout->panel_bytes, num_steps);
 }
 
+template <int kRows, int kPanels>
+std::int64_t num_tiles(const GemmJob &job) {
+  return std::int64_t{(job.num_rows + kRows - 1) / kRows} *
+         ((job.num_panels + kPanels - 1) / kPanels);
+}
+
 // All rows with P panels at a time, as long as there are so many. Returns the first panel left.
 template <class Tile, int kMost, int P>
-MOESERVE_INLINE int cover_panels(const GemmJob &job, int panel) {
+MOESERVE_INLINE int cover_panels(const GemmJob &job, int panel, RowsAhead &rows_ahead) {
   const int num_tiles = (job.num_rows + kMost - 1) / kMost;
   for (; panel + P <= job.num_panels; panel += P) {
     PanelsAhead ahead = ahead_of(job, panel, P, std::int64_t{num_tiles} * job.layout->num_chunks);
     for_row_tiles<kMost, P>(job.num_rows, [&](auto rows, int row) __attribute__((always_inline)) {
+      rows_ahead.step();
       Tile::template run<decltype(rows)::value, P>(Place{job, row, panel, ahead});
     });
     if (num_tiles > 1) ahead.finish();
@@ -82,9 +89,12 @@ template <class Tile>
 void gemm_tiles(const GemmJob &job) {
   using T = Tiles<Tile::kGrouped>;
   int panel = 0;
-  if (job.num_rows <= T::kFewRows) panel = cover_panels<Tile, T::kFewRows, T::kFewPanels>(job, 0);
-  panel = cover_panels<Tile, T::kManyRows, T::kManyPanels>(job, panel);
-  if constexpr (T::kManyPanels > 1) cover_panels<Tile, T::kManyRows, 1>(job, panel);
+  RowsAhead rows(job, num_tiles<T::kManyRows, T::kManyPanels>(job));
+  if (job.num_rows <= T::kFewRows) {
+    panel = cover_panels<Tile, T::kFewRows, T::kFewPanels>(job, 0, rows);
+  }
+  panel = cover_panels<Tile, T::kManyRows, T::kManyPanels>(job, panel, rows);
+  if constexpr (T::kManyPanels > 1) cover_panels<Tile, T::kManyRows, 1>(job, panel, rows);
 }
 
 }  // namespace

@@ -31,10 +31,11 @@ struct UnpackedProduct {
     const PackedLayout &layout = *job.layout;
     const int block_groups = kBlockInputs / layout.group_cols;
     const int group_chunks = layout.group_cols / chunk_inputs(kFormat);
-    const std::int64_t num_tiles = (job.num_rows + kRows - 1) / kRows;
+    const std::int64_t row_tiles = (job.num_rows + kRows - 1) / kRows;
+    RowsAhead rows_ahead(job, num_tiles<kRows, kPanels>(job));
     for (int first = 0; first < job.num_panels; first += kPanels) {
       const int panels = job.num_panels - first < kPanels ? job.num_panels - first : kPanels;
-      PanelsAhead ahead = ahead_of(job, first, panels, num_tiles * layout.num_groups);
+      PanelsAhead ahead = ahead_of(job, first, panels, row_tiles * layout.num_groups);
       for (int g = 0; g < layout.num_groups; g += block_groups) {
         Block block = {};
         block.job = &job;
@@ -51,9 +52,9 @@ struct UnpackedProduct {
                  codes[p]);
         }
         if (panels == kPanels) {
-          cover<kPanels>(block, ahead);
+          cover<kPanels>(block, ahead, rows_ahead);
         } else {
-          cover<1>(block, ahead);
+          cover<1>(block, ahead, rows_ahead);
         }
       }
       ahead.finish();
@@ -71,9 +72,10 @@ struct UnpackedProduct {
   }
 
   template <int P>
-  static void cover(const Block &block, PanelsAhead &ahead) {
+  static void cover(const Block &block, PanelsAhead &ahead, RowsAhead &rows_ahead) {
     for_row_tiles<kRows, P>(block.job->num_rows,
                             [&](auto rows, int row) __attribute__((always_inline)) {
+                              rows_ahead.step();
                               tile<decltype(rows)::value, P>(block, row, ahead);
                             });
   }
@@ -118,7 +120,7 @@ struct UnpackedProduct {
     }
     all_ahead = ahead;
     MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec::F scale = Vec::set1(block.last ? Tile::row_scale(job, place.row(r)) : 1.0f);
+      const Vec::F scale = Vec::set1(block.last ? Tile::row_scale(job, place.source(r)) : 1.0f);
       MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
         Vec::store(place.out(r, p), Vec::mul(total[r][p], scale));
       }

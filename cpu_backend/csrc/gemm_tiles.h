@@ -59,6 +59,28 @@ class PanelsAhead {
   std::size_t panel_bytes_ = 0;
 };
 
+// Rows that come after those being multiplied, asked for bit by bit, tile by tile.
+class RowsAhead {
+ public:
+  RowsAhead(const GemmJob &job, std::int64_t num_tiles)
+      : line_(job.next_rows), left_(job.next_rows == nullptr ? 0 : job.next_rows_bytes) {
+    const std::size_t part = left_ / static_cast<std::size_t>(num_tiles);
+    step_bytes_ = (part / kChunkBytes + 1) * kChunkBytes;
+  }
+  void step() {
+    for (std::size_t due = step_bytes_; due > 0 && left_ > 0; due -= kChunkBytes) {
+      Vec::prefetch(line_);
+      line_ += kChunkBytes;
+      left_ -= left_ < kChunkBytes ? left_ : kChunkBytes;
+    }
+  }
+
+ private:
+  const std::uint8_t *line_;
+  std::size_t left_;
+  std::size_t step_bytes_;
+};
+
 // Where a tile stands.
 struct Place {
   const GemmJob &job;
@@ -70,15 +92,19 @@ struct Place {
     return static_cast<std::size_t>(first_row + r < job.num_rows ? first_row + r
                                                                  : job.num_rows - 1);
   }
+  // The same row's place in job.rows.
+  std::size_t source(int r) const {
+    return job.row_ids == nullptr ? row(r) : static_cast<std::size_t>(job.row_ids[row(r)]);
+  }
   const std::uint8_t *panel(int p) const {
     return job.panels + (first_panel + p) * job.layout->panel_bytes;
   }
   template <class Number>
   const Number *x(int r) const {
-    return reinterpret_cast<const Number *>(job.rows.data + row(r) * job.row_format->data_bytes);
+    return reinterpret_cast<const Number *>(job.rows.data + source(r) * job.row_format->data_bytes);
   }
   const std::int32_t *sums(int r) const {
-    return job.rows.sums + row(r) * static_cast<std::size_t>(job.row_format->num_groups);
+    return job.rows.sums + source(r) * static_cast<std::size_t>(job.row_format->num_groups);
   }
   float *out(int r, int p) const {
     return job.out + row(r) * job.out_stride + (first_panel + p) * kPanelOutputs;
@@ -241,15 +267,15 @@ struct IntTile {
     }
     place.ahead = ahead;
     MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec::F scale = Vec::set1(row_scale(place.job, place.row(r)));
+      const Vec::F scale = Vec::set1(row_scale(place.job, place.source(r)));
       MOESERVE_UNROLL for (int p = 0; p < P; ++p)
           Vec::store(place.out(r, p), Vec::mul(total[r][p], scale));
     }
   }
 
   // The integer codes of e2m1 are twice its values.
-  static float row_scale(const GemmJob &job, std::size_t row) {
-    const float scale = job.rows.scales[row];
+  static float row_scale(const GemmJob &job, std::size_t source) {
+    const float scale = job.rows.scales[source];
     return kFormat == Format::kMxfp4 ? 0.5f * scale : scale;
   }
 

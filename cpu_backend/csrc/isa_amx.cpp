@@ -62,6 +62,9 @@ void multiply_tiles(const GemmJob &job, int first_row, int first_panel, int num_
   const PackedLayout &layout = *job.layout;
   const std::size_t row_bytes = job.row_format->data_bytes;
   const std::uint8_t *rows = job.rows.data + first_row * row_bytes;
+  const std::int32_t *ids = job.row_ids == nullptr ? nullptr : job.row_ids + first_row;
+  const int num_rows = job.num_rows - first_row < 16 ? job.num_rows - first_row : 16;
+  alignas(64) std::uint8_t gathered[16][kChunkBytes];  // a tile wants rows at equal distances
   const std::uint8_t *panel = job.panels + first_panel * layout.panel_bytes;
   const int whole = layout.num_chunks / kTileChunks, rest = layout.num_chunks % kTileChunks;
   alignas(64) std::uint8_t padded[kTilePanels][kTileBytes] = {};
@@ -74,7 +77,15 @@ void multiply_tiles(const GemmJob &job, int first_row, int first_panel, int num_
   _tile_zero(2);
   _tile_zero(3);
   for (int t = 0; t < whole + (rest > 0 ? 1 : 0); ++t) {
-    _tile_loadd(4, rows + t * kChunkBytes, row_bytes);
+    if (ids == nullptr) {
+      _tile_loadd(4, rows + t * kChunkBytes, row_bytes);
+    } else {
+      for (int r = 0; r < num_rows; ++r) {
+        Vec::store64(gathered[r],
+                     Vec::load64(job.rows.data + ids[r] * row_bytes + t * kChunkBytes));
+      }
+      _tile_loadd(4, gathered, kChunkBytes);
+    }
     const auto weights = [&](int p) __attribute__((always_inline)) {
       return t < whole ? panel + p * layout.panel_bytes + t * kTileBytes : padded[p];
     };
@@ -118,13 +129,14 @@ void tile_gemm(const GemmJob &job) {
             __builtin_memcpy(out, sum, 64);
             continue;
           }
+          const int source = job.row_ids == nullptr ? row + r : job.row_ids[row + r];
           // As IntTile: what 128 instead of zero adds up to, the output's scale, the row's scale.
           const Vec::I exact =
-              _mm512_add_epi32(Vec::load64(sum), Vec::iset1(job.rows.sums[row + r]));
+              _mm512_add_epi32(Vec::load64(sum), Vec::iset1(job.rows.sums[source]));
           const std::uint8_t *panel = job.panels + (first + p) * layout.panel_bytes;
           const Vec::F scaled = Vec::fma(Vec::to_float(exact),
                                          load_scale<Format::kInt8>(layout, panel, 0), Vec::zero());
-          Vec::store(out, Vec::mul(scaled, Vec::set1(job.rows.scales[row + r])));
+          Vec::store(out, Vec::mul(scaled, Vec::set1(job.rows.scales[source])));
         }
       }
     }

@@ -38,6 +38,7 @@ struct GemmJob {
   const std::uint8_t *panels;  // of the first output
   const PackedLayout *layout;
   Rows rows;
+  const std::int32_t *row_ids;  // [num_rows] places in `rows`, or null: the first ones, in order
   const RowFormat *row_format;
   int num_rows;
   int num_panels;
@@ -46,6 +47,9 @@ struct GemmJob {
   // Panels of the same layout that this thread will want next, to be asked for meanwhile; or none.
   const std::uint8_t *next = nullptr;
   int num_next = 0;
+  // The rows that this thread will want next, the same; or none.
+  const std::uint8_t *next_rows = nullptr;
+  std::size_t next_rows_bytes = 0;
 };
 
 enum class Activation : int {

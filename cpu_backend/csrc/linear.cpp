@@ -11,6 +11,7 @@ namespace {
 constexpr std::int64_t kDecodeItemBytes = 128 * 1024;
 constexpr std::int64_t kRowsPerItem = 96;
 constexpr std::int64_t kPanelsPerItem = 8;
+constexpr std::int64_t kItemsPerThread = 4;  // of the rows that stand together
 // Bytes of weights times rows below which the calling thread is done before another has woken.
 constexpr std::int64_t kAloneBytes = 64 * 1024;
 
@@ -28,7 +29,10 @@ void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x
   const bool few = num_rows <= 4;
   const std::int64_t by_bytes =
       kDecodeItemBytes / static_cast<std::int64_t>(layout.panel_bytes) / 4 * 4;
-  const std::int64_t item_panels = few ? std::clamp<std::int64_t>(by_bytes, 4, 64) : kPanelsPerItem;
+  const std::int64_t by_threads =
+      layout.num_panels / (kItemsPerThread * runtime.pool.num_threads()) / 2 * 2;
+  const std::int64_t item_panels = few ? std::clamp<std::int64_t>(by_bytes, 4, 64)
+                                       : std::clamp<std::int64_t>(by_threads, 2, kPanelsPerItem);
   const std::int64_t panel_items = (layout.num_panels + item_panels - 1) / item_panels;
   const std::int64_t row_items = (num_rows + kRowsPerItem - 1) / kRowsPerItem;
 
@@ -59,6 +63,7 @@ void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x
           .panels = panels_at(panel),
           .layout = &layout,
           .rows = rows_from(rows, format, row),
+          .row_ids = nullptr,
           .row_format = &format,
           .num_rows = static_cast<int>(count),
           .num_panels = static_cast<int>(panels),
@@ -66,6 +71,8 @@ void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x
           .out_stride = static_cast<std::size_t>(panels * kPanelOutputs),
           .next = next < 0 ? nullptr : panels_at(panel_of(next)),
           .num_next = static_cast<int>(std::min(item_panels, layout.num_panels - panel_of(next))),
+          .next_rows = nullptr,
+          .next_rows_bytes = 0,
       };
       kernels.gemm(job);
       const std::int64_t first = panel * kPanelOutputs;

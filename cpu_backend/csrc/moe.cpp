@@ -10,8 +10,8 @@ constexpr std::int64_t kGateUpPanels = 4;
 constexpr std::int64_t kDownPanels = 2;
 constexpr std::int64_t kAloneBytes = 64 * 1024;
 constexpr std::int64_t kManyRows = 8;
-constexpr std::int64_t kGateUpPanelsMany = 16;
-constexpr std::int64_t kDownPanelsMany = 8;
+constexpr std::int64_t kGateUpPanelsMany = 32;
+constexpr std::int64_t kDownPanelsMany = 16;
 
 // One choice of a token. Sorted by expert; `row` of the hidden state is its place in that order.
 struct Pair {
@@ -28,8 +28,8 @@ struct Group {
 
 struct Plan {
   std::vector<Pair> pairs;
+  std::vector<std::int32_t> tokens;  // of the pairs
   std::vector<Group> groups;
-  bool gathers = false;  // some expert has rows that do not stand together in x
 };
 
 Plan make_plan(const Experts &experts, const ExpertJob &job) {
@@ -47,16 +47,17 @@ Plan make_plan(const Experts &experts, const ExpertJob &job) {
     const std::int64_t count = start[e + 1];
     if (count > 0) {
       plan.groups.push_back({static_cast<std::int64_t>(e), start[e], count});
-      plan.gathers = plan.gathers || count > 1;
     }
     start[e + 1] += start[e];
   }
   plan.pairs.resize(static_cast<std::size_t>(start[num_experts]));
+  plan.tokens.resize(plan.pairs.size());
   for (std::int64_t i = 0; i < choices; ++i) {
     const std::int64_t expert = job.ids[i];
     if (!wanted(expert)) continue;
-    auto &place = start[static_cast<std::size_t>(expert)];
-    plan.pairs[static_cast<std::size_t>(place++)] = {expert, i / job.top_k, job.weights[i]};
+    const auto place = static_cast<std::size_t>(start[static_cast<std::size_t>(expert)]++);
+    plan.pairs[place] = {expert, i / job.top_k, job.weights[i]};
+    plan.tokens[place] = static_cast<std::int32_t>(i / job.top_k);
   }
   return plan;
 }
@@ -78,7 +79,6 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
   const RowFormat in_format = row_format(kernels, experts.gate_up);
   const RowFormat hidden_format = row_format(kernels, experts.down);
   const Rows input = workspace.input.take(in_format, job.num_tokens);
-  const Rows sorted = workspace.sorted.take(in_format, plan.gathers ? num_pairs : 0);
   const Rows hidden = workspace.hidden.take(hidden_format, num_pairs);
   // Activations go straight into the rows of the second product where those are floats.
   const std::size_t inner =
@@ -102,12 +102,6 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
   for (auto &scratch : workspace.per_thread) scratch.take<float>(out_numbers + sum_numbers);
 
   const auto x_bytes = static_cast<std::int64_t>(size_of(job.dtype)) * job.x_stride;
-  const auto rows_of = [&](const Group &group) {
-    return group.count > 1 ? rows_from(sorted, in_format, group.first)
-                           : rows_from(input, in_format,
-                                       plan.pairs[static_cast<std::size_t>(group.first)].token);
-  };
-
   const auto gate_up_at = [&](std::int64_t item) {
     const Group &group = plan.groups[static_cast<std::size_t>(item / gate_up_items)];
     const std::int64_t panel = item % gate_up_items * gate_up_panels;
@@ -127,7 +121,8 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
     const GemmJob gemm = {
         .panels = gate_up_at(item),
         .layout = &experts.gate_up,
-        .rows = rows_of(group),
+        .rows = input,
+        .row_ids = plan.tokens.data() + group.first,
         .row_format = &in_format,
         .num_rows = static_cast<int>(group.count),
         .num_panels = static_cast<int>(panels),
@@ -135,6 +130,8 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
         .out_stride = static_cast<std::size_t>(panels * kPanelOutputs),
         .next = next < 0 ? nullptr : gate_up_at(next),
         .num_next = static_cast<int>(gate_up_panels),
+        .next_rows = nullptr,
+        .next_rows_bytes = 0,
     };
     kernels.gemm(gemm);
     const float *bias = nullptr;
@@ -163,20 +160,23 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
     for (const Group &group : plan.groups) {
       const std::uint8_t *record = experts.records[static_cast<std::size_t>(group.expert)];
       const bool last = &group == &plan.groups.back();
-      const std::uint8_t *after = !last      ? down_at(*(&group + 1), item)
-                                  : next < 0 ? nullptr
-                                             : down_at(plan.groups.front(), next);
+      const Group &follower = last ? plan.groups.front() : *(&group + 1);
+      const bool ends = last && next < 0;
+      const Rows follower_rows = rows_from(hidden, hidden_format, follower.first);
       const GemmJob gemm = {
           .panels = down_at(group, item),
           .layout = &experts.down,
           .rows = rows_from(hidden, hidden_format, group.first),
+          .row_ids = nullptr,
           .row_format = &hidden_format,
           .num_rows = static_cast<int>(group.count),
           .num_panels = static_cast<int>(panels),
           .out = out,
           .out_stride = static_cast<std::size_t>(width),
-          .next = after,
+          .next = ends ? nullptr : down_at(follower, last ? next : item),
           .num_next = static_cast<int>(panels),
+          .next_rows = ends ? nullptr : follower_rows.data,
+          .next_rows_bytes = static_cast<std::size_t>(follower.count) * hidden_format.data_bytes,
       };
       kernels.gemm(gemm);
       const float *bias = nullptr;
@@ -204,25 +204,25 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
   const auto region = [&](Worker &worker) {
     float *out = workspace.per_thread[static_cast<std::size_t>(worker.index())].take<float>(
         out_numbers + sum_numbers);
+    Laps laps(runtime.parts, worker.index() == 0);
     worker.share(job.num_tokens, [&](std::int64_t token) {
       const auto *x = static_cast<const std::uint8_t *>(job.x) + token * x_bytes;
       kernels.prepare_row(in_format, job.dtype, x, input, token);
     });
-    if (plan.gathers) {
-      worker.share(num_pairs, [&](std::int64_t pair) {
-        copy_row(in_format, input, plan.pairs[static_cast<std::size_t>(pair)].token, sorted, pair);
-      });
-    }
+    laps.end(Part::kRows);
     worker.share_ahead(num_groups * gate_up_items,
                        [&](std::int64_t item, std::int64_t next) { gate_up(out, item, next); });
+    laps.end(Part::kGateUp);
     if (!direct) {
       worker.share(num_pairs, [&](std::int64_t pair) {
         const float *row = activated + static_cast<std::size_t>(pair) * activated_stride;
         kernels.prepare_row(hidden_format, Dtype::kF32, row, hidden, pair);
       });
     }
+    laps.end(Part::kHidden);
     worker.share_ahead(down_items,
                        [&](std::int64_t item, std::int64_t next) { down(out, item, next); });
+    laps.end(Part::kDown);
   };
   runtime.pool.run(region, alone);
 }

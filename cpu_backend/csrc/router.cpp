@@ -37,6 +37,27 @@ struct RowMemory {
   std::vector<Ranked> ranked;
 };
 
+// Leaves the `count` largest in memory.ranked, in falling order, where they can stand in one order
+// only; false where numbers are equal, or NaN, and the algorithm decides.
+bool rank_distinct(int count, RowMemory &memory) {
+  auto &kept = memory.ranked;  // and the next one, to know whether the last is larger
+  kept.assign(static_cast<std::size_t>(count) + 1, {-std::numeric_limits<float>::infinity(), -1});
+  int id = 0;
+  for (const float value : memory.choice) {
+    if (std::isnan(value)) return false;
+    if (value > kept.back().value) {
+      auto place = kept.end() - 1;
+      for (; place != kept.begin() && value > (place - 1)->value; --place) *place = *(place - 1);
+      *place = {value, id};
+    }
+    ++id;
+  }
+  for (std::size_t i = 0; i + 1 < kept.size(); ++i) {
+    if (kept[i].value == kept[i + 1].value) return false;
+  }
+  return true;
+}
+
 float group_value(const float *choice, int size, bool top2) {
   float best = -std::numeric_limits<float>::infinity(), second = best;
   for (int i = 0; i < size; ++i) {
@@ -78,11 +99,13 @@ void choose(const Kernels &kernels, const RouterRule &rule, Dtype dtype, const f
     }
   }
   if (rule.top_groups < rule.num_groups) mask_groups(rule, memory);
-  memory.ranked.clear();
-  for (int e = 0; e < rule.num_experts; ++e) {
-    memory.ranked.push_back({memory.choice[static_cast<std::size_t>(e)], e});
+  if (!rank_distinct(rule.top_k, memory)) {
+    memory.ranked.clear();
+    for (int e = 0; e < rule.num_experts; ++e) {
+      memory.ranked.push_back({memory.choice[static_cast<std::size_t>(e)], e});
+    }
+    to_front(memory.ranked, rule.top_k);
   }
-  to_front(memory.ranked, rule.top_k);
   float sum = 0.0f;
   for (int k = 0; k < rule.top_k; ++k) {
     ids[k] = memory.ranked[static_cast<std::size_t>(k)].id;

@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-#include "kernels.h"
+#include "gemm_decoders.h"
 
 namespace {
 
@@ -16,7 +16,7 @@ using moeserve::Rows;
 
 constexpr int kLanes = 16;
 
-inline Vec::F load_as(Dtype dtype, const void *x, std::int64_t i) {
+MOESERVE_INLINE Vec::F load_as(Dtype dtype, const void *x, std::int64_t i) {
   switch (dtype) {
     case Dtype::kF32:
       return Vec::load(static_cast<const float *>(x) + i);
@@ -28,7 +28,7 @@ inline Vec::F load_as(Dtype dtype, const void *x, std::int64_t i) {
   return Vec::zero();
 }
 
-inline void store_as(Dtype dtype, void *x, std::int64_t i, Vec::F value) {
+MOESERVE_INLINE void store_as(Dtype dtype, void *x, std::int64_t i, Vec::F value) {
   switch (dtype) {
     case Dtype::kF32:
       return Vec::store(static_cast<float *>(x) + i, value);
@@ -54,28 +54,80 @@ inline void store_tail(Dtype dtype, void *x, std::int64_t i, std::int64_t count,
   __builtin_memcpy(static_cast<unsigned char *>(x) + i * size, copy, count * size);
 }
 
+template <Dtype kType>
+struct OfType {
+  static constexpr Dtype value = kType;
+};
+
+// body(OfType<dtype>): loops inside know the type of their numbers, which otherwise would be looked
+// at for every vector.
+template <class Body>
+inline void with_type(Dtype dtype, const Body &body) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return body(OfType<Dtype::kF32>{});
+    case Dtype::kBF16:
+      return body(OfType<Dtype::kBF16>{});
+    case Dtype::kF16:
+      return body(OfType<Dtype::kF16>{});
+  }
+}
+
 // body(i, load) for every vector of a row of `count` numbers; the last one is padded with zeros.
 template <class Body>
 inline void for_vectors(Dtype dtype, const void *x, std::int64_t count, const Body &body) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) body(i, load_as(dtype, x, i));
-  if (i < count) body(i, load_tail(dtype, x, i, count - i));
+  with_type(dtype, [&](auto type) {
+    constexpr Dtype kType = decltype(type)::value;
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) body(i, load_as(kType, x, i));
+    if (i < count) body(i, load_tail(kType, x, i, count - i));
+  });
+}
+
+// out[i] = result(i, x[i]) for every vector of a row, both in dtype; result(i, vector, count) may
+// look at `count` numbers only, 16 but for the last.
+template <class Result>
+inline void map_vectors(Dtype dtype, const void *x, void *out, std::int64_t count,
+                        const Result &result) {
+  with_type(dtype, [&](auto type) {
+    constexpr Dtype kType = decltype(type)::value;
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      store_as(kType, out, i, result(type, i, load_as(kType, x, i), std::int64_t{kLanes}));
+    }
+    if (i < count) {
+      const std::int64_t left = count - i;
+      store_tail(kType, out, i, left, result(type, i, load_tail(kType, x, i, left), left));
+    }
+  });
+}
+
+// Numbers i.. of x: 16, or fewer with zeros behind them.
+template <Dtype kType>
+MOESERVE_INLINE Vec::F load_few(const void *x, std::int64_t i, std::int64_t count) {
+  return count == kLanes ? load_as(kType, x, i) : load_tail(kType, x, i, count);
 }
 
 void to_float(Dtype dtype, const void *x, float *out, std::int64_t count) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) Vec::store(out + i, load_as(dtype, x, i));
-  if (i < count) {
-    store_tail(Dtype::kF32, out, i, count - i, load_tail(dtype, x, i, count - i));
-  }
+  with_type(dtype, [&](auto type) {
+    constexpr Dtype kType = decltype(type)::value;
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) Vec::store(out + i, load_as(kType, x, i));
+    if (i < count) {
+      store_tail(Dtype::kF32, out, i, count - i, load_tail(kType, x, i, count - i));
+    }
+  });
 }
 
 void from_float(Dtype dtype, const float *x, void *out, std::int64_t count) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store_as(dtype, out, i, Vec::load(x + i));
-  if (i < count) {
-    store_tail(dtype, out, i, count - i, load_tail(Dtype::kF32, x, i, count - i));
-  }
+  with_type(dtype, [&](auto type) {
+    constexpr Dtype kType = decltype(type)::value;
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store_as(kType, out, i, Vec::load(x + i));
+    if (i < count) {
+      store_tail(kType, out, i, count - i, load_tail(Dtype::kF32, x, i, count - i));
+    }
+  });
 }
 
 // One scale for the row, its codes rounded to nearest; a row that is not finite becomes NaN.
@@ -103,7 +155,11 @@ inline void quantize_row(const RowFormat &format, Dtype dtype, const void *x, st
     const int end =
         begin + format.group_cols < format.cols ? begin + format.group_cols : format.cols;
     std::int32_t sum = 0;
-    for (int i = begin; i < end; ++i) sum += codes[i];
+    int i = begin;
+    for (; i + 32 <= end; i += 32) {  // a number that the compiler knows, for vectors
+      for (int j = 0; j < 32; ++j) sum += codes[i + j];
+    }
+    for (; i < end; ++i) sum += codes[i];
     sums[g] = -format.zero * sum;
   }
 }
@@ -221,41 +277,40 @@ void rms_norm(Dtype dtype, const void *x, const float *weight, float eps, void *
   for_vectors(dtype, x, count, [&](std::int64_t, Vec::F v) { squares = Vec::fma(v, v, squares); });
   const float mean = Vec::sum(squares) / static_cast<float>(count);
   const Vec::F factor = Vec::set1(1.0f / sqrtf(mean + eps));
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store_as(dtype, out, i,
-             Vec::mul(Vec::mul(load_as(dtype, x, i), factor), Vec::load(weight + i)));
-  }
-  if (i < count) {
-    const Vec::F normed = Vec::mul(load_tail(dtype, x, i, count - i), factor);
-    store_tail(dtype, out, i, count - i,
-               Vec::mul(normed, load_tail(Dtype::kF32, weight, i, count - i)));
-  }
+  map_vectors(dtype, x, out, count, [&](auto, std::int64_t i, Vec::F v, std::int64_t lanes) {
+    return Vec::mul(Vec::mul(v, factor), load_few<Dtype::kF32>(weight, i, lanes));
+  });
 }
 
 void add(Dtype dtype, void *x, const void *y, int count) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store_as(dtype, x, i, Vec::add(load_as(dtype, x, i), load_as(dtype, y, i)));
-  }
-  if (i < count) {
-    const std::int64_t left = count - i;
-    store_tail(dtype, x, i, left,
-               Vec::add(load_tail(dtype, x, i, left), load_tail(dtype, y, i, left)));
-  }
+  map_vectors(dtype, x, x, count, [&](auto type, std::int64_t i, Vec::F v, std::int64_t lanes) {
+    return Vec::add(v, load_few<decltype(type)::value>(y, i, lanes));
+  });
 }
 
-// Sums lane by lane, the lanes behind the end left out: NaN and infinities go where they go in the
-// plain formula.
+// NaN and infinities go where they go in the plain formula: whatever `largest` is beside a NaN, the
+// sum is NaN and so is every number.
 void softmax(float *x, int count) {
+  const int whole = count / kLanes * kLanes;
   float largest = x[0];
-  for (int i = 1; i < count; ++i) largest = x[i] > largest || x[i] != x[i] ? x[i] : largest;
-  float sum = 0.0f;
-  for (int i = 0; i < count; i += kLanes) {
-    const int lanes = count - i < kLanes ? count - i : kLanes;
+  if (whole > 0) {
+    Vec::F most = Vec::load(x);
+    for (int i = kLanes; i < whole; i += kLanes) most = Vec::max(most, Vec::load(x + i));
+    largest = Vec::largest(most);
+  }
+  for (int i = whole; i < count; ++i) largest = x[i] > largest ? x[i] : largest;
+  Vec::F sums = Vec::zero();
+  for (int i = 0; i < whole; i += kLanes) {
+    const Vec::F e = exp(Vec::sub(Vec::load(x + i), Vec::set1(largest)));
+    Vec::store(x + i, e);
+    sums = Vec::add(sums, e);
+  }
+  float sum = Vec::sum(sums);
+  if (whole < count) {
     alignas(64) float e[kLanes];
-    Vec::store(e, exp(Vec::sub(load_tail(Dtype::kF32, x, i, lanes), Vec::set1(largest))));
-    for (int lane = 0; lane < lanes; ++lane) sum += x[i + lane] = e[lane];
+    Vec::store(e,
+               exp(Vec::sub(load_tail(Dtype::kF32, x, whole, count - whole), Vec::set1(largest))));
+    for (int i = whole; i < count; ++i) sum += x[i] = e[i - whole];
   }
   for (int i = 0; i < count; ++i) x[i] /= sum;
 }

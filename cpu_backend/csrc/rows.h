@@ -83,14 +83,4 @@ inline Rows rows_from(const Rows &rows, const RowFormat &format, std::int64_t fi
           rows.sums + at * static_cast<std::size_t>(format.num_groups), rows.scales + at};
 }
 
-inline void copy_row(const RowFormat &format, const Rows &from, std::int64_t source, const Rows &to,
-                     std::int64_t target) {
-  const Rows a = rows_from(from, format, source), b = rows_from(to, format, target);
-  __builtin_memcpy(b.data, a.data, format.data_bytes);
-  if (format.form == RowForm::kInt8) {
-    __builtin_memcpy(b.sums, a.sums, sizeof(std::int32_t) * format.num_groups);
-    *b.scales = *a.scales;
-  }
-}
-
 }  // namespace moeserve

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "part_times.h"
 #include "rows.h"
 #include "thread_pool.h"
 
@@ -14,7 +15,6 @@ namespace moeserve {
 
 struct Workspace {
   RowBuffer input;   // prepared rows of x
-  RowBuffer sorted;  // the same, row by row for each expert
   RowBuffer hidden;  // between an expert's two products
   Scratch activated;
   Scratch sums;
@@ -34,6 +34,7 @@ struct Runtime {
   // Of calls that are made of others: taken before `mutex`, the last named first.
   std::mutex router_mutex, half_mutex;
   Workspace workspace;
+  PartTimes parts;
   ThreadPool pool;  // last, so that it goes first: until then, submitted work uses the others
 };
 

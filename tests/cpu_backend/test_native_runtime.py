@@ -12,7 +12,9 @@ import torch
 from support.native_arguments import int8_matrix
 from support.native_matrices import TEST_LEVELS, runtime
 
+from moeserve.core import ExpertSpec
 from moeserve.cpu_backend import _native as native
+from moeserve.cpu_backend.packing import PackedExperts, PackFormat
 
 
 def test_isa_levels_that_cannot_run() -> None:
@@ -77,7 +79,9 @@ def test_a_pinned_runtime_leaves_the_caller_where_it_is() -> None:
 TOO_MANY_THREADS = """
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+from moeserve.core import ExpertSpec
 from moeserve.cpu_backend import _native as native
+from moeserve.cpu_backend.packing import PackedExperts, PackFormat
 try:
     native.Runtime("scalar", 100_000)
 except ValueError as error:
@@ -108,3 +112,16 @@ def test_measurements(isa: str) -> None:
     if isa == TEST_LEVELS[-2]:  # the fastest; half a second each on the plain ones
         for number_type in ("f32", "bf16", "int8"):
             assert runtime(isa, 2).measure_dot_peak(number_type, 1) > 1e6
+
+
+def test_part_times_are_taken_once() -> None:
+    own = native.Runtime("scalar", 2)
+    spec = ExpertSpec(num_experts=2, hidden_size=64, intermediate_size=32)
+    experts = PackedExperts(own, spec, PackFormat("float32"))
+    x, ids = torch.ones(3, 64), torch.tensor([[0], [1], [1]])
+    experts.native.run(own, x, ids, torch.ones(3, 1), None, torch.empty(3, 64))
+    times = own.take_part_times()
+    assert times["gate, up"] > 0
+    assert times["down"] > 0
+    assert times["attention"] == 0
+    assert not any(own.take_part_times().values())
