@@ -79,7 +79,7 @@ def plan_on(request: PlanRequest, profile: Profile, shape: ModelShape) -> Deploy
 def find_shape(engine: EngineConfig) -> ModelShape:
     """The model's sizes: of a config.json, a local directory, or a hub id."""
     path = Path(engine.model.model).expanduser()
-    if not path.is_file():
+    if not path.is_file() and (not path.is_dir() or engine.model.revision is not None):
         from moeserve.environment import read_environment
         from moeserve.models.hub import resolve_model  # half a second that a file does not take
 

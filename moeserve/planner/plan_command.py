@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="routing that `moeserve trace` has recorded, for hit rates",
     )
     plan.add_argument(
+        "--bound-only",
+        action="store_true",
+        help="stage 1 alone: what nothing can beat; under two seconds",
+    )
+    plan.add_argument(
         "--no-advice", action="store_true", help="do not plan again with other settings"
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -93,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     profile = find_hardware(args.hardware, args.foreign)
     request = request_of(args, profile)
-    stages, compare = stages_of()
+    stages, compare = stages_of(args.bound_only)
     try:
         deployment = plan_on(request, profile, find_shape(request.engine))
     except DoesNotFit as error:
@@ -114,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         notes=notes_of(deployment),
     )
     if args.plot is not None:
-        draw(args.plot, deployment, [stages[0], compare])
+        draw(args.plot, deployment, list(dict.fromkeys([stages[0], compare])))
     if args.json:
         json.dump(as_json(plan), sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -123,9 +128,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def stages_of() -> tuple[list[Stage], Stage]:
+def stages_of(bound_only: bool) -> tuple[list[Stage], Stage]:
     """The bound and our engine simulated; and what compares many deployments in short time."""
     from moeserve.planner.bound import bound
+
+    if bound_only:
+        return [bound], bound
     from moeserve.planner.simulate.system import simulate, simulate_quickly
 
     return [bound, simulate], simulate_quickly

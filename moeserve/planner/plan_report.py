@@ -125,7 +125,7 @@ def show_memory(console: Console, memory: MemoryPlan) -> None:
     table = _table("memory, GiB", ("part", *(tier.value for tier in tiers), ""))
     for part in memory.parts:
         cells = [f"{part.num_bytes / GIB:.3f}" if part.tier is tier else "" for tier in tiers]
-        said = "at times" if part.peak_only else "" if part.exact else "estimated"
+        said = "at times" if part.peak_only else "" if part.exact else "about"
         table.add_row(part.name, *cells, said)
     rows = (
         ("all the time", memory.steady_bytes),

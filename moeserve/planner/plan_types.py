@@ -288,7 +288,7 @@ class Resource(str, Enum):
     LINK = "link to the device"
     DISK = "disk"
     KV_ROOM = "memory for kv"
-    OVERHEAD = "the engine's own work per step"
+    OVERHEAD = "engine's own work per step"
 
 
 @dataclass(frozen=True)
