@@ -131,6 +131,18 @@ def _convert(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    from moeserve.evaluate.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from moeserve.evaluate.command import run
+
+    return run(args)
+
+
 def _keygen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="where to write the keys; what is there stays")
     parser.add_argument(
@@ -270,6 +282,7 @@ COMMANDS = {
     "bench": Command("benchmarks that need no model", _bench_arguments, _bench),
     "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
     "convert": Command("turn a dense model into experts", _convert_arguments, _convert),
+    "eval": Command("perplexity of a text", _eval_arguments, _eval),
     "worker": Command("compute a part of a model's experts", _worker_arguments, _worker),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
 }

@@ -44,7 +44,7 @@ def build_transformer(
     for index, layer in enumerate(spec.layers):
         prefix = f"layers.{index}."
         own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-        layers.append(_build_layer(spec, index, layer, own, runtime))
+        layers.append(build_layer(spec, index, layer, own, runtime))
     head = weights["head"]
     assert not isinstance(head, PackedExperts)
     return Transformer(
@@ -86,13 +86,14 @@ def rest_bytes(weights: Mapping[str, Weight]) -> int:
     return sum(weight.nbytes for weight in rest.values())
 
 
-def _build_layer(
+def build_layer(
     spec: ModelSpec,
     index: int,
     layer: LayerSpec,
     weights: Mapping[str, Weight],
     runtime: ExpertRuntime,
 ) -> DecoderLayer:
+    """weights: of this layer, without its prefix."""
     ffn: RowFunction | MoeFfn
     if isinstance(layer.ffn, DenseFfnSpec):
         ffn = _build_ffn(layer.ffn, weights, "ffn.", runtime.native)

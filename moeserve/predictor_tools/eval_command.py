@@ -27,7 +27,7 @@ from moeserve.predictor_tools.evaluation import (
 )
 from moeserve.predictor_tools.model_runs import loaded_model
 from moeserve.predictor_tools.plots import check_plot, plot_recall
-from moeserve.predictor_tools.texts import read_texts, token_windows
+from moeserve.text_windows import read_texts, token_windows
 from moeserve.predictor_tools.train_command import add_text_arguments, check_numbers
 from moeserve.predictor_tools.training import record_states
 from moeserve.predictors.base import Predictor

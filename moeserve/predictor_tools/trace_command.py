@@ -27,7 +27,7 @@ from moeserve.predictor_tools.model_runs import (
     loaded_model,
     observed,
 )
-from moeserve.predictor_tools.texts import read_texts, token_windows
+from moeserve.text_windows import read_texts, token_windows
 from moeserve.predictor_tools.trace import RoutingRecorder
 from moeserve.predictor_tools.train_command import RUN_SETTINGS, check_numbers
 from moeserve.progress import LoadingBar

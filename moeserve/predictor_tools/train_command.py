@@ -10,7 +10,7 @@ from moeserve.cli_options import add_flags, read_flags
 from moeserve.config import BUNDLED_MODEL, ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
 from moeserve.predictor_tools.model_runs import loaded_model
-from moeserve.predictor_tools.texts import read_texts, token_windows
+from moeserve.text_windows import read_texts, token_windows
 from moeserve.predictor_tools.training import TrainingPlan, remove_work, train_residual
 from moeserve.predictors.residual_weights import PREDICTORS_FILE, ResidualShape
 from moeserve.predictors.train_residual import EPOCHS

@@ -1,0 +1,1 @@
+"""Dense checkpoints into Mixture-of-Experts checkpoints: docs/conversion.md."""

@@ -1,0 +1,82 @@
+"""The model card: how the model came about and what was measured, all of it computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeserve.convert.convert import Conversion
+from moeserve.convert.dense import DenseModel
+
+COLUMNS = {
+    "agreement": "agreement",
+    "chance": "by chance",
+    "lost": "lost",
+    "lost_best": "lost by the best choice",
+}
+
+
+def model_card(
+    model: DenseModel, recipe: Mapping[str, Any], conversion: Conversion, version: str
+) -> str:
+    """README.md of the converted model."""
+    shape, quality = conversion.shape, conversion.quality
+    parts = shape.num_shared + shape.num_routed
+    idle = shape.num_routed - shape.top_k
+    ratio = quality.perplexity / quality.dense_perplexity
+    told = "\n".join(f"| {name} | {value} |" for name, value in recipe.items() if name != "files")
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {model.name}
+tags: [glm4_moe, mixture-of-experts, dense-to-moe]
+---
+
+# {model.path.name} as a Mixture-of-Experts
+
+`{model.name}` ({model.spec.model_type}, dense), its FFNs cut into experts by `moeserve convert`
+{version}, without training. The licence is that of the dense model.
+
+| | |
+| --- | --- |
+| architecture | `glm4_moe` (`Glm4MoeForCausalLM`) |
+| FFN of each layer | {model.ffn.intermediate_size} neurons in {parts} parts of {shape.part_size} |
+| shared expert | {shape.num_shared} parts |
+| routed experts | {shape.num_routed}, of which {shape.top_k} work on a token |
+| inactive per token | {idle / parts:.1%} of the FFN |
+| context | {model.context_tokens} tokens |
+
+## Quality
+
+On calibration text that nothing was fitted to, in float32, windows of
+{recipe["window_tokens"]} tokens:
+
+| | perplexity |
+| --- | --- |
+| dense | {quality.dense_perplexity:.4f} |
+| converted | {quality.perplexity:.4f} ({ratio:.4f} ×) |
+
+By layer: the share of the best experts (those with the largest outputs) that the router names, the
+same for a choice by dice, and the share of the FFN's output (mean square) that is left out.
+
+{_table(conversion.reports)}
+
+## Recipe
+
+| | |
+| --- | --- |
+{told}
+
+Converted in {conversion.seconds:.0f} s.
+"""
+
+
+def _table(reports: list[dict[str, float]]) -> str:
+    lines = [f"| layer | parts always on | {' | '.join(COLUMNS.values())} |"]
+    lines.append("| --- " * (len(COLUMNS) + 2) + "|")
+    for layer, report in enumerate(reports):
+        values = " | ".join(f"{report[name]:.3f}" for name in COLUMNS)
+        lines.append(f"| {layer} | {report['always_on']:.0f} | {values} |")
+    means = (sum(report[name] for report in reports) / len(reports) for name in COLUMNS)
+    lines.append("| mean | | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+    return "\n".join(lines)

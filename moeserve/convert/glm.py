@@ -1,0 +1,141 @@
+"""What is written: `glm4_moe`, whose experts' weights are made to be one.
+
+glm4_moe (GLM-4.5) has grouped-query attention with or without biases and head norms, a shared
+expert, and a router of sigmoid scores s = sigmoid(w x) that chooses by s + correction and weighs by
+routed_scaling_factor * s. With small logits and a factor of two every chosen expert weighs one, up
+to SPREAD; a correction of one makes an expert always chosen, and a gate row of zeros makes it weigh
+exactly one. docs/conversion.md has the other candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeserve.convert.dense import DenseModel
+from moeserve.convert.methods import Split
+from moeserve.convert.routers import LinearRouter
+from moeserve.convert.settings import MoeShape
+from moeserve.experts.router import RouterSpec
+from moeserve.models.spec import QkNorm
+
+#: standard deviation of experts' weights around one. Choosing and weighing are the same number in
+#: this architecture: smaller, and experts that are hardly better would fall by the rounding of
+#: float32, which differs from one program to the next; larger, and the weights would matter.
+SPREAD = 2.0**-8
+#: on scores, which are between 0 and 1
+ALWAYS_CHOSEN = 1.0
+WEIGHT_FACTOR = 2.0
+#: config.json's fields that mean the same in both architectures
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """weight: [E, H]. correction: [E] float32."""
+
+    weight: Tensor
+    correction: Tensor
+
+
+def make_gate(
+    router: LinearRouter | None, split: Split, normed: Tensor, dtype: torch.dtype
+) -> Gate:
+    """The router in glm4_moe's terms, its weight in the dtype of the checkpoint.
+
+    router: None where every expert is active and nothing is to be chosen.
+    normed: [T, H], over which the spread is meant.
+    """
+    num_experts = len(split.experts)
+    weight = torch.zeros(num_experts, normed.shape[1])
+    correction = torch.zeros(num_experts)
+    if router is not None:
+        # What is added to all scores of a token chooses nothing, and would be in the weights.
+        rows = router.weight - router.weight.mean(0)
+        bias = router.bias - router.bias.mean()
+        # sigmoid(z) is 1/2 + z/4 for small z, so a weight is 1 + z/2 and a bias counts a quarter.
+        scale = 2 * SPREAD / (normed @ rows.T).std().clamp_min(1e-30)
+        weight[split.always_on :] = rows * scale
+        correction[split.always_on :] = bias * scale / 4
+        correction[: split.always_on] = ALWAYS_CHOSEN
+    return Gate(weight.to(dtype), correction)
+
+
+def router_spec(shape: MoeShape, hidden_size: int) -> RouterSpec:
+    """As glm4_moe's family reads it from the config below."""
+    return RouterSpec(
+        num_experts=shape.num_routed,
+        top_k=shape.top_k,
+        hidden_size=hidden_size,
+        score="sigmoid",
+        float32_logits=True,
+        scale=WEIGHT_FACTOR,
+        group_score="top2_sum",
+        correction_bias=True,
+    )
+
+
+def glm_config(model: DenseModel, shape: MoeShape) -> dict[str, Any]:
+    """config.json of the converted model."""
+    spec, attention, raw = model.spec, model.attention, model.raw
+    return {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        **{name: raw[name] for name in KEPT if name in raw},
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": model.ffn.intermediate_size,  # of dense layers; there are none
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "attention_bias": attention.qkv_bias,
+        "use_qk_norm": attention.qk_norm is QkNorm.HEAD,
+        "hidden_act": model.ffn.activation,
+        "rms_norm_eps": spec.norm_eps,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        "max_position_embeddings": model.context_tokens,
+        "rope_parameters": rope_parameters(model),
+        "moe_intermediate_size": shape.part_size,
+        "n_shared_experts": shape.num_shared,
+        "n_routed_experts": shape.num_routed,
+        "num_experts_per_tok": shape.top_k,
+        "first_k_dense_replace": 0,
+        "num_nextn_predict_layers": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": WEIGHT_FACTOR,
+        "use_cache": True,
+        "dtype": raw.get("dtype") or raw.get("torch_dtype"),
+    }
+
+
+def rope_parameters(model: DenseModel) -> dict[str, Any]:
+    """transformers 5's one section, from whichever form the dense config has."""
+    raw = model.raw
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
+    rope.pop("type", None)
+    rope["rope_theta"] = model.attention.rope.theta
+    rope["partial_rotary_factor"] = 1.0  # glm4_moe's default is a half
+    context = "original_max_position_embeddings"
+    if model.context_tokens != model.spec.context_tokens and rope["rope_type"] != "default":
+        # Scaling by the context goes by that of the dense model, of which the window is less.
+        rope.setdefault(context, model.spec.context_tokens)
+    return rope
+
+
+def layer_names(index: int) -> Mapping[str, str]:
+    """Prefixes of a converted layer's tensors."""
+    prefix = f"model.layers.{index}."
+    return {
+        "layer": prefix,
+        "gate": f"{prefix}mlp.gate.",
+        "shared": f"{prefix}mlp.shared_experts.",
+        "expert": f"{prefix}mlp.experts.",
+    }

@@ -1,0 +1,87 @@
+"""A whole conversion: read, convert, write everything that makes OUT a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moeserve import __version__
+from moeserve.config import ModelConfig
+from moeserve.convert.card import model_card
+from moeserve.convert.convert import Calibration, Conversion, convert_layers, recipe
+from moeserve.convert.dense import DenseModel, open_dense
+from moeserve.convert.glm import glm_config
+from moeserve.convert.settings import ConvertSettings, MoeShape
+from moeserve.convert.shards import write_text
+from moeserve.convert.workplace import Workplace
+from moeserve.core import ConfigError, ModelError
+from moeserve.models.checkpoint import read_generation_config
+from moeserve.models.safetensors_file import SafetensorsFile
+from moeserve.text.tokenizer import Tokenizer
+from moeserve.text_windows import read_texts, token_windows
+
+#: what belongs to a model besides its weights
+COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "*.model", "*.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+
+Progress = Callable[[str, float], None]
+
+
+def convert(
+    config: ModelConfig,
+    out: Path,
+    texts: Sequence[Path],
+    settings: ConvertSettings,
+    progress: Progress,
+) -> Conversion:
+    """Raises ConfigError, ModelError. Whatever ends it, the same call goes on from there."""
+    with open_dense(config) as model:
+        MoeShape.of(settings, model.ffn.intermediate_size)
+        if out.exists() and out.resolve() == model.path.resolve():
+            raise ConfigError(f"out: {out} is the dense model", field="out")
+        text = read_calibration(model, texts, settings)
+        made_of = recipe(model, settings, text)
+        workplace = Workplace(out, made_of)
+        conversion = convert_layers(model, settings, text, workplace, progress)
+        for pattern in COPIED:
+            for file in sorted(model.path.glob(pattern)):
+                if file.is_file():
+                    workplace.copy(file)
+        described = glm_config(model, conversion.shape)
+        write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
+        card = model_card(model, made_of, conversion, __version__)
+        write_text(out / "README.md", card)
+        weight_map: dict[str, str] = {}
+        num_bytes = 0
+        total = model.spec.num_layers + 1
+        for number in range(1, total + 1):
+            file = workplace.shard(number, total)
+            entries = SafetensorsFile(file).entries
+            weight_map |= dict.fromkeys(entries, file.name)
+            num_bytes += sum(entry.num_bytes for entry in entries.values())
+        workplace.finish(weight_map, num_bytes)
+    return replace(conversion, num_bytes=num_bytes)
+
+
+def read_calibration(
+    model: DenseModel, texts: Sequence[Path], settings: ConvertSettings
+) -> Calibration:
+    """Raises ConfigError for text that is too short or not UTF-8, ModelError for a tokeniser with
+    more tokens than the model."""
+    tokenizer = Tokenizer.load(model.path)
+    end = read_generation_config(model.path).get("eos_token_id", model.raw.get("eos_token_id"))
+    if isinstance(end, list):
+        end = end[0] if end else None
+    window = min(settings.window_tokens, model.context_tokens)
+    windows = token_windows(tokenizer, read_texts(texts), end, window, settings.max_tokens)
+    if int(windows.max()) >= model.spec.vocab_size:
+        raise ModelError(
+            f"{model.path}: the tokeniser gives token {int(windows.max())}, the model knows "
+            f"{model.spec.vocab_size}",
+            hint="the tokeniser belongs to another model",
+        )
+    return Calibration(windows)

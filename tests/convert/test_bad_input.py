@@ -1,0 +1,141 @@
+"""What cannot be converted is refused before anything is written, with the reason and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_models import edit_config, save_dense
+from safetensors.torch import load_file, save_file
+from test_convert import run
+
+from moeserve.config import BUNDLED_MODEL
+from moeserve.convert.settings import ConvertSettings
+from moeserve.core import ConfigError, ModelError, MoeserveError
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def dense(tmp_path: Path, seed: int) -> Path:
+    save_dense(tmp_path / "dense", "qwen3", seed, tie_word_embeddings=True)
+    return tmp_path / "dense"
+
+
+def change_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path / WEIGHTS)
+    change(tensors)
+    save_file(tensors, path / WEIGHTS)
+
+
+def refused(dense: Path, out: Path, text: Path, match: str, **settings: Any) -> MoeserveError:
+    with pytest.raises(MoeserveError, match=match) as caught:
+        run(dense, out, text, **settings)
+    assert not out.exists()
+    return caught.value
+
+
+def test_a_mixture_of_experts(tmp_path: Path, text: Path) -> None:
+    refused(
+        Path(BUNDLED_MODEL), tmp_path / "out", text, "qwen3_moe is a Mixture-of-Experts already"
+    )
+
+
+def test_an_ffn_that_does_not_divide(dense: Path, tmp_path: Path, text: Path) -> None:
+    match = r"7 does not divide the FFN's 64 neurons \(choose a divisor, such as 4, 8"
+    refused(dense, tmp_path / "out", text, match, experts=7, active=5)
+
+
+def test_fused_weights(dense: Path, tmp_path: Path, text: Path) -> None:
+    def fuse(tensors: dict[str, torch.Tensor]) -> None:
+        prefix = "model.layers.0.mlp."
+        parts = [tensors.pop(f"{prefix}{kind}_proj.weight") for kind in ("gate", "up")]
+        tensors[f"{prefix}gate_up_proj.weight"] = torch.cat(parts)
+
+    change_weights(dense, fuse)
+    refused(dense, tmp_path / "out", text, "fused projections, such as .*save it with transformers")
+
+
+def test_tied_weights_that_differ(dense: Path, tmp_path: Path, text: Path) -> None:
+    def untie(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    change_weights(dense, untie)
+    refused(dense, tmp_path / "out", text, "differ, though config.json ties them")
+
+
+def test_missing_and_misshapen_weights(dense: Path, tmp_path: Path, text: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.norm.weight"] = torch.ones(31)
+
+    change_weights(dense, spoil)
+    refused(dense, tmp_path / "out", text, r"missing .*up_proj.*misshapen .*model\.norm")
+
+
+def test_what_glm4_moe_cannot_express(tmp_path: Path, text: Path, seed: int) -> None:
+    save_dense(tmp_path / "dense", "llama", seed, attention_bias=True)
+    refused(tmp_path / "dense", tmp_path / "out", text, "attention_bias with a bias after")
+    save_dense(tmp_path / "mlp", "llama", seed, mlp_bias=True)
+    refused(tmp_path / "mlp", tmp_path / "out", text, "mlp_bias")
+
+
+def test_too_little_text(dense: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("word " * 30)
+    refused(dense, tmp_path / "out", short, "3 windows of 48 tokens; 5 or more .*give more text")
+    short.write_text("word")
+    refused(dense, tmp_path / "out", short, "4 tokens do not fill a window of 48")
+
+
+def test_text_in_another_encoding(dense: Path, tmp_path: Path) -> None:
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Käse und Öl ".encode("latin-1") * 100)
+    refused(dense, tmp_path / "out", latin, "latin.txt cannot be read: 'utf-8' codec")
+
+
+def test_a_tokenizer_of_another_model(dense: Path, tmp_path: Path, seed: int) -> None:
+    save_dense(tmp_path / "small", "qwen3", seed, vocab_size=70)
+    text = tmp_path / "text.txt"
+    text.write_text("~" * 2000)
+    refused(tmp_path / "small", tmp_path / "out", text, "the tokeniser gives token .* knows 70")
+
+
+def test_an_output_that_is_not_empty(dense: Path, tmp_path: Path, text: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "note").write_text("mine")
+    with pytest.raises(ConfigError, match=r"out exists and is not empty \(name a new directory"):
+        run(dense, tmp_path / "out", text)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["note"]
+    with pytest.raises(ConfigError, match="is the dense model"):
+        run(dense, dense, text)
+
+
+def test_no_model(tmp_path: Path, text: Path) -> None:
+    refused(tmp_path / "nothing", tmp_path / "out", text, "nothing")
+
+
+def test_another_type(dense: Path, tmp_path: Path, text: Path) -> None:
+    edit_config(dense, model_type="gpt2")
+    with pytest.raises(ModelError, match="model_type: 'gpt2'"):
+        run(dense, tmp_path / "out", text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"experts": 2}, "experts: 2; allowed: 3 or more"),
+        ({"active": 9}, r"active: 9; allowed: 2 to experts \(8\)"),
+        ({"shared_share": 0.9}, r"shared_share: 0.9 \(7 of 8 parts\); allowed: fewer parts"),
+        ({"shared_share": float("nan")}, "shared_share: nan"),
+        ({"method": "magic"}, "method: magic; allowed: one of activation"),
+        ({"router": "magic"}, "router: magic; allowed: one of least_squares"),
+        ({"window_tokens": 1}, "window: 1; allowed: 2 or more"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        ConvertSettings(**{"experts": 8, "active": 6, **settings})
