@@ -10,7 +10,7 @@ NATIVE := CMakeLists.txt pyproject.toml $(wildcard cpu_backend/csrc/*)
 CXX_FILES := $(wildcard cpu_backend/csrc/*.cpp cpu_backend/csrc/*.h tests/cpu_backend/*.cpp \
   tests/cpu_backend/*.h)
 
-.PHONY: demo test test-all check format sanitize bench bench-peers soak clean
+.PHONY: demo test test-all check format sanitize bench bench-peers bench-plan soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make sanitize   the C++ under AddressSanitizer and UBSan, on random input (about 4 minutes)"
 	@echo "make bench   short benchmarks of this machine"
 	@echo "make bench-peers   beside llama.cpp and transformers (an hour; 50 GB of disk)"
+	@echo "make bench-plan  what moeserve plan predicts beside what the engine does (20 minutes)"
 	@echo "make soak    64 streams with cancels for 2 minutes against a real server"
 
 # torch goes in first and alone: pip then takes the build named by TORCH (a CPU wheel where one is
@@ -83,6 +84,12 @@ bench: $(STAMP)/install
 
 bench-peers: $(STAMP)/peers
 	$(BIN)/python scripts/bench_peers.py $(ARGS)
+
+# Goes on where a run was stopped; ARGS="--again" measures anew, ARGS="--configs 12" a part.
+bench-plan: $(STAMP)/test
+	$(BIN)/python -m moeserve.cli calibrate --show > /dev/null 2>&1 || \
+	  $(BIN)/python -m moeserve.cli calibrate
+	$(BIN)/python scripts/bench_plan.py --out benchmarks/results $(ARGS)
 
 soak: $(STAMP)/test
 	$(BIN)/python scripts/soak.py --seconds 120

@@ -1,0 +1,159 @@
+"""What `moeserve plan` predicts beside what the engine then does, over 36 configurations.
+
+    python scripts/bench_plan.py [--profile FILE] [--configs 36] [--out benchmarks/results]
+        [--state DIR] [--again]
+
+Three shapes of models (plan_bench/cases.py) in three formats, each with all, three quarters, half
+and a quarter of its experts in memory, the others on disk; 1, 4 or 16 clients with prompts of 64,
+256 or 768 tokens, so that every pair of these comes up with every share. Weights are random, packed
+by `planner/random_model.py`; one model is written at a time (at most 1.3 GB) and removed.
+
+Predicted: by stage 2 of the plan from the profile that `moeserve calibrate` wrote, which has seen
+experts of another size (2048 x 768) and another small model, none of these. Hit rates follow from
+routing that is recorded of other prompts than the timed ones, as `moeserve trace` would.
+Measured: the engine in a process of its own, clients that send their next request when the last has
+ended; a round to warm up, then played until 5 s have passed, at least twice; medians.
+
+Every case is kept in --state as soon as it is measured, and a run goes on where the last one
+stopped; --again measures anew. Predictions are made anew in every run. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from moeserve.environment import tune_native_libraries
+
+tune_native_libraries()
+
+from plan_bench.cases import OUTPUT_TOKENS, Case, all_cases, write_config  # noqa: E402
+from plan_bench.measure import measure, record_routing  # noqa: E402
+from plan_bench.predict import predict  # noqa: E402
+from plan_bench.report import accuracy, draw, markdown, summarise  # noqa: E402
+
+from moeserve.cpu_backend.machine import cpu_model  # noqa: E402
+from moeserve.experts.schedule.profile import Profile  # noqa: E402
+from moeserve.planner.deployment import find_hardware  # noqa: E402
+from moeserve.planner.random_model import write_random_packed  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--profile", help="default: this machine's own")
+    parser.add_argument("--foreign", action="store_true", help="a profile that is not of here")
+    parser.add_argument("--configs", type=int, help="only so many, spread over the models")
+    parser.add_argument("--only", default="", help="cases whose names hold this")
+    parser.add_argument("--state", type=Path, default=Path("build/bench_plan"))
+    parser.add_argument("--again", action="store_true", help="measure what was measured already")
+    parser.add_argument("--out", type=Path, help="folder for <date>-plan.json, .md and .png")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case is not None:
+        return run_child(args)
+    profile = find_hardware(args.profile, args.foreign)
+    args.state.mkdir(parents=True, exist_ok=True)
+    rows = list(all_rows(args, profile, chosen(args.configs, args.only)))
+    if not rows:
+        raise SystemExit(f"--only {args.only}: no case has that in its name")
+    record = {
+        "benchmark": "plan",
+        "date": date.today().isoformat(),
+        "command": "python scripts/bench_plan.py",
+        "machine": {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))},
+        "profile_date": profile.date,
+        "output_tokens": OUTPUT_TOKENS,
+        "summary": summarise(rows),
+        "rows": rows,
+    }
+    if args.out is not None:
+        stem = args.out / f"{record['date']}-plan"
+        stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(markdown(record))
+        draw(stem.with_suffix(".png"), record)
+    else:
+        print(markdown(record))
+    print(json.dumps({key: record[key] for key in ("benchmark", "date", "machine", "summary")}))
+    return 0
+
+
+def chosen(count: int | None, name: str) -> list[Case]:
+    cases = [case for case in all_cases() if name in case.name]
+    if count is None or count >= len(cases):
+        return cases
+    return [cases[rank * len(cases) // count] for rank in range(count)]
+
+
+def all_rows(
+    args: argparse.Namespace, profile: Profile, cases: list[Case]
+) -> Iterator[dict[str, Any]]:
+    for name in dict.fromkeys(case.model for case in cases):
+        own = [case for case in cases if case.model == name]
+        model, trace = args.state / name, args.state / f"{name}.npz"
+        missing = [case for case in own if args.again or not kept(args.state, case).exists()]
+        shutil.rmtree(model, ignore_errors=True)  # of a run that was stopped
+        write_random_packed(write_config(own[0].shape, args.state), model, own[0].quantize)
+        if missing and (args.again or not trace.exists()):
+            child(model, own[0], trace)
+        for case in own:
+            if case in missing:
+                kept(args.state, case).write_text(json.dumps(child(model, case)))
+            row = {
+                **case.as_json(),
+                "measured": json.loads(kept(args.state, case).read_text()),
+                "predicted": predict(model, trace, case, profile),
+            }
+            show(row)
+            yield row
+        shutil.rmtree(model)
+
+
+def kept(state: Path, case: Case) -> Path:
+    return state / f"{case.name}.json"
+
+
+def child(model: Path, case: Case, trace: Path | None = None) -> dict[str, Any]:
+    """A process for one case, or, with a trace to write, for recording the model's routing."""
+    command = [sys.executable, __file__, "--state", str(model.parent)]
+    command += ["--case", json.dumps(case.as_json())]
+    if trace is not None:
+        command += ["--trace", str(trace)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def run_child(args: argparse.Namespace) -> int:
+    fields = json.loads(args.case)
+    fields.pop("name")
+    case = Case(**fields)
+    model = args.state / case.model
+    if args.trace is not None:
+        record_routing(model, case.shape, args.trace)
+        print("{}")
+    else:
+        print(json.dumps(measure(model, case)))
+    return 0
+
+
+def show(row: dict[str, Any]) -> None:
+    measured, predicted = row["measured"], row["predicted"]
+    parts = [
+        f"{part} {measured[part]:.4g} / {predicted[part]:.4g}"
+        f" ({accuracy(predicted[part], measured[part]):.0%})"
+        for part in ("tokens_per_s", "ttft_s", "tpot_s", "rss_bytes")
+    ]
+    hits = f"hits {measured['hit_rate']:.2f} / {predicted['hit_rate']:.2f}"
+    print(f"{row['name']:32s} {', '.join(parts)}, {hits}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

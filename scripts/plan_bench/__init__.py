@@ -1,0 +1,1 @@
+"""The planner's benchmark: what it predicts beside what the engine then does."""

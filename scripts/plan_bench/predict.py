@@ -1,0 +1,41 @@
+"""The same configuration as `moeserve plan` predicts it, from the machine's profile alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moeserve.cache.expert_cache import Tier
+from moeserve.experts.schedule.profile import Profile
+from moeserve.planner.deployment import find_shape, sized
+from moeserve.planner.plan_types import PlanRequest, Traffic
+from moeserve.planner.simulate.system import simulate
+from plan_bench.cases import OUTPUT_TOKENS, Case
+from plan_bench.measure import engine_settings
+
+
+def predict(model: Path, trace: Path, case: Case, profile: Profile) -> dict[str, Any]:
+    """model: packed; nothing of it is read but sizes. trace: routing of the model."""
+    settings = engine_settings(model, case)
+    request = PlanRequest(
+        engine=settings,
+        traffic=Traffic(
+            concurrency=case.num_streams,
+            prompt_tokens=case.context_tokens,
+            output_tokens=OUTPUT_TOKENS,
+        ),
+        trace=trace,
+    )
+    deployment = sized(request, profile, find_shape(settings))
+    estimate = simulate(deployment)
+    speed = estimate.output_tokens_per_s
+    return {
+        "ttft_s": estimate.ttft_s.mid,
+        "tpot_s": estimate.tpot_s.mid,
+        "tokens_per_s": speed.mid,
+        "low": speed.low,
+        "high": speed.high,
+        "hit_rate": 1.0 if estimate.hit_rate is None else estimate.hit_rate,
+        "rss_bytes": deployment.memory.steady_bytes(Tier.HOST),
+        "limits": {limit.phase: limit.resource.value for limit in estimate.limits},
+    }

@@ -1,0 +1,126 @@
+"""Predicted beside measured: a table, what it comes to, a scatter plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PARTS = ("tokens_per_s", "ttft_s", "tpot_s")
+NAMES = {
+    "tokens_per_s": "output tokens/s",
+    "ttft_s": "time to first token, s",
+    "tpot_s": "time per output token, s",
+}
+MARKS = {100: "o", 75: "^", 50: "s", 25: "v"}
+
+
+def accuracy(predicted: float, measured: float) -> float:
+    """1 less the error, as a share of what was measured."""
+    return 1 - abs(predicted - measured) / measured
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """rows: of the cases, each with "measured" and "predicted"."""
+    summary: dict[str, Any] = {"configurations": len(rows)}
+    for part in PARTS:
+        found = [accuracy(row["predicted"][part], row["measured"][part]) for row in rows]
+        worst = rows[int(np.argmin(found))]["name"]
+        summary[part] = {
+            "mean_accuracy": round(float(np.mean(found)), 4),
+            "worst_accuracy": round(min(found), 4),
+            "worst": worst,
+        }
+    memory = [accuracy(r["predicted"]["rss_bytes"], r["measured"]["rss_bytes"]) for r in rows]
+    summary["memory"] = {
+        "mean_error": round(1 - float(np.mean(memory)), 4),
+        "worst_error": round(1 - min(memory), 4),
+        "worst": rows[int(np.argmin(memory))]["name"],
+    }
+    inside = [
+        r["predicted"]["low"] <= r["measured"]["tokens_per_s"] <= r["predicted"]["high"]
+        for r in rows
+    ]
+    summary["inside_the_range"] = round(float(np.mean(inside)), 4)
+    return summary
+
+
+def markdown(record: dict[str, Any]) -> str:
+    rows, summary, machine = record["rows"], record["summary"], record["machine"]
+    lines = [
+        f"# Predicted and measured, {record['date']}",
+        "",
+        f"`{record['command']}` on {machine['cpu']}, {machine['cores']} cores, profile of"
+        f" {record['profile_date']}. No configuration was used for calibration. Throughput and"
+        " times are those of clients that wait for their answers, all busy; a case is a process"
+        f" of its own. {record['output_tokens']} output tokens each.",
+        "",
+        "| what | mean accuracy | worst | of |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {NAMES[part]} | {summary[part]['mean_accuracy']:.1%} |"
+            f" {summary[part]['worst_accuracy']:.1%} | {summary[part]['worst']} |"
+            for part in PARTS
+        ),
+        "",
+        f"Memory: {summary['memory']['mean_error']:.1%} off on average, at most"
+        f" {summary['memory']['worst_error']:.1%} ({summary['memory']['worst']})."
+        f" {summary['inside_the_range']:.0%} of the measured throughputs lie in the predicted"
+        " range.",
+        "",
+        "| model | streams | context | share | tokens/s measured (slowest, fastest) | predicted |"
+        " accuracy | TTFT, s | predicted | TPOT, ms | predicted | hits | predicted | MiB |"
+        " predicted |",
+        "| --- " * 15 + "|",
+        *(_row(row) for row in rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(row: dict[str, Any]) -> str:
+    measured, predicted = row["measured"], row["predicted"]
+    speed = accuracy(predicted["tokens_per_s"], measured["tokens_per_s"])
+    cells = (
+        f"{row['shape']}, {'bf16' if row['quantize'] == 'none' else row['quantize']}",
+        row["num_streams"],
+        row["context_tokens"],
+        f"{row['share']}%",
+        f"{measured['tokens_per_s']:.1f} ({measured['slowest']:.1f}, {measured['fastest']:.1f})",
+        f"{predicted['tokens_per_s']:.1f}",
+        f"{speed:.1%}",
+        f"{measured['ttft_s']:.3f}",
+        f"{predicted['ttft_s']:.3f}",
+        f"{measured['tpot_s'] * 1e3:.1f}",
+        f"{predicted['tpot_s'] * 1e3:.1f}",
+        f"{measured['hit_rate']:.0%}",
+        f"{predicted['hit_rate']:.0%}",
+        f"{measured['rss_bytes'] / 2**20:.0f}",
+        f"{predicted['rss_bytes'] / 2**20:.0f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def draw(path: Path, record: dict[str, Any]) -> None:
+    """Measured against predicted, with lines at 80 % accuracy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.3), layout="constrained")
+    summary = record["summary"]
+    for axes, part in zip(figure.subplots(1, len(PARTS)), PARTS, strict=True):
+        for share, mark in MARKS.items():
+            rows = [row for row in record["rows"] if row["share"] == share]
+            x = [row["measured"][part] for row in rows]
+            y = [row["predicted"][part] for row in rows]
+            axes.plot(x, y, mark, label=f"{share}% in memory", markersize=5, alpha=0.8)
+        every = [row["measured"][part] for row in record["rows"]]
+        ends = np.array([min(every) * 0.8, max(every) * 1.25])
+        axes.plot(ends, ends, "k-", linewidth=0.8)
+        axes.fill_between(ends, ends * 0.8, ends * 1.2, color="grey", alpha=0.15)
+        axes.set(xscale="log", yscale="log", xlabel="measured", ylabel="predicted")
+        axes.set_title(f"{NAMES[part]}: {summary[part]['mean_accuracy']:.1%}", fontsize=10)
+    axes.legend(fontsize=8)
+    machine = record["machine"]
+    figure.suptitle(f"{machine['cpu']}, {machine['cores']} cores, {record['date']}", fontsize=9)
+    figure.savefig(path, dpi=150)
