@@ -55,6 +55,12 @@ MOESERVE_INLINE void for_row_tiles(int num_rows, const Body &body) {
   }
 }
 
+// P panels that come after those P, or null.
+inline const std::uint8_t *panels_after(const GemmJob &job, int panel, int P) {
+  if (panel + 2 * P <= job.num_panels) return job.panels + (panel + P) * job.layout->panel_bytes;
+  return job.num_next >= P ? job.next : nullptr;
+}
+
 // What comes after `panels` panels from `first` on, to be asked for in `num_steps` steps.
 inline PanelsAhead ahead_of(const GemmJob &job, int first, int panels, std::int64_t num_steps) {
   const int left = job.num_panels - first - panels;
@@ -76,9 +82,10 @@ MOESERVE_INLINE int cover_panels(const GemmJob &job, int panel, RowsAhead &rows_
   const int num_tiles = (job.num_rows + kMost - 1) / kMost;
   for (; panel + P <= job.num_panels; panel += P) {
     PanelsAhead ahead = ahead_of(job, panel, P, std::int64_t{num_tiles} * job.layout->num_chunks);
+    const std::uint8_t *following = panels_after(job, panel, P);
     for_row_tiles<kMost, P>(job.num_rows, [&](auto rows, int row) __attribute__((always_inline)) {
       rows_ahead.step();
-      Tile::template run<decltype(rows)::value, P>(Place{job, row, panel, ahead});
+      Tile::template run<decltype(rows)::value, P>(Place{job, row, panel, ahead, following});
     });
     if (num_tiles > 1) ahead.finish();
   }

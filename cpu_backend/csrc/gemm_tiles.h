@@ -16,6 +16,7 @@ using moeserve::RowForm;
 
 // How far ahead of its use a weight is asked for; beyond a page the hardware's own stops.
 constexpr int kPrefetchBytes = 768;
+constexpr int kPrefetchScaleBytes = 256;
 // Tiles of at most that many rows read weights as fast as they come.
 constexpr int kStreamRows = 4;
 
@@ -82,11 +83,34 @@ class RowsAhead {
 };
 
 // Where a tile stands.
+struct Place;
+
+// Few rows: each of P panels asks for its own next lines, and at its end for the first ones of the
+// panel that will follow. kStepBytes: how far a step goes.
+template <int P, int kStepBytes>
+class StreamsAhead {
+ public:
+  // From `offset` in the panels on, `num_steps` steps; `lead_bytes` ahead.
+  StreamsAhead(const Place &place, std::size_t offset, int num_steps, int lead_bytes);
+  MOESERVE_INLINE void at(int step) {
+    if (step == split_) {
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) line_[p] = next_[p];
+    }
+    MOESERVE_UNROLL for (int p = 0; p < P; ++p) Vec::prefetch(line_[p] + step * kStepBytes);
+  }
+
+ private:
+  const std::uint8_t *line_[P];  // what is asked for at step 0
+  const std::uint8_t *next_[P];  // the same for the steps from split_ on
+  int split_;
+};
+
 struct Place {
   const GemmJob &job;
   int first_row;
   int first_panel;
   PanelsAhead &ahead;
+  const std::uint8_t *following = nullptr;  // the panel after those of this tile; or none
 
   std::size_t row(int r) const {
     return static_cast<std::size_t>(first_row + r < job.num_rows ? first_row + r
@@ -111,23 +135,57 @@ struct Place {
   }
 };
 
+template <int P, int kStepBytes>
+StreamsAhead<P, kStepBytes>::StreamsAhead(const Place &place, std::size_t offset, int num_steps,
+                                          int lead_bytes) {
+  const int lead = lead_bytes / kStepBytes;
+  split_ = num_steps > lead ? num_steps - lead : 0;
+  for (int p = 0; p < P; ++p) {
+    line_[p] = next_[p] = place.panel(p) + offset + lead_bytes;
+    if (place.following != nullptr) {
+      next_[p] = place.following + p * place.job.layout->panel_bytes + offset -
+                 static_cast<std::ptrdiff_t>(split_) * kStepBytes;
+    }
+  }
+}
+
 template <int R, int P>
 MOESERVE_INLINE void clear(Vec::F (&sum)[R][P]) {
   MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
       sum[r][p] = Vec::zero();
 }
 
-// Few rows: each stream asks for its own next lines. Many rows take longer to compute than to read,
-// and ask for the next panels meanwhile.
+// What a tile asks for on its way through its panels. Many rows take longer to compute than to
+// read, and ask for the next panels meanwhile.
 template <int R, int P>
-MOESERVE_INLINE void ask(const std::uint8_t *const (&panel)[P], int chunk, PanelsAhead &ahead) {
-  if constexpr (R <= kStreamRows) {
-    MOESERVE_UNROLL for (int p = 0; p < P; ++p)
-        Vec::prefetch(panel[p] + chunk * kChunkBytes + kPrefetchBytes);
-  } else {
-    ahead.step();
-  }
-}
+class TileAhead {
+ public:
+  explicit TileAhead(const Place &place) : place_(place), panels_(place.ahead) {}
+  ~TileAhead() { place_.ahead = panels_; }
+  MOESERVE_INLINE void chunk(int) { panels_.step(); }
+  MOESERVE_INLINE void group(int) {}
+
+ private:
+  const Place &place_;
+  PanelsAhead panels_;  // a copy: through the reference it would stay in memory
+};
+
+template <int R, int P>
+  requires(R <= kStreamRows)
+class TileAhead<R, P> {
+ public:
+  explicit TileAhead(const Place &place)
+      : chunks_(place, 0, place.job.layout->num_chunks, kPrefetchBytes),
+        scales_(place, place.job.layout->scale_offset, place.job.layout->num_groups,
+                kPrefetchScaleBytes) {}
+  MOESERVE_INLINE void chunk(int c) { chunks_.at(c); }
+  // Scales of a group are a vector of bf16.
+  MOESERVE_INLINE void group(int g) { scales_.at(g); }
+
+ private:
+  StreamsAhead<P, kChunkBytes> chunks_;
+  StreamsAhead<P, 2 * kPanelOutputs> scales_;
+};
 
 // Weights as floats times rows of floats. kAsymmetric: int4 with stored zero points.
 template <Format kFormat, bool kAsymmetric>
@@ -143,7 +201,7 @@ struct FloatTile {
     const float *x[R];
     MOESERVE_UNROLL for (int p = 0; p < P; ++p) panel[p] = place.panel(p);
     MOESERVE_UNROLL for (int r = 0; r < R; ++r) x[r] = place.x<float>(r);
-    PanelsAhead ahead = place.ahead;
+    TileAhead<R, P> ahead(place);
     Vec::F total[R][P];
     if constexpr (!kGrouped) {
       sum_chunks<R, P>(decoder, panel, x, 0, layout.num_chunks, nullptr, total, ahead);
@@ -158,6 +216,7 @@ struct FloatTile {
                 Vec::to_float(Vec::load_u8(panel[p] + layout.zero_offset + kPanelOutputs * g));
           }
         }
+        ahead.group(g);
         const int begin = g * group_chunks;
         const int end =
             begin + group_chunks < layout.num_chunks ? begin + group_chunks : layout.num_chunks;
@@ -169,7 +228,6 @@ struct FloatTile {
         }
       }
     }
-    place.ahead = ahead;
     MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
         Vec::store(place.out(r, p), total[r][p]);
   }
@@ -180,10 +238,10 @@ struct FloatTile {
                                          const std::uint8_t *const (&panel)[P],
                                          const float *const (&x)[R], int begin, int end,
                                          const Vec::F *zero, Vec::F (&sum)[R][P],
-                                         PanelsAhead &ahead) {
+                                         TileAhead<R, P> &ahead) {
     clear(sum);
     for (int c = begin; c < end; ++c) {
-      ask<R, P>(panel, c, ahead);
+      ahead.chunk(c);
       unroll<kInputs>([&](auto j) __attribute__((always_inline)) {
         Vec::F weight[P];
         MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
@@ -211,18 +269,17 @@ struct Bf16Tile {
       const std::uint16_t *x[R];
       MOESERVE_UNROLL for (int p = 0; p < P; ++p) panel[p] = place.panel(p);
       MOESERVE_UNROLL for (int r = 0; r < R; ++r) x[r] = place.x<std::uint16_t>(r);
-      PanelsAhead ahead = place.ahead;
+      TileAhead<R, P> ahead(place);
       Vec::F sum[R][P];
       clear(sum);
       for (int c = 0; c < place.job.layout->num_chunks; ++c) {
-        ask<R, P>(panel, c, ahead);
+        ahead.chunk(c);
         Vec::I weight[P];
         MOESERVE_UNROLL for (int p = 0; p < P; ++p) weight[p] =
             Vec::load64(panel[p] + c * kChunkBytes);
         MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
             sum[r][p] = Vec::bf16_dot(sum[r][p], weight[p], x[r] + 2 * c);
       }
-      place.ahead = ahead;
       MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
           Vec::store(place.out(r, p), sum[r][p]);
     }
@@ -245,7 +302,7 @@ struct IntTile {
       x[r] = place.x<std::int8_t>(r);
       sums[r] = place.sums(r);
     }
-    PanelsAhead ahead = place.ahead;
+    TileAhead<R, P> ahead(place);
     Vec::F total[R][P];
     clear(total);
     const int group_chunks =
@@ -253,9 +310,10 @@ struct IntTile {
     for (int g = 0; g < layout.num_groups; ++g) {
       Vec::I acc[R][P];
       start_group<R, P>(layout, panel, g, sums, g, acc);
+      if constexpr (kGrouped) ahead.group(g);
       const int begin = g * group_chunks;
       for (int c = begin; c < begin + group_chunks; ++c) {
-        ask<R, P>(panel, c, ahead);
+        ahead.chunk(c);
         add_chunk<R, P>(panel, x, c, acc);
       }
       MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
@@ -265,7 +323,6 @@ struct IntTile {
         }
       }
     }
-    place.ahead = ahead;
     MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
       const Vec::F scale = Vec::set1(row_scale(place.job, place.source(r)));
       MOESERVE_UNROLL for (int p = 0; p < P; ++p)

@@ -7,9 +7,10 @@ namespace {
 
 // Panels of an item: see linear.cpp. Those of gate_up come in pairs.
 constexpr std::int64_t kGateUpPanels = 4;
-constexpr std::int64_t kDownPanels = 2;
+constexpr std::int64_t kDownPanels = 4;
 constexpr std::int64_t kAloneBytes = 64 * 1024;
 constexpr std::int64_t kManyRows = 8;
+constexpr std::int64_t kExpertsPerThread = 4;
 constexpr std::int64_t kGateUpPanelsMany = 32;
 constexpr std::int64_t kDownPanelsMany = 16;
 
@@ -85,13 +86,18 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
       static_cast<std::size_t>(experts.gate_up.num_panels / 2) * kPanelOutputs;
   const bool direct = hidden_format.form == RowForm::kF32;
   const std::size_t activated_stride = direct ? hidden_format.data_bytes / 4 : inner;
-  float *activated =
-      direct ? reinterpret_cast<float *>(hidden.data)
-             : workspace.activated.take<float>(static_cast<std::size_t>(num_pairs) * inner);
 
   std::int64_t most_rows = 0;
   for (const Group &group : plan.groups) most_rows = std::max(most_rows, group.count);
   const bool many = num_pairs >= kManyRows * num_groups;
+  // Where there are experts enough, a thread computes all of one's gate and up, and its activations
+  // are rounded before they leave the thread's cache.
+  const bool whole =
+      many && !direct && num_groups >= kExpertsPerThread * runtime.pool.num_threads();
+  float *activated =
+      direct  ? reinterpret_cast<float *>(hidden.data)
+      : whole ? nullptr
+              : workspace.activated.take<float>(static_cast<std::size_t>(num_pairs) * inner);
   const std::int64_t gate_up_panels = many ? kGateUpPanelsMany : kGateUpPanels;
   const std::int64_t down_panels = many ? kDownPanelsMany : kDownPanels;
   const std::int64_t gate_up_items = items_of(experts.gate_up.num_panels, gate_up_panels);
@@ -99,7 +105,10 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
   const auto out_numbers =
       static_cast<std::size_t>(most_rows * std::max(gate_up_panels, down_panels) * kPanelOutputs);
   const auto sum_numbers = static_cast<std::size_t>(job.num_tokens * down_panels * kPanelOutputs);
-  for (auto &scratch : workspace.per_thread) scratch.take<float>(out_numbers + sum_numbers);
+  const std::size_t own_numbers =
+      whole ? static_cast<std::size_t>(most_rows) * activated_stride : 0;
+  const std::size_t thread_numbers = out_numbers + sum_numbers + own_numbers;
+  for (auto &scratch : workspace.per_thread) scratch.take<float>(thread_numbers);
 
   const auto x_bytes = static_cast<std::int64_t>(size_of(job.dtype)) * job.x_stride;
   const auto gate_up_at = [&](std::int64_t item) {
@@ -113,7 +122,8 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
            static_cast<std::size_t>(item * down_panels) * experts.down.panel_bytes;
   };
 
-  const auto gate_up = [&](float *out, std::int64_t item, std::int64_t next) {
+  // Panels `item` of the experts' gate and up. rows: where the activations of its expert go.
+  const auto gate_up = [&](float *out, float *rows, std::int64_t item, std::int64_t next) {
     const Group &group = plan.groups[static_cast<std::size_t>(item / gate_up_items)];
     const std::int64_t panel = item % gate_up_items * gate_up_panels;
     const std::int64_t panels = std::min(gate_up_panels, experts.gate_up.num_panels - panel);
@@ -140,15 +150,33 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
              panel * kPanelOutputs;
     }
     for (std::int64_t r = 0; r < group.count; ++r) {
-      float *target = activated + static_cast<std::size_t>(group.first + r) * activated_stride +
-                      panel / 2 * kPanelOutputs;
+      float *row = rows + static_cast<std::size_t>(r) * activated_stride;
+      float *target = row + panel / 2 * kPanelOutputs;
       kernels.gated(experts.activation, out + static_cast<std::size_t>(r) * gemm.out_stride, bias,
                     target, static_cast<int>(panels / 2));
       if (panel + panels == experts.gate_up.num_panels) {  // the padding of the second product
-        float *row = activated + static_cast<std::size_t>(group.first + r) * activated_stride;
         std::fill(row + inner, row + activated_stride, 0.0f);
       }
     }
+  };
+
+  const auto whole_expert = [&](float *out, std::int64_t index, std::int64_t next) {
+    const Group &group = plan.groups[static_cast<std::size_t>(index)];
+    float *rows = out + out_numbers + sum_numbers;
+    const std::int64_t first = index * gate_up_items;
+    for (std::int64_t i = 0; i < gate_up_items; ++i) {
+      const bool last = i + 1 == gate_up_items;
+      gate_up(out, rows, first + i, !last ? first + i + 1 : next < 0 ? -1 : next * gate_up_items);
+    }
+    for (std::int64_t r = 0; r < group.count; ++r) {
+      kernels.prepare_row(hidden_format, Dtype::kF32,
+                          rows + static_cast<std::size_t>(r) * activated_stride, hidden,
+                          group.first + r);
+    }
+  };
+  const auto part_of_expert = [&](float *out, std::int64_t item, std::int64_t next) {
+    const Group &group = plan.groups[static_cast<std::size_t>(item / gate_up_items)];
+    gate_up(out, activated + static_cast<std::size_t>(group.first) * activated_stride, item, next);
   };
 
   const auto down = [&](float *out, std::int64_t item, std::int64_t next) {
@@ -202,18 +230,25 @@ void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job)
   const auto bytes = static_cast<std::int64_t>(experts.gate_up.bytes() + experts.down.bytes());
   const bool alone = bytes * num_pairs < kAloneBytes;
   const auto region = [&](Worker &worker) {
-    float *out = workspace.per_thread[static_cast<std::size_t>(worker.index())].take<float>(
-        out_numbers + sum_numbers);
+    float *out =
+        workspace.per_thread[static_cast<std::size_t>(worker.index())].take<float>(thread_numbers);
     Laps laps(runtime.parts, worker.index() == 0);
     worker.share(job.num_tokens, [&](std::int64_t token) {
       const auto *x = static_cast<const std::uint8_t *>(job.x) + token * x_bytes;
       kernels.prepare_row(in_format, job.dtype, x, input, token);
     });
     laps.end(Part::kRows);
-    worker.share_ahead(num_groups * gate_up_items,
-                       [&](std::int64_t item, std::int64_t next) { gate_up(out, item, next); });
+    if (whole) {
+      worker.share_ahead(num_groups, [&](std::int64_t index, std::int64_t next) {
+        whole_expert(out, index, next);
+      });
+    } else {
+      worker.share_ahead(num_groups * gate_up_items, [&](std::int64_t item, std::int64_t next) {
+        part_of_expert(out, item, next);
+      });
+    }
     laps.end(Part::kGateUp);
-    if (!direct) {
+    if (!direct && !whole) {
       worker.share(num_pairs, [&](std::int64_t pair) {
         const float *row = activated + static_cast<std::size_t>(pair) * activated_stride;
         kernels.prepare_row(hidden_format, Dtype::kF32, row, hidden, pair);
