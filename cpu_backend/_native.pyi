@@ -313,3 +313,58 @@ def prepare_latent(
 
     rotated [T, heads, dim] is turned in place. norm_weight: [rank] float32.
     """
+
+class LookaheadPredictor:
+    """The gates of the next layers on this layer's input; see predictor.h."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        hidden: int,
+        top_k: int,
+        bins_per_unit: float,
+        half_life_tokens: float,
+        neighbour: float,
+        least_chance: float,
+        every_steps: int,
+        hits: list[float],
+        counts: list[float],
+    ) -> None: ...
+    def set_view(self, place: int, gates: PackedMatrix, out: _Array) -> None:
+        """gates [D * E, H] of the D layers after `place`; out [D, E] is where results go."""
+
+    def predict(self, runtime: Runtime, place: int, x: _Array, ids: _Array) -> bool:
+        """Fills the view's out for x [T, H]; learns from ids [T, K]. False where nothing is
+        said."""
+
+class ResidualPredictor:
+    """Trained views; see predictor.h."""
+
+    def __init__(self, num_layers: int, num_experts: int, hidden: int) -> None: ...
+    def set_looking(
+        self,
+        place: int,
+        products: PackedMatrix,
+        expert_in: PackedMatrix,
+        rank: int,
+        next_rank: int,
+        bias: _Array,
+        chosen: _Array,
+        context_out: _Array,
+        expert_out: _Array,
+        out: _Array,
+    ) -> None:
+        """The view from a layer; out [D, E] is where results go."""
+
+    def set_last(self, place: int, products: PackedMatrix) -> None:
+        """A layer that looks at nothing: products [R, H] for the layer before."""
+
+    def begin_step(self, previous_rows: _Array) -> None:
+        """For every row of the step to come the row of the last one that it follows, or -1."""
+
+    def predict(
+        self, runtime: Runtime, place: int, x: _Array, ids: _Array, weights: _Array
+    ) -> bool:
+        """Fills the view's out for x [T, H], of which the router chose ids, weights [T, K]. False
+        where nothing is said."""

@@ -14,4 +14,5 @@ NB_MODULE(_native, m) {
   moeserve::bind_products(m);
   moeserve::bind_attention(m);
   moeserve::bind_decoder(m);
+  moeserve::bind_predictor(m);
 }

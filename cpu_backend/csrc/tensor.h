@@ -31,8 +31,9 @@ class Tensor {
 
   // False, with a Python error set or not, where it is no tensor on the CPU that fits.
   bool read(nanobind::handle source) {
-    PyObject *type_attribute = reinterpret_cast<PyObject *>(Py_TYPE(source.ptr()));
-    if (PyObject_HasAttrString(type_attribute, "data_ptr")) return read_torch(source);
+    const Names &names = Names::get();
+    PyObject *type = reinterpret_cast<PyObject *>(Py_TYPE(source.ptr()));
+    if (PyObject_HasAttr(type, names.data_ptr)) return read_torch(source, names);
     nanobind::ndarray<nanobind::ro, nanobind::device::cpu> array;
     if (!nanobind::try_cast(source, array) || array.ndim() > kMaxDims) return false;
     ndim_ = array.ndim();
@@ -49,19 +50,44 @@ class Tensor {
   }
 
  private:
-  bool read_torch(nanobind::handle source) {
-    nanobind::object on_cpu = source.attr("is_cpu");
+  // Strings are made once: making them takes as long as what they ask for.
+  struct Names {
+    PyObject *is_cpu = PyUnicode_InternFromString("is_cpu");
+    PyObject *shape = PyUnicode_InternFromString("shape");
+    PyObject *stride = PyUnicode_InternFromString("stride");
+    PyObject *dtype = PyUnicode_InternFromString("dtype");
+    PyObject *data_ptr = PyUnicode_InternFromString("data_ptr");
+    static const Names &get() {
+      static const Names names;
+      return names;
+    }
+  };
+
+  static nanobind::object attribute(nanobind::handle source, PyObject *name) {
+    PyObject *value = PyObject_GetAttr(source.ptr(), name);
+    if (value == nullptr) throw nanobind::python_error();
+    return nanobind::steal(value);
+  }
+
+  static nanobind::object result(nanobind::handle source, PyObject *method) {
+    PyObject *value = PyObject_CallMethodNoArgs(source.ptr(), method);
+    if (value == nullptr) throw nanobind::python_error();
+    return nanobind::steal(value);
+  }
+
+  bool read_torch(nanobind::handle source, const Names &names) {
+    const nanobind::object on_cpu = attribute(source, names.is_cpu);
     if (!on_cpu.is(nanobind::handle(Py_True))) return false;
-    const nanobind::object shape = source.attr("shape");
-    const nanobind::object stride = source.attr("stride")();
+    const nanobind::object shape = attribute(source, names.shape);
+    const nanobind::object stride = result(source, names.stride);
     ndim_ = nanobind::len(shape);
     if (ndim_ > kMaxDims) return false;
     for (std::size_t i = 0; i < ndim_; ++i) {
       shape_[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), static_cast<Py_ssize_t>(i)));
       stride_[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), static_cast<Py_ssize_t>(i)));
     }
-    dtype_ = torch_dtype(source.attr("dtype"));
-    const nanobind::object address = source.attr("data_ptr")();
+    dtype_ = torch_dtype(attribute(source, names.dtype));
+    const nanobind::object address = result(source, names.data_ptr);
     data_ = PyLong_AsVoidPtr(address.ptr());
     return !PyErr_Occurred();
   }

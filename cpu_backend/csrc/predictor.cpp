@@ -1,0 +1,402 @@
+#include "predictor.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace moeserve {
+namespace {
+
+constexpr std::int64_t kAloneRows = 8;            // below, another thread wakes up too late
+constexpr std::int64_t kAloneBytes = 128 * 1024;  // of weights times rows, likewise
+constexpr std::int64_t kItemPanels = 4;
+constexpr std::int64_t kRowsPerItem = 96;  // as in linear.cpp
+constexpr int kItemColumns = 128;
+constexpr float kEps = 1e-12f;
+
+std::size_t count_of(std::int64_t rows, std::int64_t cols) {
+  return static_cast<std::size_t>(rows * cols);
+}
+
+// out [num_experts]: that any row wants the expert. chances: rows `stride` numbers apart.
+void any_row(const float *chances, std::int64_t num_rows, std::int64_t stride, int num_experts,
+             float *out) {
+  if (num_rows == 1) {
+    std::copy_n(chances, num_experts, out);
+    return;
+  }
+  std::fill_n(out, num_experts, 1.0f);
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    for (int e = 0; e < num_experts; ++e) out[e] *= 1.0f - chances[row * stride + e];
+  }
+  for (int e = 0; e < num_experts; ++e) out[e] = 1.0f - out[e];
+}
+
+void silu(const Kernels &kernels, float *x, int count, float *scratch) {
+  std::copy_n(x, count, scratch);
+  kernels.sigmoid(scratch, count);
+  for (int i = 0; i < count; ++i) x[i] *= scratch[i];
+}
+
+}  // namespace
+
+BinChances::BinChances(const CalibrationRule &rule, std::vector<double> hits,
+                       std::vector<double> counts)
+    : rule_(rule), hits_(std::move(hits)), counts_(std::move(counts)), table_(hits_.size()) {
+  refresh();
+}
+
+void BinChances::add(const std::uint8_t *bins, std::int64_t num_rows, int num_experts,
+                     const std::int64_t *ids, int top_k) {
+  const double fade = std::exp2(-static_cast<double>(num_rows) / rule_.half_life_tokens);
+  for (double &each : hits_) each *= fade;
+  for (double &each : counts_) each *= fade;
+  for (std::int64_t row = 0; row < num_rows; ++row) {
+    const std::uint8_t *own = bins + row * num_experts;
+    for (int e = 0; e < num_experts; ++e) counts_[own[e]] += 1;
+    for (int k = 0; k < top_k; ++k) hits_[own[ids[row * top_k + k]]] += 1;
+  }
+  refresh();
+}
+
+void BinChances::refresh() {
+  const std::size_t last = table_.size() - 1;
+  const double side = rule_.neighbour, own = 1 - 2 * side;
+  const auto smooth = [&](const std::vector<double> &x, std::size_t i) {
+    return side * x[i > 0 ? i - 1 : 0] + own * x[i] + side * x[i < last ? i + 1 : last];
+  };
+  for (std::size_t i = 0; i <= last; ++i) {
+    const double chance = smooth(hits_, i) / std::max(smooth(counts_, i), 1e-9);
+    table_[i] = static_cast<float>(std::clamp(chance, rule_.least_chance, 1 - rule_.least_chance));
+  }
+}
+
+LookaheadPredictor::LookaheadPredictor(int num_layers, int num_experts, int top_k,
+                                       const CalibrationRule &rule, std::vector<double> hits,
+                                       std::vector<double> counts)
+    : num_experts_(num_experts),
+      top_k_(top_k),
+      rule_(rule),
+      at_start_(rule, std::move(hits), std::move(counts)),
+      views_(static_cast<std::size_t>(num_layers)) {}
+
+void LookaheadPredictor::set_view(int place, const Matrix &gates, int num_ahead, float *out) {
+  View &view = views_[static_cast<std::size_t>(place)];
+  view.gates = gates;
+  view.num_ahead = num_ahead;
+  view.out = out;
+  view.chances.assign(static_cast<std::size_t>(num_ahead), at_start_);
+}
+
+bool LookaheadPredictor::predict(Runtime &runtime, int place, const RoutedRows &rows) {
+  if (place <= place_) {
+    ++step_;
+    for (View &view : views_) view.num_rows = 0;
+  }
+  place_ = place;
+  learn(place, rows);
+  View &view = views_[static_cast<std::size_t>(place)];
+  if (view.num_ahead == 0 || rows.num_rows == 0) return false;
+  const std::int64_t count = rows.num_rows, outputs = std::int64_t{view.num_ahead} * num_experts_;
+  auto *scores = scores_.take<float>(count_of(count, outputs));
+  linear(runtime, view.gates, rows.dtype, rows.x, count, rows.x_stride, Dtype::kF32, scores,
+         outputs);
+  if (view.units.empty()) find_units(view, scores, count);
+  const std::int64_t threads = runtime.pool.num_threads();
+  auto *bins = bins_.take<std::uint8_t>(count_of(count, outputs));
+  auto *sorted = sorted_.take<float>(count_of(threads, num_experts_));
+  runtime.pool.run(
+      [&](Worker &worker) {
+        worker.share(count, [&](std::int64_t row) {
+          bins_of(view, scores, count, row, sorted + worker.index() * num_experts_, bins);
+        });
+      },
+      count < kAloneRows);
+  if (step_ % rule_.every_steps == 0) {
+    view.bins.assign(bins, bins + count_of(count, outputs));
+    view.num_rows = count;
+  }
+  for (int ahead = 0; ahead < view.num_ahead; ++ahead) {
+    const std::vector<float> &table = view.chances[static_cast<std::size_t>(ahead)].table();
+    const std::uint8_t *own = bins + count_of(ahead * count, num_experts_);
+    float *chances = scores;  // no longer needed
+    for (std::size_t i = 0; i < count_of(count, num_experts_); ++i) chances[i] = table[own[i]];
+    any_row(chances, count, num_experts_, num_experts_, view.out + ahead * num_experts_);
+  }
+  return true;
+}
+
+// What was said of the layer at `place`, compared with what it chose.
+void LookaheadPredictor::learn(int place, const RoutedRows &rows) {
+  for (int behind = 0; behind < place; ++behind) {
+    View &view = views_[static_cast<std::size_t>(behind)];
+    const int ahead = place - behind - 1;
+    if (view.num_rows == 0 || view.num_rows != rows.num_rows || ahead >= view.num_ahead) continue;
+    view.chances[static_cast<std::size_t>(ahead)].add(
+        view.bins.data() + count_of(ahead * view.num_rows, num_experts_), view.num_rows,
+        num_experts_, rows.ids, rows.top_k);
+  }
+}
+
+// The mean over the rows of the standard deviation of their scores.
+void LookaheadPredictor::find_units(View &view, const float *scores, std::int64_t num_rows) const {
+  for (int ahead = 0; ahead < view.num_ahead; ++ahead) {
+    double total = 0.0;
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      const float *own = scores + (row * view.num_ahead + ahead) * num_experts_;
+      double sum = 0.0, squares = 0.0;
+      for (int e = 0; e < num_experts_; ++e) sum += own[e];
+      const double mean = sum / num_experts_;
+      for (int e = 0; e < num_experts_; ++e) squares += (own[e] - mean) * (own[e] - mean);
+      total += std::sqrt(squares / num_experts_);
+    }
+    view.units.push_back(static_cast<float>(total / static_cast<double>(num_rows) + 1e-12));
+  }
+}
+
+// How far each score of a row stands above the border between the top_k and the others, in bins.
+void LookaheadPredictor::bins_of(const View &view, const float *scores, std::int64_t num_rows,
+                                 std::int64_t row, float *sorted, std::uint8_t *bins) const {
+  const int border = num_experts_ - top_k_;
+  const auto num_bins = static_cast<float>(at_start_.table().size());
+  for (int ahead = 0; ahead < view.num_ahead; ++ahead) {
+    const float *own = scores + (row * view.num_ahead + ahead) * num_experts_;
+    std::uint8_t *result = bins + count_of(ahead * num_rows + row, num_experts_);
+    if (border == 0) {
+      std::fill_n(result, num_experts_, static_cast<std::uint8_t>(num_bins - 1));
+      continue;
+    }
+    // NaN has no order to select by.
+    std::transform(own, own + num_experts_, sorted, [](float score) {
+      return std::isnan(score) ? std::numeric_limits<float>::lowest() : score;
+    });
+    std::nth_element(sorted, sorted + border, sorted + num_experts_);
+    const float middle = (*std::max_element(sorted, sorted + border) + sorted[border]) * 0.5f;
+    const float scale = rule_.bins_per_unit / view.units[static_cast<std::size_t>(ahead)];
+    for (int e = 0; e < num_experts_; ++e) {
+      const float place = (own[e] - middle) * scale + std::floor(num_bins / 2);
+      const float bounded = place > 0.0f ? std::min(place, num_bins - 1) : 0.0f;  // NaN: 0
+      result[e] = static_cast<std::uint8_t>(bounded);
+    }
+  }
+}
+
+struct ResidualPredictor::Work {
+  const ResidualView *view;
+  const RoutedRows *rows;
+  const float *past, *past_next;  // [rows of the step before, view.rank], or null
+  float *products;                // [num_rows, width]
+  int width;
+  float *units;    // [num_rows, top_k, view.units]
+  float *weights;  // [num_rows, top_k], with a mean of one
+  float *total(std::int64_t row) const { return products + row * width; }
+};
+
+ResidualPredictor::ResidualPredictor(int num_layers, int num_experts)
+    : num_experts_(num_experts),
+      places_(static_cast<std::size_t>(num_layers)),
+      place_(num_layers) {}  // whatever layer comes first begins a step
+
+void ResidualPredictor::set_view(int place, const ResidualView &view) {
+  Place &own = places_[static_cast<std::size_t>(place)];
+  own.view = view;
+  own.is_set = true;
+}
+
+void ResidualPredictor::begin_step(const std::int64_t *previous_rows, std::int64_t num_rows) {
+  told_.assign(previous_rows, previous_rows + num_rows);
+  is_told_ = true;
+}
+
+// What was told is taken if it can be meant for this step; see predictors/row_links.py.
+void ResidualPredictor::turn(std::int64_t num_rows) {
+  const std::int64_t num_done = num_rows_;
+  ++step_;
+  num_rows_ = num_rows;
+  const auto too_large = [&](std::int64_t row) { return row >= num_done; };
+  if (is_told_ && static_cast<std::int64_t>(told_.size()) == num_rows &&
+      std::none_of(told_.begin(), told_.end(), too_large)) {
+    before_ = told_;
+  } else {
+    before_.resize(static_cast<std::size_t>(num_rows));
+    for (std::int64_t row = 0; row < num_rows; ++row) {
+      before_[static_cast<std::size_t>(row)] = num_done == num_rows ? row : -1;
+    }
+  }
+  is_told_ = false;
+}
+
+// What the rows of the last step left at a layer, `rank` numbers each; null where they did not.
+const float *ResidualPredictor::last(int place, std::vector<float> Past::*part, int rank) const {
+  if (static_cast<std::size_t>(place) >= places_.size()) return nullptr;
+  const Past &past = places_[static_cast<std::size_t>(place)].past[(step_ - 1) & 1];
+  const std::vector<float> &numbers = past.*part;
+  const bool fits = numbers.size() == count_of(past.num_rows, rank);
+  return past.step == step_ - 1 && fits ? numbers.data() : nullptr;
+}
+
+bool ResidualPredictor::predict(Runtime &runtime, int place, const RoutedRows &rows) {
+  if (rows.num_rows == 0) return false;
+  if (place <= place_) turn(rows.num_rows);
+  place_ = place;
+  Place &own = places_[static_cast<std::size_t>(place)];
+  if (!own.is_set || rows.num_rows != num_rows_) return false;
+  const ResidualView &view = own.view;
+  const Kernels &kernels = runtime.kernels;
+  const PackedLayout &layout = view.products.layout;
+  const std::int64_t count = rows.num_rows;
+  const int hidden = layout.cols, width = layout.rows, top_k = view.num_ahead > 0 ? rows.top_k : 0;
+  const std::int64_t num_units = count * top_k;
+  const RowFormat format = row_format(kernels, layout);
+  const Rows prepared = prepared_.take(format, count);
+  auto *ones = ones_.take<float>(static_cast<std::size_t>(hidden));
+  std::fill_n(ones, hidden, 1.0f);
+  auto *states = states_.take<float>(count_of(count, hidden));
+  Work work = {&view,
+               &rows,
+               last(place, &Past::own, view.rank),
+               last(place + 1, &Past::next, view.rank),
+               products_.take<float>(count_of(count, width)),
+               width,
+               units_.take<float>(count_of(num_units, view.units)),
+               weights_.take<float>(count_of(num_units, 1))};
+  const int scratch_size = std::max(view.rank, top_k * view.units);
+  auto *scratch = scratch_.take<float>(count_of(runtime.pool.num_threads(), scratch_size));
+
+  const auto x_bytes = static_cast<std::int64_t>(size_of(rows.dtype)) * rows.x_stride;
+  const std::int64_t panel_items = (layout.num_panels + kItemPanels - 1) / kItemPanels;
+  const std::int64_t row_items = (count + kRowsPerItem - 1) / kRowsPerItem;
+  const std::int64_t blocks = (view.outputs + kItemColumns - 1) / kItemColumns;
+  const std::size_t unit_bytes =
+      static_cast<std::size_t>(view.units / kPanelOutputs) * layout.panel_bytes;
+  const auto multiply = [&](std::int64_t item) {  // some panels, for some rows
+    const std::int64_t panel = item % panel_items * kItemPanels;
+    const std::int64_t row = item / panel_items * kRowsPerItem;
+    GemmJob job = {};
+    job.panels = view.products.panels + static_cast<std::size_t>(panel) * layout.panel_bytes;
+    job.layout = &layout;
+    job.rows = rows_from(prepared, format, row);
+    job.row_format = &format;
+    job.num_rows = static_cast<int>(std::min(kRowsPerItem, count - row));
+    job.num_panels = static_cast<int>(std::min(kItemPanels, layout.num_panels - panel));
+    job.out = work.total(row) + panel * kPanelOutputs;
+    job.out_stride = static_cast<std::size_t>(width);
+    kernels.gemm(job);
+  };
+  const auto run_units = [&](std::int64_t item) {  // of one expert, for one row
+    const auto expert = static_cast<std::size_t>(rows.ids[item]);
+    GemmJob job = {};
+    job.panels = view.expert_in.panels + expert * unit_bytes;
+    job.layout = &view.expert_in.layout;
+    job.rows = rows_from(prepared, format, item / top_k);
+    job.row_format = &format;
+    job.num_rows = 1;
+    job.num_panels = view.units / kPanelOutputs;
+    job.out = work.units + item * view.units;
+    job.out_stride = static_cast<std::size_t>(view.units);
+    kernels.gemm(job);
+    kernels.accumulate(job.out, view.expert_in.bias + expert * job.out_stride, nullptr, 1.0f,
+                       view.units);
+  };
+  const auto region = [&](Worker &worker) {
+    worker.share(count, [&](std::int64_t row) {
+      float *state = states + row * hidden;
+      kernels.to_float(rows.dtype, static_cast<const std::uint8_t *>(rows.x) + row * x_bytes, state,
+                       hidden);
+      kernels.rms_norm(Dtype::kF32, state, ones, kEps, state, hidden);
+      kernels.prepare_row(format, Dtype::kF32, state, prepared, row);
+    });
+    const std::int64_t products = panel_items * row_items;
+    worker.share(products + num_units, [&](std::int64_t item) {
+      item < products ? multiply(item) : run_units(item - products);
+    });
+    if (view.num_ahead == 0) return;
+    worker.share(count, [&](std::int64_t row) {
+      add_contexts(kernels, work, row, scratch + worker.index() * scratch_size);
+    });
+    worker.share(count * blocks, [&](std::int64_t item) {
+      const int begin = static_cast<int>(item % blocks) * kItemColumns;
+      add_outputs(kernels, work, item / blocks, begin,
+                  std::min(begin + kItemColumns, view.outputs));
+    });
+  };
+  const auto bytes = static_cast<std::int64_t>(layout.bytes()) * count +
+                     num_units * static_cast<std::int64_t>(unit_bytes);
+  runtime.pool.run(region, bytes < kAloneBytes);
+  keep(own, work);
+  for (int ahead = 0; ahead < view.num_ahead; ++ahead) {
+    any_row(work.products + ahead * num_experts_, count, width, num_experts_,
+            view.out + ahead * num_experts_);
+  }
+  return view.num_ahead > 0;
+}
+
+// A row's context, its activation, and the units of its experts, ready to be multiplied.
+void ResidualPredictor::add_contexts(const Kernels &kernels, const Work &work, std::int64_t row,
+                                     float *scratch) const {
+  const ResidualView &view = *work.view;
+  const int top_k = work.rows->top_k;
+  const float *given = work.rows->weights + row * top_k;
+  float *weights = work.weights + row * top_k;
+  float sum = 0.0f;
+  for (int k = 0; k < top_k; ++k) sum += given[k];
+  const float mean = sum / static_cast<float>(top_k) + kEps;
+  float *context = work.total(row) + view.outputs;
+  kernels.accumulate(context, view.bias + view.outputs, nullptr, 1.0f, view.rank);
+  const std::int64_t before = before_[static_cast<std::size_t>(row)];
+  if (work.past != nullptr && work.past_next != nullptr && before >= 0) {
+    const std::int64_t at = before * view.rank;
+    kernels.accumulate(context, work.past + at, nullptr, 1.0f, view.rank);
+    kernels.accumulate(context, work.past_next + at, nullptr, 1.0f, view.rank);
+  }
+  const std::int64_t stride = view.outputs + view.rank;
+  for (int k = 0; k < top_k; ++k) {
+    weights[k] = given[k] / mean;
+    const std::int64_t expert = work.rows->ids[row * top_k + k];
+    kernels.accumulate(context, view.chosen + expert * stride + view.outputs, nullptr, weights[k],
+                       view.rank);
+  }
+  silu(kernels, context, view.rank, scratch);
+  silu(kernels, work.units + row * top_k * view.units, top_k * view.units, scratch);
+}
+
+// Outputs begin..end-1 of a row: logits, then chances.
+void ResidualPredictor::add_outputs(const Kernels &kernels, const Work &work, std::int64_t row,
+                                    int begin, int end) const {
+  const ResidualView &view = *work.view;
+  const int top_k = work.rows->top_k, count = end - begin;
+  const std::int64_t outputs = view.outputs, stride = view.outputs + view.rank;
+  const float *context = work.total(row) + view.outputs;
+  float *total = work.total(row) + begin;
+  const auto add = [&](const float *from, float factor) {
+    kernels.accumulate(total, from + begin, nullptr, factor, count);
+  };
+  add(view.bias, 1.0f);
+  for (int r = 0; r < view.rank; ++r) add(view.context_out + r * outputs, context[r]);
+  for (int k = 0; k < top_k; ++k) {
+    const std::int64_t place = row * top_k + k, expert = work.rows->ids[place];
+    const float weight = work.weights[place];
+    const float *units = work.units + place * view.units;
+    add(view.chosen + expert * stride, weight);
+    for (int u = 0; u < view.units; ++u) {
+      add(view.expert_out + (expert * view.units + u) * outputs, units[u] * weight);
+    }
+  }
+  kernels.sigmoid(total, count);
+}
+
+void ResidualPredictor::keep(Place &place, const Work &work) {
+  const ResidualView &view = place.view;
+  Past &past = place.past[step_ & 1];
+  past.step = step_;
+  past.num_rows = num_rows_;
+  past.own.resize(count_of(num_rows_, view.rank));
+  past.next.resize(count_of(num_rows_, view.next_rank));
+  for (std::int64_t row = 0; row < num_rows_; ++row) {
+    const float *own = work.total(row) + view.outputs + view.rank;
+    std::copy_n(own, view.rank, past.own.begin() + row * view.rank);
+    std::copy_n(own + view.rank, view.next_rank, past.next.begin() + row * view.next_rank);
+  }
+}
+
+}  // namespace moeserve
