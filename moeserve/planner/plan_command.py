@@ -6,14 +6,22 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
 
 from moeserve.cli_options import ENGINE_SETTINGS, add_flags, engine_config
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.plan_types import Deployment, Estimate, PlanRequest, Traffic
+from moeserve.planner.workload import Workload, add_workload_flags, workload_of
+from moeserve.planner.workload_outcome import SloTargets, outcome_rows
+
+if TYPE_CHECKING:
+    from moeserve.planner.simulate.traffic import TrafficEstimate
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128
 Stage = Callable[[Deployment], Estimate]
@@ -78,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw throughput over requests and fast tier"
     )
+    add_workload_flags(parser.add_argument_group("Recorded traffic, instead of equal requests"))
     add_flags(parser, *ENGINE_SETTINGS)
     parser.add_argument(
         "--context", type=int, dest="context_tokens", metavar="TOKENS", help=argparse.SUPPRESS
@@ -96,8 +105,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot is not None:
         check_plot(args.plot)
+    workload = None if args.workload is None else workload_of(args)
+    slo = SloTargets(args.slo_ttft, args.slo_tpot)
     profile = find_hardware(args.hardware, args.foreign)
     request = request_of(args, profile)
+    if workload is not None:
+        request = replace(request, traffic=mean_traffic(workload, request.traffic.concurrency))
     stages, compare = stages_of(args.bound_only)
     try:
         deployment = plan_on(request, profile, find_shape(request.engine))
@@ -120,12 +133,45 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.plot is not None:
         draw(args.plot, deployment, list(dict.fromkeys([stages[0], compare])))
-    if args.json:
-        json.dump(as_json(plan), sys.stdout, indent=2)
-        sys.stdout.write("\n")
-    else:
+    document = as_json(plan) if args.json else {}
+    if not args.json:
         show_plan(Console(), plan)
+    if workload is not None:
+        from moeserve.planner.simulate.traffic import simulate_traffic
+
+        found = simulate_traffic(deployment, workload, slo)
+        document["workload"] = found.as_json()
+        if not args.json:
+            show_traffic(Console(), workload, found)
+    if args.json:
+        json.dump(document, sys.stdout, indent=2)
+        sys.stdout.write("\n")
     return 0
+
+
+def mean_traffic(workload: Workload, concurrency: int) -> Traffic:
+    """Equal requests of a workload's mean lengths: what memory and bound are planned for."""
+    count = len(workload.requests)
+    return Traffic(
+        concurrency=concurrency,
+        prompt_tokens=max(1, sum(r.num_prompt for r in workload.requests) // count),
+        output_tokens=max(1, sum(r.num_output for r in workload.requests) // count),
+    )
+
+
+def show_traffic(console: Console, workload: Workload, found: TrafficEstimate) -> None:
+    """The likeliest outcome, and those of an engine as slow and as fast as it may be."""
+    console.print(
+        f"\n[bold]{workload.name}[/bold]: {len(workload.requests)} requests in"
+        f" {workload.span_s:.0f} s, {found.confidence:.0%} of cases in the range; {found.basis}",
+        soft_wrap=True,
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("", "predicted", "at the slowest", "at the fastest"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in outcome_rows([o.as_json() for o in (found.mid, found.low, found.high)]):
+        table.add_row(*row)
+    console.print(table)
 
 
 def stages_of(bound_only: bool) -> tuple[list[Stage], Stage]:

@@ -10,6 +10,7 @@ Three column layouts are read as they are published, told apart by what the file
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from moeserve.core import ConfigError
 Row = TypeVar("Row")
 #: tokens of one of Mooncake's blocks
 MOONCAKE_BLOCK = 512
+#: requests that are planned for and replayed unless others are asked for
+DEFAULT_REQUESTS = 200
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURST_GPT = ("Timestamp", "Request tokens", "Response tokens")
 MOONCAKE = ("timestamp", "input_length", "output_length")
@@ -80,6 +83,21 @@ class Workload:
 
     def first(self, count: int) -> Workload:
         return replace(self, requests=self.requests[:count])
+
+    def clipped(self, most_tokens: int) -> Workload:
+        """Every request within so many tokens: outputs at most half of them, prompts what is left,
+        cut at the end."""
+        if most_tokens < 2:
+            raise ConfigError(f"clip: {most_tokens}; allowed: 2 or more", field="clip")
+        clipped = []
+        for request in self.requests:
+            num_output = min(request.num_output, most_tokens // 2)
+            num_prompt = min(request.num_prompt, most_tokens - num_output)
+            blocks = request.hash_ids[: -(-num_prompt // MOONCAKE_BLOCK)]
+            clipped.append(
+                replace(request, num_prompt=num_prompt, num_output=num_output, hash_ids=blocks)
+            )
+        return replace(self, requests=tuple(clipped))
 
     def faster(self, speed: float) -> Workload:
         """With all times divided by speed, so that bursts stay."""
@@ -174,3 +192,43 @@ def _mooncake(row: Mapping[str, Any]) -> WorkloadRequest:
 
 def _bad(path: Path, what: str) -> ConfigError:
     return ConfigError(f"workload: {path} {what}", field="workload", hint=HINT)
+
+
+def add_workload_flags(group: argparse._ArgumentGroup) -> None:
+    """What `plan` and `bench serve` have in common."""
+    group.add_argument(
+        "--workload",
+        type=Path,
+        metavar="FILE",
+        help="arrivals and lengths: a trace of Azure, BurstGPT (.csv) or Mooncake (.jsonl)",
+    )
+    group.add_argument(
+        "--requests",
+        type=int,
+        default=DEFAULT_REQUESTS,
+        metavar="N",
+        help="of the workload, from its first (default: %(default)s)",
+    )
+    group.add_argument(
+        "--speed",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="arrivals come so many times as fast (default: %(default)s)",
+    )
+    group.add_argument(
+        "--clip",
+        type=int,
+        metavar="TOKENS",
+        help="shorten requests to so many tokens, prompt and output together",
+    )
+    for name, text in (("ttft", "to the first token"), ("tpot", "for each further token")):
+        group.add_argument(
+            f"--slo-{name}", type=float, metavar="S", help=f"a good request takes at most S {text}"
+        )
+
+
+def workload_of(args: argparse.Namespace) -> Workload:
+    """As the flags have it. Raises ConfigError."""
+    workload = read_workload(args.workload, args.requests).faster(args.speed)
+    return workload if args.clip is None else workload.clipped(args.clip)

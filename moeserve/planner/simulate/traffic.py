@@ -1,0 +1,155 @@
+"""Recorded traffic on the simulated engine: goodput under targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moeserve.core import ConfigError
+from moeserve.engine.batch import ScheduledBatch
+from moeserve.engine.simulation import Arrival, Simulation
+from moeserve.planner.plan_types import Deployment, Limit
+from moeserve.planner.simulate.clock import EngineClock
+from moeserve.planner.simulate.routing import SimulatedRouting
+from moeserve.planner.simulate.system import (
+    choose_routing,
+    error_basis,
+    error_of,
+    make_clock,
+    warm_up,
+)
+from moeserve.planner.workload import Workload
+from moeserve.planner.workload_outcome import Answer, Outcome, SloTargets
+
+
+@dataclass(frozen=True)
+class TrafficEstimate:
+    """mid: what is most likely. low, high: with an engine as slow, and as fast, as it may be."""
+
+    mid: Outcome
+    low: Outcome
+    high: Outcome
+    limits: tuple[Limit, ...]
+    hit_rate: float | None
+    confidence: float
+    basis: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "mid": self.mid.as_json(),
+            "low": self.low.as_json(),
+            "high": self.high.as_json(),
+            "hit_rate": self.hit_rate,
+            "confidence": self.confidence,
+            "basis": self.basis,
+        }
+
+
+class ScaledClock:
+    """A clock whose steps all take so many times as long."""
+
+    def __init__(self, clock: EngineClock, factor: float) -> None:
+        self._clock = clock
+        self._factor = factor
+
+    def seconds(self, batch: ScheduledBatch) -> float:
+        return self._clock.seconds(batch) * self._factor
+
+
+def simulate_traffic(
+    deployment: Deployment, workload: Workload, slo: SloTargets, seed: int = 0
+) -> TrafficEstimate:
+    """Raises ConfigError where a request is longer than the model's context or the kv pool."""
+    check_lengths(deployment, workload)
+    routings = choose_routing(deployment, seed)
+    error, confidence = error_of(deployment.profile)
+    clock = make_clock(deployment, routings.mid)
+    warm_up(deployment, clock)
+    mid = _play(deployment, workload, clock, slo, 1.0)
+    others = [
+        _other(deployment, workload, routings.mid, slo, factor)
+        for factor in (1 + error, 1 / (1 + error))
+    ]
+    return TrafficEstimate(
+        mid=mid,
+        low=others[0],
+        high=others[1],
+        limits=clock.busy.limits(),
+        hit_rate=clock.hit_rate,
+        confidence=confidence,
+        basis=f"{routings.basis}; {error_basis(deployment.profile, error)}",
+    )
+
+
+def check_lengths(deployment: Deployment, workload: Workload) -> None:
+    """ConfigError for what a server would refuse."""
+    longest, context = workload.longest, deployment.shape.context_tokens
+    size = deployment.request.engine.kv.block_tokens
+    if longest > context:
+        raise ConfigError(
+            f"workload: {workload.name} has a request of {longest} tokens, the model's context is"
+            f" {context}",
+            field="workload",
+            hint=f"shorten its requests with --clip {context}",
+        )
+    if -(-longest // size) > deployment.num_kv_blocks:
+        raise ConfigError(
+            f"workload: {workload.name} has a request of {longest} tokens, the kv pool holds"
+            f" {deployment.num_kv_blocks * size}",
+            field="workload",
+            hint="raise --kv-bytes, or shorten its requests with --clip",
+        )
+
+
+def _other(
+    deployment: Deployment,
+    workload: Workload,
+    routing: SimulatedRouting | None,
+    slo: SloTargets,
+    factor: float,
+) -> Outcome:
+    clock = make_clock(deployment, routing)
+    warm_up(deployment, clock)
+    return _play(deployment, workload, clock, slo, factor)
+
+
+def _play(
+    deployment: Deployment,
+    workload: Workload,
+    clock: EngineClock,
+    slo: SloTargets,
+    factor: float,
+) -> Outcome:
+    engine = deployment.request.engine
+    # Nobody is refused here: who waits behind so many is late in any case.
+    patient = replace(
+        engine.scheduler, max_waiting=max(engine.scheduler.max_waiting, len(workload.requests))
+    )
+    simulation = Simulation(
+        patient,
+        deployment.num_kv_blocks,
+        engine.kv.block_tokens,
+        ScaledClock(clock, factor),
+        prefix_reuse=engine.kv.prefix_reuse,
+    )
+    result = simulation.run(_arrivals(workload))
+    answers = [
+        Answer(
+            arrived_s=times.arrived_s,
+            ended_s=times.last_s,
+            ttft_s=times.ttft_s,
+            tpot_s=times.tpot_s,
+            num_prompt=request.num_prompt,
+            num_output=times.received,
+        )
+        for request, times in zip(workload.requests, result.requests, strict=True)
+    ]
+    return Outcome.of(answers, slo)
+
+
+def _arrivals(workload: Workload) -> Iterator[Arrival]:
+    """Clients ask for as many tokens as come: `bench serve` does."""
+    for number, request in enumerate(workload.requests):
+        ids = request.tokens(number)
+        yield Arrival(request.at_s, ids, request.num_output, request.num_output)
