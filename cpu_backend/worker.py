@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,8 +124,10 @@ class ExpertWorker:
         ids = torch.from_numpy(np.repeat(np.array(job.experts, np.int64), job.counts))
         out = _room_for_results(job, shape, shared)
         weights = torch.ones(shape[0], 1)
+        begun_s = time.perf_counter()
         experts.native.run(self._runtime.handle, rows, ids.view(-1, 1), weights, None, out)
-        frames = self._encode(WorkerResult(number=job.number))
+        busy_s = time.perf_counter() - begun_s
+        frames = self._encode(WorkerResult(number=job.number, busy_s=busy_s))
         return frames if job.results_at is not None else [*frames, out.numpy().data]
 
     def _encode(self, message: Message) -> list[bytes]:

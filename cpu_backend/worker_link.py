@@ -13,29 +13,30 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import cast
 
 import numpy as np
 import torch
 import zmq
 from torch import Tensor
-from zmq.utils.monitor import parse_monitor_message
 
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.shards import Shard
 from moeserve.cpu_backend.shared_rows import PAGE_BYTES, SHARED_BYTES, SharedRows
+from moeserve.cpu_backend.worker_socket import WorkerSocket
 from moeserve.cpu_backend.worker_types import (
     Answer,
+    LinkCounters,
     LinkSettings,
     PairRows,
     differences,
     is_near,
 )
-from moeserve.cpu_backend.worker_wire import WORKER_MAX_BYTES, engine_side_wire
+from moeserve.cpu_backend.worker_wire import engine_side_wire
 from moeserve.framing import ProtocolError
 from moeserve.messages import Ping
+from moeserve.stats import WorkerStats
 from moeserve.worker_messages import (
     WorkerHello,
     WorkerJob,
@@ -46,7 +47,6 @@ from moeserve.worker_messages import (
 
 #: rows and results of one job together; larger ones are cut
 MAX_JOB_BYTES = 16 << 20
-RECONNECT_MS = 100
 #: a worker that was refused is looked at again
 REST_S = 10.0
 
@@ -86,8 +86,7 @@ class WorkerLink:
         self.standby = False
         self.shared = False
         self.lost: list[PairRows] = []
-        self.num_losses = 0
-        self.num_jobs_sent = 0
+        self.count = LinkCounters()
         self._settings = settings
         self._admit = admit
         self._wire = engine_side_wire()
@@ -98,8 +97,7 @@ class WorkerLink:
         self._rest_until_s = 0.0
         self._rows: SharedRows | None = None
         self._used_bytes = PAGE_BYTES
-        self._socket: zmq.Socket[bytes]
-        self._monitor: zmq.Socket[bytes]
+        self._socket: WorkerSocket
         self._open()
 
     # -- for the pool ----------------------------------------------------------------------------
@@ -115,7 +113,9 @@ class WorkerLink:
     @property
     def sockets(self) -> tuple[zmq.Socket[bytes], ...]:
         """To be polled; none while it rests."""
-        return () if self.stage is Stage.RESTING else (self._monitor, self._socket)
+        if self.stage is Stage.RESTING:
+            return ()
+        return self._socket.monitor, self._socket.messages
 
     def look(self) -> list[Answer]:
         """Takes what has happened; never waits."""
@@ -125,10 +125,9 @@ class WorkerLink:
             return []
         answers: list[Answer] = []
         # Messages first: what it said before it died counts.
-        while self._has_message(self._socket):
-            answers += self._take(self._socket.recv_multipart(zmq.NOBLOCK))
-        while self._has_message(self._monitor):
-            event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+        while (frames := self._socket.next_message()) is not None:
+            answers += self._take(frames)
+        while (event := self._socket.next_event()) is not None:
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._hello()
             elif event == zmq.EVENT_DISCONNECTED and self._greeted:
@@ -139,10 +138,6 @@ class WorkerLink:
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self.problem = "it does not know this engine's key"
         return answers
-
-    def _has_message(self, socket: zmq.Socket[bytes]) -> bool:
-        """False for a socket that was closed because the worker was refused."""
-        return not socket.closed and bool(cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
     def check_deadlines(self) -> None:
         """Gives up a worker that takes too long for a job."""
@@ -176,6 +171,18 @@ class WorkerLink:
         self._distrusted.add(self._epoch)
         self._refuse(reason)
 
+    def stats(self) -> WorkerStats:
+        """Since the start."""
+        return WorkerStats(
+            endpoint=self.endpoint,
+            shard="" if self.shard is None else str(self.shard),
+            live=self.live,
+            standby=self.standby,
+            shared_memory=self.live and self.shared,
+            problem=self.problem,
+            **asdict(self.count),
+        )
+
     def close(self) -> None:
         if self.stage is not Stage.RESTING:
             self._close()
@@ -185,42 +192,12 @@ class WorkerLink:
     # -- the connection --------------------------------------------------------------------------
 
     def _open(self) -> None:
-        context, config = self._settings.context, self._settings.config
-        socket = context.socket(zmq.DEALER)
-        socket.linger = 0
-        socket.immediate = True  # nothing queues up for a worker that is not there
-        socket.reconnect_ivl = RECONNECT_MS
-        socket.reconnect_ivl_max = 20 * RECONNECT_MS
-        socket.maxmsgsize = WORKER_MAX_BYTES
-        socket.heartbeat_ivl = round(config.worker_heartbeat_s * 1000)
-        socket.heartbeat_timeout = round(config.worker_timeout_s * 1000)
-        socket.heartbeat_ttl = round(config.worker_timeout_s * 1000)
-        socket.handshake_ivl = round(config.worker_timeout_s * 1000)
-        socket.ipv6 = self.endpoint.startswith("tcp://[")
-        if (keys := self._settings.keys) is not None:
-            socket.curve_publickey = keys.public
-            socket.curve_secretkey = keys.secret
-            socket.curve_serverkey = keys.server
-        monitored = (
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        )
-        name = f"inproc://worker-{id(self)}-{time.monotonic_ns()}"
-        socket.monitor(name, monitored)
-        self._monitor = context.socket(zmq.PAIR)
-        self._monitor.linger = 0
-        self._monitor.rcvhwm = 0  # ZeroMQ's thread would wait for a reader; an idle engine is none
-        self._monitor.connect(name)
-        socket.connect(self.endpoint)
-        self._socket = socket
-        self._settings.sockets.update((socket, self._monitor))
+        self._socket = WorkerSocket.open(self.endpoint, self._settings)
         self.stage = Stage.CONNECTING
         self._greeted = False  # until then ZeroMQ connects again by itself, with growing pauses
 
     def _close(self) -> None:
-        self._settings.sockets.difference_update((self._socket, self._monitor))
-        self._socket.disable_monitor()
-        self._monitor.close()
-        self._socket.close()
+        self._socket.close(self._settings)
         self._jobs.clear()
         if self._rows is not None:
             self._rows.close()
@@ -239,7 +216,7 @@ class WorkerLink:
         """The worker is gone, and with it what it was asked."""
         logger.error("worker %s is gone: %s", self.endpoint, reason)
         self.problem = reason
-        self.num_losses += 1
+        self.count.losses += 1
         self.lost += [job.work for job in self._jobs.values()]
         self._jobs.clear()
 
@@ -247,6 +224,7 @@ class WorkerLink:
         """Its process is there and will not be asked, for a while."""
         if reason != self.problem:  # said once, not at every look
             logger.error("worker %s is refused: %s", self.endpoint, reason)
+        self.count.refusals += 1
         self.problem = reason
         self.lost += [job.work for job in self._jobs.values()]
         self._close()
@@ -295,6 +273,7 @@ class WorkerLink:
         self._used_bytes = PAGE_BYTES
         self.stage = Stage.LIVE
         self.problem = ""
+        self.count.connects += 1
         how = "shared memory" if self.shared else "frames"
         logger.info("worker %s: shard %s, rows in %s", self.endpoint, shard, how)
 
@@ -309,6 +288,11 @@ class WorkerLink:
         if sizes != expected:
             self._jobs[message.number] = job  # it is lost with the others
             raise ProtocolError(f"frames of {sizes} bytes for results, expected {expected}")
+        if not 0 <= message.busy_s < math.inf:
+            self._jobs[message.number] = job
+            raise ProtocolError(f"it computed for {message.busy_s} s, it says")
+        self.count.busy_s += message.busy_s
+        self.count.received_bytes += shape[0] * shape[1] * 4
         if results is None:
             results = torch.frombuffer(bytearray(raw[0]), dtype=torch.float32).view(shape)
         return Answer(work.pairs, work.experts, results)
@@ -335,7 +319,9 @@ class WorkerLink:
             frames.append(work.rows.contiguous().view(torch.uint8).numpy().data)
         if not self._try_send(frames):
             return False
-        self.num_jobs_sent += 1
+        self.count.jobs += 1
+        self.count.rows += len(work.pairs)
+        self.count.sent_bytes += work.rows.nbytes
         deadline_s = time.monotonic() + self._settings.config.worker_job_s
         self._jobs[self._number] = _Job(work, deadline_s, results[1] if results else None)
         return True
@@ -362,7 +348,7 @@ class WorkerLink:
 
     def _try_send(self, frames: Sequence[bytes | memoryview]) -> bool:
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            self._socket.messages.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True

@@ -27,6 +27,7 @@ from moeserve.cpu_backend.backend import ExpertJob
 from moeserve.cpu_backend.shards import Shard
 from moeserve.cpu_backend.worker_link import Stage, WorkerLink
 from moeserve.cpu_backend.worker_types import Answer, LinkSettings, PairRows, Pairs
+from moeserve.stats import PoolStats
 from moeserve.worker_messages import WorkerIdentity
 
 Put = Callable[[Pairs, Tensor], None]
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class WorkerStats:
+class PoolCounters:
     """Since the start. Pairs: rows with one expert each. wait_s: the engine had nothing left to do
     but to wait for workers. num_taken_over: pairs that another worker or the engine computed in the
     place of one that was gone."""
@@ -55,7 +56,7 @@ class WorkerPool:
     def __init__(self, config: ExpertConfig, identity: WorkerIdentity, most_experts: int) -> None:
         """Begins to connect. most_experts: of any layer. Raises ConfigError for keys that cannot be
         read."""
-        self.stats = WorkerStats()
+        self.count = PoolCounters()
         self._config = config
         self._most_experts = most_experts
         keys = _keys(config)
@@ -71,23 +72,33 @@ class WorkerPool:
         self._masks_of: tuple[bool, ...] = ()
 
     def start(self) -> None:
-        """Waits until all workers are there. Raises ConfigError for one that cannot be used."""
+        """Waits until all workers are there, for `worker_start_s`.
+
+        Raises ConfigError for one that is not, or cannot be used; where `worker_absent` is go_on,
+        says so instead and leaves its experts to others until it can.
+        """
         end_s = time.monotonic() + self._config.worker_start_s
-        while not all(link.live for link in self.links):
-            for link in self.links:
-                link.look()
-                if link.stage is Stage.RESTING:
-                    raise ConfigError(f"workers: {link.endpoint}: {link.problem}", field="workers")
-            absent = [link for link in self.links if not link.live]
-            if absent and time.monotonic() >= end_s:
-                raise ConfigError(
-                    f"workers: {absent[0].endpoint} {absent[0].problem}",
-                    field="workers",
-                    hint="start it with `moeserve worker MODEL --endpoint ENDPOINT --shard I/N`, "
-                    "or wait longer with --worker-start-s",
-                )
-            if absent:
-                self.wait()
+        while True:
+            self.refresh()
+            resting = [link for link in self.links if link.stage is Stage.RESTING]
+            self._check(resting, "start it anew as this engine wants it")
+            connecting = [link for link in self.links if link.stage is Stage.CONNECTING]
+            if not connecting or time.monotonic() >= end_s:
+                break
+            self.wait()
+        self._check(
+            connecting,
+            "start it with `moeserve worker MODEL --endpoint ENDPOINT --shard I/N`, wait longer "
+            "with --worker-start-s, or go on without it: --worker-absent go_on",
+        )
+        for link in self.links:
+            if not link.live:
+                logger.error("worker %s: %s; going on without it", link.endpoint, link.problem)
+
+    def _check(self, absent: Sequence[WorkerLink], hint: str) -> None:
+        if absent and self._config.worker_absent == "refuse":
+            problem = f"workers: {absent[0].endpoint}: {absent[0].problem}"
+            raise ConfigError(problem, field="workers", hint=hint)
 
     def refresh(self) -> None:
         """Notes who came and who went; never waits."""
@@ -123,8 +134,8 @@ class WorkerPool:
         """Has workers compute pairs of the job; pair t * K + k is row t with its k-th expert."""
         for link in self.links:
             link.give_up_jobs()  # left by an interrupt, before its exchange was a context
-        self.stats.num_layers += 1
-        self.stats.num_pairs += len(pairs)
+        self.count.num_layers += 1
+        self.count.num_pairs += len(pairs)
         return Exchange(self, job, pairs)
 
     def wait(self) -> None:
@@ -140,7 +151,18 @@ class WorkerPool:
         return "; ".join(
             f"{link.endpoint} shard {link.shard}{', standing by' if link.standby else ''}, rows in "
             f"{'shared memory' if link.shared else 'frames'}"
+            if link.live
+            else f"{link.endpoint}: {link.problem}"
             for link in self.links
+        )
+
+    def stats(self) -> PoolStats:
+        """Since the start."""
+        return PoolStats(
+            rows=self.count.num_pairs,
+            taken_over_rows=self.count.num_taken_over,
+            wait_s=self.count.wait_s,
+            workers=[link.stats() for link in self.links],
         )
 
     def check_integrity(self) -> None:
@@ -213,7 +235,7 @@ class Exchange:
                     self._accept(link, answer, put)
                 link.check_deadlines()
             self._take_over()
-        self.pool.stats.wait_s += time.perf_counter() - begun_s
+        self.pool.count.wait_s += time.perf_counter() - begun_s
         return tuple(sorted(self._lost))
 
     def judge(self, ours: Tensor) -> None:
@@ -243,7 +265,7 @@ class Exchange:
                 if lost:
                     self._failed.add(link)
                 for work in lost:
-                    self.pool.stats.num_taken_over += len(work.pairs)
+                    self.pool.count.num_taken_over += len(work.pairs)
                     self._give(work)
 
     def _give(self, work: PairRows) -> None:

@@ -39,6 +39,22 @@ class Answer:
     results: Tensor
 
 
+@dataclass
+class LinkCounters:
+    """What one worker was asked and gave. rows: each with one expert. Bytes: of rows and of
+    results, in frames or in shared memory. busy_s: it computed, it says. connects: sessions that
+    began; losses: that broke; refusals: that the engine would not have."""
+
+    jobs: int = 0
+    rows: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    busy_s: float = 0.0
+    connects: int = 0
+    losses: int = 0
+    refusals: int = 0
+
+
 @dataclass(frozen=True)
 class LinkSettings:
     """The same for all workers of an engine. sockets: all that are open. keys: None: no CURVE."""

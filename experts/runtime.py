@@ -209,6 +209,7 @@ class ExpertRuntime:
             device_busy_s=[device_s[layer] for layer in numbers.layers] if device_s else None,
             caches=caches,
             links=links,
+            pool=None if self.workers is None else self.workers.stats(),
         )
 
     def check_integrity(self) -> None:

@@ -40,6 +40,19 @@ PACK_SETTINGS = frozenset(
         "num_threads",
     )
 )
+#: what an expert worker shares with its engine, of the model and of threads
+WORKER_SETTINGS = frozenset(
+    (
+        "revision",
+        "offline",
+        "dtype",
+        "quantize_activations",
+        "isa",
+        "num_threads",
+        "pin_threads",
+        "spin_us",
+    )
+)
 UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -105,8 +118,27 @@ def add_flags(
                 _add_flag(group, field, hints[field.name])
 
 
+def flags_of(settings: Any, only: Collection[str]) -> list[str]:
+    """The flags that make these settings of a dataclass; none for defaults. only: of these."""
+    flags: list[str] = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name not in only or value == field.default:
+            continue
+        name = _flag_name(field.name)
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags
+
+
+def _flag_name(name: str) -> str:
+    return FLAG_NAMES.get(name, name).replace("_", "-")
+
+
 def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
-    flag = "--" + FLAG_NAMES.get(field.name, field.name).replace("_", "-")
+    flag = "--" + _flag_name(field.name)
     text = field.metadata["help"].replace("%", "%%")
     if field.default not in (None, ()):
         text += f" (default: {field.default})"

@@ -245,6 +245,11 @@ class ExpertConfig:
         60.0, "a worker that computes one layer for longer is gone, although it answers heartbeats"
     )
     worker_start_s: float = setting(30.0, "seconds to wait for all workers at the start")
+    worker_absent: str = setting(
+        "refuse",
+        "a worker that is not there in that time: refuse to start, or go_on without it until it "
+        "comes; an engine that is started again after a crash goes on",
+    )
 
     def __post_init__(self) -> None:
         _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
@@ -297,6 +302,7 @@ class ExpertConfig:
         _at_least("worker_timeout_s", self.worker_timeout_s, 2 * self.worker_heartbeat_s)
         _at_least("worker_job_s", self.worker_job_s, 0.01)
         _at_least("worker_start_s", self.worker_start_s, 0.01)
+        _one_of("worker_absent", self.worker_absent, ("refuse", "go_on"))
 
     @property
     def is_tiered(self) -> bool:
@@ -428,7 +434,24 @@ class GatewayConfig:
     max_engine_restarts: int = setting(
         3, "engine restarts allowed within ten minutes before the server gives up"
     )
+    local_workers: int = setting(
+        0,
+        "expert workers to run on this machine, which share all experts; takes a model written by "
+        "`moeserve pack`",
+    )
+    local_worker_threads: int | None = setting(
+        None, "compute threads of each local worker; default: the cores divided among them"
+    )
 
     def __post_init__(self) -> None:
         _at_least("drain_s", self.drain_s, 0)
         _at_least("max_engine_restarts", self.max_engine_restarts, 0)
+        _at_least("local_workers", self.local_workers, 0)
+        if self.local_worker_threads is not None:
+            _at_least("local_worker_threads", self.local_worker_threads, 1)
+        if self.local_workers and self.engine.experts.workers:
+            raise ConfigError(
+                "local_workers: they hold all experts, and workers holds some, too",
+                field="local_workers",
+                hint="give --local-workers or --worker",
+            )

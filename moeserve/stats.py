@@ -61,6 +61,41 @@ class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_shrunk: int  # and gave some back
 
 
+class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One expert worker, as its engine sees it.
+
+    shard: "" before the first session. problem: why it is not live, "" where it is. rows: each with
+    one expert. Bytes: of rows and of results, in frames or in shared memory. busy_s: it computed.
+    connects: sessions that began; losses: that broke; refusals: that the engine would not have.
+    """
+
+    endpoint: str
+    shard: str
+    live: bool
+    standby: bool
+    shared_memory: bool
+    problem: str
+    jobs: int
+    rows: int
+    sent_bytes: int
+    received_bytes: int
+    busy_s: float
+    connects: int
+    losses: int
+    refusals: int
+
+
+class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The expert workers of an engine. rows: given to workers. taken_over_rows: computed by another
+    worker or the engine in the place of one that was gone. wait_s: steps waited for workers with
+    nothing else left to do."""
+
+    rows: int
+    taken_over_rows: int
+    wait_s: float
+    workers: list[WorkerStats]
+
+
 class ExpertStats(msgspec.Struct, frozen=True, kw_only=True):
     """layers: indices of the MoE layers; all lists are in that order.
 
@@ -74,3 +109,4 @@ class ExpertStats(msgspec.Struct, frozen=True, kw_only=True):
     device_busy_s: list[float] | None = None
     caches: list[CacheStats] = []
     links: list[LinkStats] = []
+    pool: PoolStats | None = None  # expert workers

@@ -80,7 +80,10 @@ class WorkerWelcome(Message, frozen=True, kw_only=True, tag="worker_welcome"):
 
 
 class WorkerResult(Message, frozen=True, kw_only=True, tag="worker_result"):
+    """busy_s: what computing it took, for statistics."""
+
     number: int
+    busy_s: float = 0.0
 
 
 class WorkerRefusal(Message, frozen=True, kw_only=True, tag="worker_refusal"):

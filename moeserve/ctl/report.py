@@ -41,6 +41,8 @@ def describe(stats: Stats) -> str:
     experts = engine["experts"]
     if experts is not None:
         lines += _totals(experts)
+        if experts["pool"] is not None:
+            lines += ["", *_workers(experts["pool"])]
         if experts["caches"]:
             lines += ["", *_by_layer(experts)]
     return "\n".join(lines)
@@ -64,6 +66,31 @@ def _totals(experts: Stats) -> list[str]:
         f" {link['num_retries']} retries, {link['num_failed']} failed"
         for link in experts["links"]
     ]
+
+
+def _workers(pool: Stats) -> list[str]:
+    lines = [
+        f"workers: {pool['rows']} rows, {pool['taken_over_rows']} of them computed by somebody"
+        f" else; steps waited {pool['wait_s']:.1f} s"
+    ]
+    workers = pool["workers"]
+    columns: dict[str, Sequence[object]] = {
+        "worker": [each["endpoint"] for each in workers],
+        "shard": [each["shard"] or "?" for each in workers],
+        "state": [each["problem"] or _manner(each) for each in workers],
+        "MiB": [
+            f"{(each['sent_bytes'] + each['received_bytes']) * 2**-20:.1f}" for each in workers
+        ],
+        "busy s": [f"{each['busy_s']:.1f}" for each in workers],
+    }
+    for field in ("jobs", "rows", "connects", "losses", "refusals"):
+        columns[field] = [each[field] for each in workers]
+    return lines + _table(columns)
+
+
+def _manner(worker: Stats) -> str:
+    how = "rows in shared memory" if worker["shared_memory"] else "rows in frames"
+    return f"standing by, {how}" if worker["standby"] else how
 
 
 #: heading and field; of links, also the factor

@@ -7,9 +7,7 @@ the gateway listens. Logs go to standard error. It ends with the gateway, howeve
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
-import os
 import queue
 import signal
 import sys
@@ -24,14 +22,13 @@ from moeserve.core import EngineDelta, ErrorCode, FinishReason, MoeserveError, R
 from moeserve.engine.channel import Command, EngineChannel
 from moeserve.environment import tune_native_libraries
 from moeserve.messages import EngineAbort, EngineShutdown, EngineSubmit
+from moeserve.parent_process import end_with_parent
 
 if TYPE_CHECKING:
     from moeserve.engine.engine import Engine
 
 #: exit status when what was asked for can not be served, however often it is tried
 EXIT_REFUSED = 3
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         level=options.log_level.upper(), format="%(asctime)s engine %(levelname)s %(message)s"
     )
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
-    _die_with(options.parent_pid)
+    # Where the kernel knows no such thing, the channel's count of silent heartbeats ends us, later.
+    end_with_parent(options.parent_pid)
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     channel = EngineChannel(options.endpoint, options.heartbeat_s, options.max_silence_beats)
     channel.start()
@@ -67,20 +65,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-silence-beats", type=int, default=30)
     parser.add_argument("--log-level", default="info")
     return parser.parse_args(arguments)
-
-
-def _die_with(parent_pid: int) -> None:
-    """Asks the kernel to kill us when the thread that started us ends (prctl(2); Linux only).
-
-    Elsewhere the channel's count of silent heartbeats does it, later.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            error = ctypes.get_errno()
-            raise OSError(error, f"prctl: {os.strerror(error)}")
-    if os.getppid() != parent_pid:  # it died before we asked
-        raise SystemExit(f"engine: the parent {parent_pid} is gone")
 
 
 def _load_and_serve(config: EngineConfig, channel: EngineChannel) -> int:

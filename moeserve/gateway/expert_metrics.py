@@ -9,7 +9,7 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from moeserve.stats import CacheStats, ExpertStats, LinkStats, MemoryStats
+from moeserve.stats import CacheStats, ExpertStats, LinkStats, MemoryStats, PoolStats
 
 #: field of CacheStats -> name and help
 CACHE_COUNTERS: Final = MappingProxyType(
@@ -25,6 +25,19 @@ CACHE_COUNTERS: Final = MappingProxyType(
 )
 
 
+#: field of WorkerStats -> name and help
+WORKER_COUNTERS: Final = MappingProxyType(
+    {
+        "jobs": ("jobs", "Jobs given to it: a layer's rows, or a piece of them."),
+        "rows": ("rows", "Rows in them, each with one expert."),
+        "busy_s": ("busy_seconds", "It computed, as it says."),
+        "connects": ("connects", "Sessions that began, the first one included."),
+        "losses": ("losses", "Sessions that broke or took too long."),
+        "refusals": ("refusals", "Times that the engine would not use it."),
+    }
+)
+
+
 def expert_metrics(stats: ExpertStats) -> list[Metric]:
     """Counters per layer; tiers in which every expert has its place have none."""
     busy = _per_layer("busy_seconds", "Time in which experts were computed.", ("unit",))
@@ -36,6 +49,8 @@ def expert_metrics(stats: ExpertStats) -> list[Metric]:
         metrics += _of_caches(stats.layers, stats.caches)
     if stats.links:
         metrics += _of_links(stats.layers, stats.links)
+    if stats.pool is not None:
+        metrics += _of_workers(stats.pool)
     return metrics
 
 
@@ -93,6 +108,34 @@ def _of_links(layers: Sequence[int], links: Sequence[LinkStats]) -> Iterator[Met
         for link in links:
             counter.add_metric((link.tier,), getattr(link, field))
         yield counter
+
+
+def _of_workers(pool: PoolStats) -> Iterator[Metric]:
+    """By worker, which is its endpoint."""
+    live = GaugeMetricFamily("moeserve_worker_live", "1 while it is used.", labels=("worker",))
+    for worker in pool.workers:
+        live.add_metric((worker.endpoint,), float(worker.live))
+    yield live
+    for field, (name, text) in WORKER_COUNTERS.items():
+        counter = CounterMetricFamily(f"moeserve_worker_{name}", text, labels=("worker",))
+        for worker in pool.workers:
+            counter.add_metric((worker.endpoint,), getattr(worker, field))
+        yield counter
+    num_bytes = CounterMetricFamily(
+        "moeserve_worker_bytes",
+        "Rows sent and results received, in frames or in shared memory.",
+        labels=("worker", "direction"),
+    )
+    for worker in pool.workers:
+        num_bytes.add_metric((worker.endpoint, "sent"), worker.sent_bytes)
+        num_bytes.add_metric((worker.endpoint, "received"), worker.received_bytes)
+    yield num_bytes
+    for name, text, value in (
+        ("rows", "Rows, each with one expert, that were given to workers.", pool.rows),
+        ("taken_over_rows", "Of them those that somebody else computed.", pool.taken_over_rows),
+        ("wait_seconds", "Steps waited for workers, with nothing else to do.", pool.wait_s),
+    ):
+        yield CounterMetricFamily(f"moeserve_workers_{name}", text, value=value)
 
 
 def _per_layer(name: str, text: str, labels: tuple[str, ...] = ("tier",)) -> CounterMetricFamily:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -20,15 +21,16 @@ import msgspec
 
 from moeserve import __version__
 from moeserve.config import GatewayConfig, HttpConfig
-from moeserve.core import ConfigError, ModelInfo
+from moeserve.core import ConfigError, ErrorCode, ModelInfo, MoeserveError
 from moeserve.environment import Environment, default_endpoint, read_environment
 from moeserve.gateway import http_server
 from moeserve.gateway.app import create_app
 from moeserve.gateway.host_check import is_loopback
 from moeserve.gateway.lifecycle import Lifecycle
+from moeserve.gateway.local_workers import LocalWorkers
 from moeserve.gateway.metrics import Metrics
 from moeserve.gateway.service import GenerationService
-from moeserve.gateway.supervisor import EngineSupervisor
+from moeserve.gateway.supervisor import EngineSupervisor, Progress
 from moeserve.gateway.zmq_endpoint import check_endpoint, make_private_directory
 from moeserve.gateway.zmq_front import ZmqFront
 from moeserve.gateway.zmq_link import ZmqEngineLink
@@ -134,7 +136,13 @@ class Gateway:
         self.config = config
         self.directory = directory
         self.link = ZmqEngineLink(f"ipc://{directory / 'engine.sock'}")
-        self.supervisor = EngineSupervisor(config, self.link, environment.log_level)
+        self.workers = LocalWorkers(config, directory)
+        engine = self.workers.served_to(config.engine)  # to which they are workers as any other
+        self.supervisor = EngineSupervisor(
+            dataclasses.replace(config, engine=engine, local_workers=0),
+            self.link,
+            environment.log_level,
+        )
         self.lifecycle = Lifecycle(self.link)
         self.metrics = Metrics(lambda: self.link.status)
         self.front = ZmqFront(
@@ -161,6 +169,7 @@ class Gateway:
         await self.front.start()
         check_endpoint(self.link.endpoint, has_curve=False)
         await self.link.start()
+        self.workers.start()
         await self.supervisor.start()
         self._write_addresses()
         print(f"moeserve {__version__}: {self.url} and {self.front.endpoint}; loading", flush=True)
@@ -187,12 +196,25 @@ class Gateway:
     async def _open(self) -> None:
         """Opens the fronts once the engine has loaded its model."""
         with LoadingBar() as bar:
-            await self.supervisor.wait_ready(bar)
+            await self._wait_ready(bar)
         http = self.config.http
         limits = RequestLimits(max_n=http.max_n, max_tokens_cap=http.max_tokens_cap)
         self.service = await GenerationService.load(self.link, limits, observer=self.metrics)
         self.lifecycle.open(self.service)
         print(f"moeserve: ready: {_describe(self.service.info)} at {self.url}", flush=True)
+
+    async def _wait_ready(self, progress: Progress) -> None:
+        """Raises MoeserveError when the engine, or one of the local workers, cannot be had."""
+        ready = asyncio.ensure_future(self.supervisor.wait_ready(progress))
+        refused = asyncio.ensure_future(self.workers.wait_refused())
+        try:
+            await asyncio.wait({ready, refused}, return_when=asyncio.FIRST_COMPLETED)
+            if refused.done():
+                raise MoeserveError(refused.result(), code=ErrorCode.UNAVAILABLE)
+            ready.result()
+        finally:
+            ready.cancel()
+            refused.cancel()
 
     async def _drain(self, signals: StopSignals) -> None:
         self.lifecycle.begin_drain()
@@ -218,6 +240,7 @@ class Gateway:
         if not await signals.before_second(self.supervisor.stop()):
             self.supervisor.kill()
             await self.supervisor.stop()
+        await self.workers.stop()
         await self.link.stop()
         if self.service is not None:
             self.service.assets.close()

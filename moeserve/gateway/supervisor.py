@@ -5,33 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import sys
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import msgspec
 
-from moeserve.config import GatewayConfig
+from moeserve.config import EngineConfig, GatewayConfig
 from moeserve.core import ErrorCode, MoeserveError
+from moeserve.gateway.child_process import Restarts, describe_exit, forward_log, within
 from moeserve.gateway.zmq_link import ZmqEngineLink
 from moeserve.messages import EngineStatus
 
 #: as moeserve.engine.process.EXIT_REFUSED; the gateway imports no engine code
 EXIT_REFUSED = 3
-RESTART_WINDOW_S = 600.0
-MAX_BACKOFF_S = 30.0
-
-#: what usually stands behind a signal
-SIGNAL_HINTS: Mapping[str, str] = MappingProxyType(
-    {
-        "SIGKILL": ", perhaps for lack of memory",
-        "SIGBUS": ", as when a mapped file of weights is cut short or its disk fails",
-    }
-)
 
 Progress: TypeAlias = Callable[[str, float], None]
 
@@ -58,9 +47,9 @@ class EngineSupervisor:
         self._config = config
         self._link = link
         self._log_level = log_level
-        self._backoff_s = backoff_s
+        self._restarts = Restarts(config.max_engine_restarts, backoff_s)
+        self._num_starts = 0
         self._stop_grace_s = stop_grace_s
-        self._restarts_s: deque[float] = deque()
         self._stopping = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -117,25 +106,15 @@ class EngineSupervisor:
             if self._stopping.is_set():
                 return
             log.error("engine: %s", reason)
-            pause_s = None if final else self._next_pause_s()
+            pause_s = None if final else self._restarts.next_pause_s()
             if pause_s is None:
                 limit = self._config.max_engine_restarts
                 extra = "" if final else f" (restarted {limit} times within ten minutes already)"
                 self._link.mark_down("failed", reason + extra)
                 return
             self._link.mark_down("loading", f"restarting: {reason}")
-            if await _within(self._stopping.wait(), pause_s):
+            if await within(self._stopping.wait(), pause_s):
                 return
-
-    def _next_pause_s(self) -> float | None:
-        """Seconds to wait before the next start; None when there were too many."""
-        now_s = time.monotonic()
-        while self._restarts_s and now_s - self._restarts_s[0] > RESTART_WINDOW_S:
-            self._restarts_s.popleft()
-        if len(self._restarts_s) >= self._config.max_engine_restarts:
-            return None
-        self._restarts_s.append(now_s)
-        return float(min(self._backoff_s * 2 ** (len(self._restarts_s) - 1), MAX_BACKOFF_S))
 
     async def _run_once(self) -> tuple[str, bool]:
         """Runs one engine process to its end: why it ended, and whether that is final."""
@@ -145,7 +124,7 @@ class EngineSupervisor:
             return f"the engine process cannot be started: {error}", False
         self._process = process
         tail = deque[bytes](maxlen=20)
-        forward = asyncio.create_task(_forward_log(process, tail))
+        forward = asyncio.create_task(forward_log(process, tail))
         waits = [
             asyncio.create_task(wait)
             for wait in (process.wait(), self._link.silent.wait(), self._stopping.wait())
@@ -169,17 +148,29 @@ class EngineSupervisor:
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         if self._link.status.stage == "ready":  # while it loads it reads no messages
             self._link.ask_to_stop()
-            if await _within(process.wait(), self._stop_grace_s):
+            if await within(process.wait(), self._stop_grace_s):
                 return
         process.terminate()
-        if not await _within(process.wait(), self._stop_grace_s):
+        if not await within(process.wait(), self._stop_grace_s):
             log.warning("engine: pid %d ignores SIGTERM and is killed", process.pid)
             process.kill()
 
     def _why(self, returncode: int, tail: deque[bytes]) -> str:
         """What the engine said of its end, else what its exit status says."""
         status = self._link.status
-        return status.detail if status.stage == "failed" else _describe_exit(returncode, tail)
+        return (
+            status.detail
+            if status.stage == "failed"
+            else describe_exit("the engine process", returncode, tail)
+        )
+
+    def _engine_config(self) -> EngineConfig:
+        """What served once is served again, with the workers that there are."""
+        self._num_starts += 1
+        config = self._config.engine
+        if self._num_starts == 1:
+            return config
+        return replace(config, experts=replace(config.experts, worker_absent="go_on"))
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
@@ -193,34 +184,7 @@ class EngineSupervisor:
             stderr=asyncio.subprocess.STDOUT,
         )
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(self._config.engine))
+        process.stdin.write(msgspec.json.encode(self._engine_config()))
         process.stdin.close()
         log.info("engine: started pid %d", process.pid)
         return process
-
-
-async def _within(wait: Awaitable[object], seconds: float) -> bool:
-    """Whether it came to its end in time."""
-    try:
-        await asyncio.wait_for(wait, seconds)
-    except asyncio.TimeoutError:
-        return False
-    return True
-
-
-async def _forward_log(process: asyncio.subprocess.Process, tail: deque[bytes]) -> None:
-    """Passes on what the engine writes, byte for byte, and keeps the last of it."""
-    assert process.stdout is not None
-    while data := await process.stdout.read(65536):
-        sys.stderr.buffer.write(data)
-        sys.stderr.buffer.flush()
-        tail.append(data[-2000:])
-
-
-def _describe_exit(returncode: int, tail: deque[bytes]) -> str:
-    if returncode < 0:
-        name = signal.Signals(-returncode).name
-        return f"the engine process was ended by {name}{SIGNAL_HINTS.get(name, '')}"
-    lines = b"".join(tail).decode(errors="replace").strip().splitlines()
-    last = f": {lines[-1]}" if lines else ""
-    return f"the engine process ended with status {returncode}{last}"

@@ -15,7 +15,7 @@ import torch
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from moeserve.cli_options import add_flags, read_flags
+from moeserve.cli_options import WORKER_SETTINGS, add_flags, read_flags
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.machine import allowed_cores, numa_nodes
@@ -27,12 +27,11 @@ from moeserve.environment import read_environment
 from moeserve.gateway.curve import ZAP_DOMAIN, ServerKeys, load_server_keys
 from moeserve.gateway.zmq_endpoint import check_endpoint, remove_socket_file
 from moeserve.models.shard import load_shard
+from moeserve.parent_process import end_with_parent
 
 #: an engine that is gone is noticed by its heartbeats
 HEARTBEAT_MS = 2000
 HEARTBEAT_TIMEOUT_MS = 10_000
-MODEL_SETTINGS = frozenset(("revision", "offline", "dtype", "quantize_activations"))
-THREAD_SETTINGS = frozenset(("isa", "num_threads", "pin_threads", "spin_us"))
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directory made by `moeserve keygen`; needed for TCP beyond loopback",
     )
-    add_flags(parser, ModelConfig, only=MODEL_SETTINGS)
-    add_flags(parser, ExpertConfig, only=THREAD_SETTINGS)
+    # of a server that starts its workers itself
+    group.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
+    add_flags(parser, ModelConfig, ExpertConfig, only=WORKER_SETTINGS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
     level = read_environment().log_level.upper()
     logging.basicConfig(level=level, format="%(asctime)s worker %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if args.parent_pid is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+        end_with_parent(args.parent_pid)
     shard = Shard.parse(args.shard)
     check_endpoint(args.endpoint, has_curve=args.curve_dir is not None)
     keys = None if args.curve_dir is None else load_server_keys(args.curve_dir)

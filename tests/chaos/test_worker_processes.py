@@ -97,7 +97,7 @@ def test_a_worker_that_is_killed_in_a_step_costs_no_token(
 
             assert answers(engine, requests, between) == expected
             killer[0].join()
-            stats = pool_of(engine).stats
+            stats = pool_of(engine).count
             assert stats.num_taken_over > 0
             assert not all_live(pool_of(engine))
             with worker_process(packed, endpoint, "--shard", "1/2"):
@@ -131,7 +131,7 @@ def test_a_worker_that_is_stopped_is_gone_until_it_goes_on(
                     worker.send_signal(signal.SIGSTOP)
 
             assert answers(engine, requests, between) == expected
-            assert pool_of(engine).links[0].num_losses >= 1
+            assert pool_of(engine).links[0].count.losses >= 1
             worker.send_signal(signal.SIGCONT)
             wait_for(lambda: all_live(pool_of(engine)))
             assert answers(engine, requests) == expected
@@ -162,7 +162,7 @@ def test_curve(
         engine = make_engine(packed, worker_curve_dir=str(keys), worker_start_s=120.0, **settings)
         try:
             assert answers(engine, requests) == expected
-            assert pool_of(engine).stats.num_pairs > 0
+            assert pool_of(engine).count.num_pairs > 0
         finally:
             engine.close()
         # The server's key is right, the client's own is unknown there.

@@ -72,8 +72,8 @@ def test_same_bits_for_any_number_of_workers(
             )
             try:
                 assert answers(engine, requests) == expected
-                assert pool_of(engine).stats.num_pairs > 0
-                assert pool_of(engine).stats.num_taken_over == 0
+                assert pool_of(engine).count.num_pairs > 0
+                assert pool_of(engine).count.num_taken_over == 0
                 if host_slots:
                     check_tiers_know_nothing_of(engine, len(workers))
             finally:
@@ -165,14 +165,14 @@ def test_a_worker_that_answers_nonsense_is_not_asked_again(
             if what == "silence":
                 engine.add(requests[0])
                 engine.step()  # it may come back afterwards, being no liar
-                assert pool_of(engine).links[0].num_losses >= 1
+                assert pool_of(engine).links[0].count.losses >= 1
                 while engine.has_work:
                     engine.step()
             else:
                 assert answers(engine, requests) == expected
                 assert len(jobs) == 1
             assert problem in pool_of(engine).links[0].problem or what == "silence"
-            assert pool_of(engine).stats.num_taken_over > 0 or what in ("NaN", "Inf")
+            assert pool_of(engine).count.num_taken_over > 0 or what in ("NaN", "Inf")
         finally:
             engine.close()
 
@@ -225,14 +225,14 @@ def test_one_shard_has_one_worker_and_another_standing_by(
             primary, spare = pool_of(engine).links
             assert (primary.standby, spare.standby) == (False, True)
             assert answers(engine, requests) == expected
-            assert spare.num_jobs_sent == 0
+            assert spare.count.jobs == 0
             first.close()
             assert answers(engine, requests) == expected
-            assert spare.num_jobs_sent > 0
-            sent = spare.num_jobs_sent
+            assert spare.count.jobs > 0
+            sent = spare.count.jobs
             second.close()
             assert answers(engine, requests) == expected
-            assert spare.num_jobs_sent - sent <= 1
+            assert spare.count.jobs - sent <= 1
         finally:
             engine.close()
 
