@@ -1,14 +1,14 @@
-"""Experts follow experts: this token's of the layers before, the last token's of the same layer.
+"""Experts follow experts: this token's of the layers before, the last token's of those to come.
 
-Counts are taken while serving. An expert's odds are its odds of late, times how much each expert
-that is known to be chosen raises them (the lift P(e | e') / P(e)), each lift to a power below one:
-they are far from independent, and taken whole they would be counted several times over.
+What a token chose so far and what the token before it chose in the layers ahead say together what
+comes next. For every layer there is a `LogLinear` from these experts to those of the next layers.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,124 +18,64 @@ from numpy.typing import NDArray
 from moeserve.core import Routing
 from moeserve.predictors.base import Chances, Prediction, Predictor, any_row
 from moeserve.predictors.layers import LayerRing
+from moeserve.predictors.log_linear import Floats, Ids, LogLinear
 from moeserve.predictors.row_links import RowLinks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Ids = NDArray[np.int64]
-Counts = NDArray[np.float32]
-
-#: observations after which one counts half
-HALF_LIFE_TOKENS = 8192
-#: observations' worth of belief that nothing follows from an expert
-BACKOFF_TOKENS = 8.0
-#: powers of the lifts, to be divided by the experts per token. Tried by log-likelihood on
-#: routing of GPT-OSS-20B (K = 4) and DeepSeek-V2-Lite (K = 6): best are 2, and 1.2 to 1.8
-LAYER_WEIGHT = 2.0
-TOKEN_WEIGHT = 1.5
-#: chances are kept that far from 0 and 1, where a single observation would decide
-LEAST_CHANCE = 1e-4
+#: memory for the weights: a model with more experts looks at fewer layers behind
+MAX_WEIGHT_BYTES = 128 << 20
 
 
-class Transitions:
-    """How often one expert was followed by another, older observations counting less.
+@dataclass(eq=False)
+class _Said:
+    """What a layer said of the next ones, until the last of these has run.
 
-    Instead of fading all counts with every observation, new ones weigh more.
+    rows: of the running step, whose rows those of `features` have become; None: the same rows.
     """
 
-    def __init__(self, num_before: int, num_after: int, half_life_tokens: float) -> None:
-        self._pairs: Counts = np.zeros((num_before, num_after), np.float32)
-        self._before: Counts = np.zeros(num_before, np.float32)
-        self._after: Counts = np.zeros(num_after, np.float32)
-        self._tokens = 0.0
-        self._weight = 1.0
-        self._growth = 2 ** (1 / half_life_tokens)
+    features: Ids  # [T, C]
+    errors: Floats  # [T, depth, E] the chances, from which what came is taken off
+    rows: Ids | None = None
+    num_came: int = 0
 
-    def add(self, before: Ids, after: Ids) -> None:
-        """before: [T, K], after: [T, K'] experts of the same T rows."""
-        weight = self._weight
-        if len(before) == 1:
-            self._pairs[before[0][:, None], after[0]] += weight
-            self._before[before[0]] += weight
-            self._after[after[0]] += weight
-        else:
-            first = one_hot(before, len(self._before))
-            second = one_hot(after, len(self._after))
-            self._pairs += weight * (first.T @ second)
-            self._before += weight * first.sum(0)
-            self._after += weight * second.sum(0)
-        self._tokens += weight * len(before)
-        self._weight *= self._growth ** len(before)
-        if self._weight > 1e6:
-            self._rescale()
+    def turn(self, links: RowLinks) -> None:
+        """Another step begins: rows that nothing goes on from are left out."""
+        self.features, self.errors = self.features[links.before], self.errors[links.before]
+        self.rows = links.rows
 
-    def _rescale(self) -> None:
-        for counts in (self._pairs, self._before, self._after):
-            counts /= self._weight
-        self._tokens /= self._weight
-        self._weight = 1.0
-
-    @property
-    def any(self) -> bool:
-        """Whether there is a count to speak from."""
-        return self._tokens > 0.0
-
-    def odds(self) -> Counts:
-        """[E']: log odds of each following expert whatever came before."""
-        return log_odds(self._after / np.float32(self._tokens))
-
-    def lifts(self, before: Ids) -> Counts:
-        """[T, K] to [T, E']: by how much the log odds rise, summed over the experts before."""
-        weight = np.float32(self._weight * BACKOFF_TOKENS)  # as many tokens of today
-        share = self._after / np.float32(self._tokens)
-        counts = self._pairs[before]  # [T, K, E']
-        counts += weight * share
-        counts /= (self._before[before] + weight)[..., None]
-        raised: Counts = log_odds(counts).sum(axis=1)
-        raised -= before.shape[1] * log_odds(share)
-        return raised
-
-
-def one_hot(ids: Ids, count: int) -> Counts:
-    """[T, K] ids to [T, count]: 1 where chosen."""
-    chosen: Counts = np.zeros((len(ids), count), np.float32)
-    np.put_along_axis(chosen, ids, 1, axis=1)
-    return chosen
-
-
-def log_odds(chances: Chances) -> Counts:
-    """ln(p / (1 - p))."""
-    bounded = np.clip(chances, LEAST_CHANCE, 1 - LEAST_CHANCE)
-    result: Counts = np.log(bounded / (1 - bounded))
-    return result
+    def came(self, distance: int, ids: Ids) -> None:
+        """ids: [T', K] of the layer that many layers on."""
+        if self.rows is not None:
+            ids = ids[self.rows]
+        self.errors[np.arange(len(ids))[:, None], distance - 1, ids] -= 1
+        self.num_came += 1
 
 
 class MarkovPredictor(Predictor):
-    """P(wanted) of the next layers from the experts of this layer and of the token before."""
+    """P(wanted) of the next layers from the experts of this token and of the token before."""
 
     name = "markov"
 
-    def __init__(
-        self,
-        num_experts: Mapping[int, int],
-        depth: int,
-        half_life_tokens: float = HALF_LIFE_TOKENS,
-    ) -> None:
+    def __init__(self, num_experts: Mapping[int, int], depth: int) -> None:
         """num_experts: by the MoE layer's index in the model. depth: layers to look ahead."""
-        self._ring = LayerRing(num_experts, depth)
-        sizes = self._ring.num_experts
-        # of the same token, by (layer seen from, layer seen), the last ones seeing the next token
-        self._across = {
-            (layer, ahead): Transitions(sizes[layer], sizes[ahead], half_life_tokens)
-            for layer in sizes
-            for ahead in self._ring.ahead_around(layer)
-        }
-        self._along = {
-            layer: Transitions(count, count, half_life_tokens) for layer, count in sizes.items()
-        }
-        self._now: dict[int, Ids] = {}  # experts by layer, of the running step
-        self._last: dict[int, Ids] = {}  # of the step before, in the order of this step's rows
+        self._ring = ring = LayerRing(num_experts, depth)
+        count, self._widest = len(ring.layers), max(num_experts.values())
+        per_layer = 4 * self._widest**2 * ring.depth * count  # bytes, of one layer of context
+        behind = max(1, MAX_WEIGHT_BYTES // per_layer - ring.depth)
+        self._num_context = min(count, behind + ring.depth)
+        self._models = [
+            LogLinear(self._num_context * self._widest, ring.depth * self._widest)
+            for _ in ring.layers
+        ]
+        # the layers ahead, where the token before is the last that was seen, then those behind
+        place, back = np.arange(count)[:, None], np.arange(self._num_context)
+        self._context: Ids = (place + ring.depth - back) % count  # [L, C] places
+        self._offsets: Ids = self._widest * back[:, None]  # [C, 1]
+        self._chosen: Ids = np.zeros((0, count, 0), np.int64)  # [T, L, K] last of every layer
+        self._said: dict[int, _Said] = {}  # by place
+        self._has_bias = [False] * count
         self._links = RowLinks()
         self._layer = sys.maxsize  # whatever layer comes first begins a step
 
@@ -148,42 +88,56 @@ class MarkovPredictor(Predictor):
         if len(ids) == 0:
             return Prediction()
         if layer <= self._layer:
-            self._links.turn(len(ids))
-            self._last = {behind: done[self._links.before] for behind, done in self._now.items()}
-            self._now = {}
+            self._turn(*ids.shape)
         self._layer = layer
-        self._learn(layer, ids)
-        self._now[layer] = ids
-        found = {}
-        for ahead in self._ring.ahead_around(layer):
-            chances = self._chances(layer, ahead, ids)
-            if chances is not None:
-                found[ahead] = torch.from_numpy(any_row(chances))
-        return Prediction(found)
+        place = self._ring.place_of[layer]
+        self._learn(place, ids)
+        self._chosen[:, place] = ids
+        return Prediction(self._say(place, ids.shape[1]))
 
-    def _learn(self, layer: int, ids: Ids) -> None:
-        """Counts what led to this layer's experts."""
-        last = self._last
-        known = ids[self._links.rows]
-        for behind in self._ring.behind_around(layer):
-            if behind in self._now:
-                self._across[behind, layer].add(self._now[behind], ids)
-            elif behind in last and len(known):
-                self._across[behind, layer].add(last[behind], known)
-        if layer in last and len(known):
-            self._along[layer].add(last[layer], known)
+    def _turn(self, num_rows: int, top_k: int) -> None:
+        """A step begins: what was seen goes to the rows that go on from it."""
+        links = self._links
+        links.turn(num_rows)
+        chosen = np.full((num_rows, len(self._ring.layers), top_k), -1, np.int64)
+        if len(links.rows):
+            chosen[links.rows] = self._chosen[links.before]
+        self._chosen = chosen
+        first = len(self._ring.layers) - self._ring.depth  # that speaks of the next token
+        late = {p: said for p, said in self._said.items() if p >= first and said.rows is None}
+        for said in late.values():
+            said.turn(links)
+        self._said = late
 
-    def _chances(self, layer: int, ahead: int, ids: Ids) -> Chances | None:
-        """[T, E] of layer `ahead`, seen from `layer`; None before anything is known of it."""
-        across = self._across[layer, ahead]
-        if not across.any:
-            return None
-        score = across.odds() + (LAYER_WEIGHT / ids.shape[1]) * across.lifts(ids)  # [T, E]
-        before, rows = self._last.get(ahead), self._links.rows
-        if ahead in self._now:  # of the next token, whose token before is this one
-            before, rows = self._now[ahead], np.arange(len(ids))
-        along = self._along[ahead]
-        if before is not None and len(before) and along.any:
-            score[rows] += (TOKEN_WEIGHT / before.shape[1]) * along.lifts(before)
-        chances: Chances = 1 / (1 + np.exp(-score))
-        return chances
+    def _learn(self, place: int, ids: Ids) -> None:
+        """Tells those who spoke of this layer what came; the furthest one learns from it."""
+        depth, count = self._ring.depth, len(self._ring.layers)
+        for distance in range(1, depth + 1):
+            source = (place - distance) % count
+            said = self._said.get(source)
+            if said is None or not len(said.features):
+                continue
+            said.came(distance, ids)
+            if said.num_came == depth:
+                errors = said.errors.reshape(len(said.features), -1)
+                self._models[source].correct(said.features, errors)
+
+    def _say(self, place: int, top_k: int) -> dict[int, Tensor]:
+        model, ring = self._models[place], self._ring
+        chosen = self._chosen[:, self._context[place]]  # [T, C, K]
+        features = np.where(chosen >= 0, chosen + self._offsets, -1).reshape(len(chosen), -1)
+        if not self._has_bias[place]:  # as many as a token chooses, before anything is known
+            share = min(top_k / self._widest, 0.5)
+            model.bias[:] = np.log(share / (1 - share))
+            self._has_bias[place] = True
+        chances = model.chances(features).reshape(len(chosen), ring.depth, self._widest)
+        self._said[place] = _Said(features, chances.copy())
+        return {
+            ahead: torch.from_numpy(any_of(chances[:, number, : ring.num_experts[ahead]]))
+            for number, ahead in enumerate(ring.ahead_around(ring.layers[place]))
+        }
+
+
+def any_of(chances: Chances) -> Chances:
+    """As `any_row`, in memory of its own."""
+    return np.ascontiguousarray(any_row(chances))

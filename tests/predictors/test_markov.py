@@ -1,0 +1,189 @@
+"""The Markov predictor against the same model in plain loops, and what it learns."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from support.randomness import fresh_generators
+
+from moeserve.core import Routing
+from moeserve.predictors import log_linear
+from moeserve.predictors.markov import MarkovPredictor
+
+NO_HIDDEN_STATE = torch.zeros(0, 1)  # it looks at the routing alone
+Ids = NDArray[np.int64]
+
+
+def routing(ids: Ids) -> Routing:
+    return Routing(torch.from_numpy(ids), torch.ones(ids.shape))
+
+
+def random_rows(rng: random.Random, rows: int, num_experts: int, top_k: int) -> Ids:
+    return np.array([rng.sample(range(num_experts), top_k) for _ in range(rows)])
+
+
+Feature = tuple[int, int]  # layer, expert
+Outcome = tuple[int, int]
+
+
+@dataclass
+class PlainMarkov:
+    """One row a step, all layers as context, float64 and dictionaries."""
+
+    layers: list[int]
+    num_experts: dict[int, int]
+    top_k: int
+    depth: int
+    weights: dict[tuple[int, Feature, Outcome], float] = field(default_factory=dict)
+    bias: dict[tuple[int, Outcome], float] = field(default_factory=dict)
+    uses: dict[tuple[int, Feature], int] = field(default_factory=dict)
+    seen: dict[int, list[int]] = field(default_factory=dict)
+    said: dict[int, tuple[list[Feature], dict[Outcome, float]]] = field(default_factory=dict)
+
+    def targets(self, layer: int) -> list[int]:
+        place = self.layers.index(layer)
+        return [self.layers[(place + j) % len(self.layers)] for j in range(1, self.depth + 1)]
+
+    def predict(self, layer: int, chosen: list[int]) -> dict[Outcome, float]:
+        for source in self.layers:
+            if source in self.said and layer in self.targets(source):
+                features, errors = self.said[source]
+                for expert in chosen:
+                    errors[layer, expert] -= 1
+                if layer == self.targets(source)[-1]:
+                    self.correct(source, features, errors)
+        self.seen[layer] = chosen
+        features = [(at, expert) for at, experts in self.seen.items() for expert in experts]
+        share = self.top_k / max(self.num_experts.values())
+        chances = {}
+        for ahead in self.targets(layer):
+            for expert in range(self.num_experts[ahead]):
+                outcome = (ahead, expert)
+                logit = self.bias.setdefault((layer, outcome), math.log(share / (1 - share)))
+                logit += sum(self.weights.get((layer, f, outcome), 0.0) for f in features)
+                chances[outcome] = 1 / (1 + math.exp(-logit))
+        self.said[layer] = (features, dict(chances))
+        return chances
+
+    def correct(self, source: int, features: list[Feature], errors: dict[Outcome, float]) -> None:
+        for outcome, error in errors.items():
+            self.bias[source, outcome] -= log_linear.BIAS_STEP * error
+        for feature in features:
+            uses = self.uses[source, feature] = self.uses.get((source, feature), 0) + 1
+            step = log_linear.STEP / math.sqrt(1 + log_linear.FADE * uses)
+            for outcome, error in errors.items():
+                key = (source, feature, outcome)
+                self.weights[key] = self.weights.get(key, 0.0) - step * error
+
+
+def test_against_plain_loops() -> None:
+    rng, _ = fresh_generators()
+    layers, top_k = [0, 2, 3, 7], 2
+    sizes = {layer: rng.randint(4, 7) for layer in layers}
+    depth = rng.randint(1, 4)
+    predictor = MarkovPredictor(sizes, depth)
+    plain = PlainMarkov(layers, sizes, top_k, depth)
+    for _ in range(60):
+        for layer in layers:
+            chosen = random_rows(rng, 1, sizes[layer], top_k)
+            expected = plain.predict(layer, chosen[0].tolist())
+            found = predictor.predict(layer, NO_HIDDEN_STATE, routing(chosen)).probabilities
+            assert list(found) == plain.targets(layer)
+            for (ahead, expert), chance in expected.items():
+                assert float(found[ahead][expert]) == pytest.approx(chance, abs=1e-5)
+    assert max(abs(weight) for weight in plain.weights.values()) > log_linear.STEP
+
+
+def test_equal_rows_teach_and_predict_what_one_does() -> None:
+    """A batch in which all rows agree moves the weights as one row would."""
+    rng, _ = fresh_generators()
+    sizes, rows = {0: 6, 1: 6, 2: 6}, 4
+    one, several = MarkovPredictor(sizes, 2), MarkovPredictor(sizes, 2)
+    for _ in range(30):
+        several.begin_step(np.array(rng.sample(range(rows), rows)))
+        for layer in sizes:
+            chosen = random_rows(rng, 1, 6, 2)
+            alone = one.predict(layer, NO_HIDDEN_STATE, routing(chosen)).probabilities
+            batch = several.predict(
+                layer, NO_HIDDEN_STATE, routing(np.repeat(chosen, rows, axis=0))
+            ).probabilities
+            for ahead, chances in alone.items():
+                expected = 1 - (1 - chances) ** rows
+                torch.testing.assert_close(batch[ahead], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_take_their_own_past_along() -> None:
+    """Two texts, each with experts of its own in layer 1; rows are left out and change places.
+
+    What a row wants of layer 1 can only be told from what its own text chose there before.
+    """
+    rng, _ = fresh_generators()
+    predictor = MarkovPredictor({0: 8, 1: 8}, 1)
+    marks = ([0, 1], [4, 5])
+    order: list[int] = [0, 1]
+    right = asked = 0
+    for number in range(800):
+        found = predictor.predict(0, NO_HIDDEN_STATE, routing(random_rows(rng, len(order), 8, 2)))
+        if number >= 600 and len(order) == 1:
+            best = found.probabilities[1].topk(2).indices.tolist()
+            right, asked = right + (sorted(best) == marks[order[0]]), asked + 1
+        predictor.predict(1, NO_HIDDEN_STATE, routing(np.array([marks[text] for text in order])))
+        chosen = rng.sample(order, len(order))
+        if len(order) == 1:  # the other text comes back, with nothing known of it
+            chosen = rng.sample([0, 1], 2)
+        elif rng.random() < 0.5:
+            chosen = chosen[:1]
+        previous = [order.index(text) if text in order else -1 for text in chosen]
+        predictor.begin_step(np.array(previous))
+        order = chosen
+    assert asked > 50
+    assert right == asked
+
+
+def test_it_learns_a_rule() -> None:
+    """Layer 1 always takes the experts of layer 0, moved by one."""
+    rng, _ = fresh_generators()
+    predictor = MarkovPredictor({0: 8, 1: 8}, 1)
+    right = 0
+    for number in range(600):
+        first = random_rows(rng, 1, 8, 2)
+        found = predictor.predict(0, NO_HIDDEN_STATE, routing(first)).probabilities
+        second = (first + 1) % 8
+        predictor.predict(1, NO_HIDDEN_STATE, routing(second))
+        if number >= 500:
+            best = found[1].topk(2).indices.tolist()
+            right += len(set(best) & set(second[0].tolist()))
+    assert right >= 195
+
+
+def test_another_number_of_rows_and_none_and_steps_that_break_off() -> None:
+    rng, _ = fresh_generators()
+    sizes = {0: 4, 1: 5, 4: 4, 5: 4}
+    predictor = MarkovPredictor(sizes, rng.randint(1, 4))
+    for _ in range(200):
+        rows = rng.choice((1, 1, 2, 3, 0))
+        if rng.random() < 0.5:
+            predictor.begin_step(np.array([rng.randint(-1, 2) for _ in range(rows)], np.int64))
+        for layer in list(sizes)[: rng.randint(1, 4)]:
+            ids = random_rows(rng, rows, sizes[layer], 2).reshape(rows, 2)
+            found = predictor.predict(layer, NO_HIDDEN_STATE, routing(ids))
+            for ahead, chances in found.probabilities.items():
+                assert chances.shape == (sizes[ahead],)
+                assert bool(((chances > 0) & (chances < 1)).all())
+
+
+def test_many_experts_look_at_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, _ = fresh_generators()
+    monkeypatch.setattr("moeserve.predictors.markov.MAX_WEIGHT_BYTES", 4 * 8 * 8 * 2 * 6 * 3)
+    sizes = dict.fromkeys(range(6), 8)
+    predictor = MarkovPredictor(sizes, 2)
+    assert predictor._num_context == 3
+    for _ in range(5):
+        for layer in sizes:
+            predictor.predict(layer, NO_HIDDEN_STATE, routing(random_rows(rng, 1, 8, 2)))
