@@ -282,6 +282,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.settled()
 
     @rule(key=st.sampled_from(KEYS))
+    def pin(self, key: ExpertKey) -> None:
+        uses = len(self.policy.uses)
+        if key in self.ready:
+            self.leases.append((OpenLease(self.cache.pin(key)), {key}))
+        else:
+            with pytest.raises(CacheError, match="not ready"):
+                self.cache.pin(key)
+        assert len(self.policy.uses) == uses, "a copy is no use"
+
+    @rule(key=st.sampled_from(KEYS))
     def evict(self, key: ExpertKey) -> None:
         if key in self.ready and key not in self.pinned:
             self.cache.evict(key)
