@@ -31,8 +31,6 @@ from moeserve.planner.plan_types import (
 DEFAULT_KV_BYTES = 1 << 30
 #: of a process without a model where nobody measured it: as on our own test machine
 ASSUMED_PROCESS_BYTES = 257 << 20
-#: slots that any batch can be computed with (experts/disk_tier.py)
-LEAST_SLOTS = 2
 
 
 class DoesNotFit(ConfigError):
@@ -222,18 +220,18 @@ def _host_slots(engine: EngineConfig, shape: ModelShape, room: Room) -> int | No
                 field="host_slots",
             )
         return experts.host_slots
-    kv_bytes = room.used_blocks * room.block_tokens * shape.kv_token_bytes
+    block_bytes = room.block_tokens * shape.kv_token_bytes
     budget, record = experts.host_memory_bytes or 0, slot_bytes(shape)
-    slots = (budget - shape.rest_bytes - kv_bytes) // record
-    if slots < LEAST_SLOTS:
-        least = shape.rest_bytes + kv_bytes + LEAST_SLOTS * record
+    most_kv, least_slots = room.num_kv_blocks * block_bytes, experts.min_host_slots
+    least = shape.rest_bytes + most_kv + least_slots * record
+    if budget < least:
         raise ConfigError(
-            f"host_memory: {budget} bytes; weights of every token and kv take"
-            f" {shape.rest_bytes + kv_bytes}, and two experts {LEAST_SLOTS * record}: at least"
-            f" {least}",
+            f"host_memory: {budget} bytes; weights of every token take {shape.rest_bytes}, kv up to"
+            f" {most_kv}, and {least_slots} experts {least_slots * record}: at least {least}",
             field="host_memory_bytes",
-            hint="raise --host-memory, or lower --concurrency, or pack the model with fewer bits",
+            hint="raise --host-memory, lower --kv-bytes, or pack the model with fewer bits",
         )
+    slots = (budget - shape.rest_bytes - room.used_blocks * block_bytes) // record
     return int(min(slots, shape.num_experts))
 
 
@@ -275,6 +273,14 @@ def nearest_fit(request: PlanRequest, profile: Profile, shape: ModelShape) -> Ch
     return None
 
 
+def memory_for_weights(request: PlanRequest, profile: Profile, shape: ModelShape) -> int:
+    """What host memory has room for besides the process and its buffers: weights, kv, experts."""
+    memory = sized(request, profile, shape).memory
+    held = shape.rest_bytes + shape.expert_bytes
+    held += sum(p.num_bytes for p in memory.parts if p.name.startswith("kv "))
+    return max(1, profile.cpu.memory_bytes - (memory.peak_bytes(Tier.HOST) - held))
+
+
 def smaller_settings(request: PlanRequest, profile: Profile, shape: ModelShape) -> Iterator[Change]:
     """Less kv, fewer bits, experts on disk, fewer requests; alone and then together."""
     engine, traffic = request.engine, request.traffic
@@ -295,7 +301,7 @@ def smaller_settings(request: PlanRequest, profile: Profile, shape: ModelShape) 
             stages.append((other, flags))
     if shape.num_experts and engine.model.device == "cpu":
         for staged, flags in stages:
-            budget = int(profile.cpu.memory_bytes * 0.8)
+            budget = memory_for_weights(staged, profile, shape)
             experts = replace(staged.engine.experts, host_memory_bytes=budget, host_slots=None)
             tiered = replace(staged, engine=replace(staged.engine, experts=experts))
             text = f"--host-memory {budget} {flags}"

@@ -105,7 +105,7 @@ def workspace_bytes(shape: ModelShape, room: Room) -> int:
     parts = 0
     if room.host_slots is not None or room.device_slots is not None:
         pairs = rows * max((s.experts.top_k for s in shape.layers if s.experts), default=0)
-        parts = 2 * pairs * hidden * 4  # of NativeParts: one row for every choice, and a part's
+        parts = 3 * pairs * hidden * 4  # of NativeParts: a row of every choice, and twice a part's
     return buffers + room.num_threads * per_thread + rows * hidden * item + parts
 
 

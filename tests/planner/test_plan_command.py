@@ -171,7 +171,7 @@ def test_experts_on_disk_share_the_budget(here: Path, capsys: pytest.CaptureFixt
     budget = 16 << 20
     found = plan(
         capsys, "--hardware", str(here), "--bound-only", "--host-memory", str(budget),
-        "--prompt-tokens", "64", "--output-tokens", "32", "--no-advice",
+        "--prompt-tokens", "64", "--output-tokens", "32", "--no-advice", "--kv-bytes", "1MiB",
     )  # fmt: skip
     parts = {part["name"]: part for part in found["memory"]["parts"]}
     within = ("weights of every token", "expert slots", "kv of the requests")
