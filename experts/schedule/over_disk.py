@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from moeserve.cache.expert_cache import Residency
 from moeserve.core import LayerUse, Placement
 from moeserve.experts.schedule.cost_model import CostModel
-from moeserve.experts.schedule.disk_fill import Active, fill_from_disk
+from moeserve.experts.schedule.disk_fill import Active, DiskFill, fill_from_disk
 from moeserve.experts.schedule.intra_layer import (
     FetchOrder,
     Loading,
@@ -15,6 +15,7 @@ from moeserve.experts.schedule.intra_layer import (
     first_coming,
     nothing_is_loading,
 )
+from moeserve.experts.schedule.timeline import fill
 
 
 class PlacementOverDisk(TimelinePlacement):
@@ -42,13 +43,11 @@ class PlacementOverDisk(TimelinePlacement):
         resident, absent = self._split(use, residency)
         self.reads.rows_per_expert = self.rows_per_expert
         coming = self._loading(use.layer) if absent else {}
-        if all(e in in_host for _, e in resident) and all(e in in_host for _, e in absent):
-            return super().place(use, residency)  # the disk has no part in it
         staying = [entry for entry in resident if entry[1] not in in_host]
         movable = [entry for entry in resident if entry[1] in in_host]
         to_fetch = [entry for entry in absent if entry[1] in in_host]
-        loading_us = first_coming(to_fetch, coming)
         to_read = [entry for entry in absent if entry[1] not in in_host]
+        loading_us = first_coming(to_fetch, coming)
         active = Active(
             on_device=_rows(movable),
             on_device_only=_rows(staying),
@@ -56,13 +55,27 @@ class PlacementOverDisk(TimelinePlacement):
             on_disk=_rows(to_read),
             loading_us=loading_us,
         )
-        m, k, x, _ = fill_from_disk(self.costs[use.layer], active, self.link_price_us)
+        m, k, x, _ = self._fill(self.costs[use.layer], active)
         return Placement(
             use.layer,
             on_device=_experts(staying + movable[:m]),
             fetch_first=_experts(to_fetch[:k] + to_read[:x]),
             on_cpu=_experts(movable[m:] + to_fetch[k:] + to_read[x:]),
         )
+
+    def _fill(self, costs: CostModel, active: Active) -> DiskFill:
+        if active.on_disk:
+            return fill_from_disk(costs, active, self.link_price_us)
+        # The same, in a tenth of the time: in most layers nothing has to be read.
+        m, k, us = fill(
+            costs,
+            active.on_device,
+            active.in_host,
+            active.loading_us,
+            self.link_price_us,
+            active.on_device_only,
+        )
+        return DiskFill(m, k, 0, us)
 
 
 class ReadsBelowDevice(FetchOrder):

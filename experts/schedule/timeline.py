@@ -34,12 +34,14 @@ def fill(
     absent: Sequence[int],
     loading_us: Sequence[float] = (),
     link_price_us: float = 0.0,
+    staying: Sequence[int] = (),
 ) -> Fill:
     """The shortest of all fills in which the device takes the experts with most rows.
 
     resident, absent: rows of each expert, falling. loading_us: the first of `absent` are on their
     way already, and take so long from now, one after the other. link_price_us: what a fetch must
-    save, because the link has other things to do that save as much.
+    save, because the link has other things to do that save as much. staying: rows of what the
+    device runs in any case.
 
     HybriMoE (Zhong et al., arXiv 2504.05897, section on hybrid scheduling) fills the timelines
     earliest free first: the device takes the resident expert with most rows, the link the absent
@@ -65,7 +67,8 @@ def fill(
     num_resident, num_absent, num_loading = len(resident), len(absent), len(loading_us)
 
     cpu_us = sum([cpu[rows] for rows in absent])  # what the CPU runs, without its start
-    own_us = device_start_us + sum(resident_device_us)  # the device, before what is fetched
+    # the device, before what is fetched
+    own_us = device_start_us + sum(resident_device_us) + sum([device[rows] for rows in staying])
     fetched_us = waiting_us = arrived_us = price_us = 0.0
     m = num_resident
     best, best_us = Fill(0, 0, inf), inf
@@ -80,13 +83,15 @@ def fill(
             waiting_us = max(waiting_us, arrived_us - fetched_us)
             fetched_us += device[rows]
             cpu_us -= cpu[rows]
-        device_ends_us = fetched_us + max(own_us, waiting_us) if k or m else 0.0
+        device_ends_us = fetched_us + max(own_us, waiting_us) if k or m or staying else 0.0
         start_us = cpu_start_us if k < num_absent or m < num_resident else 0.0
         makespan_us = max(device_ends_us, cpu_us + start_us)
         while m:  # to the CPU with the smallest resident expert, as long as that is shorter
             fewer_us = own_us - resident_device_us[m - 1]
             more_us = cpu_us + resident_cpu_us[m - 1]
-            device_ends_us = fetched_us + max(fewer_us, waiting_us) if k or m > 1 else 0.0
+            device_ends_us = 0.0
+            if k or m > 1 or staying:
+                device_ends_us = fetched_us + max(fewer_us, waiting_us)
             shorter_us = max(device_ends_us, more_us + cpu_start_us)
             if shorter_us >= makespan_us:
                 break

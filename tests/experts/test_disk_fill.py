@@ -148,9 +148,9 @@ def test_makespan_is_that_of_the_simulation() -> None:
             numbers[1][m:] + numbers[2][k:] + reads[x:],
         )
         assert us == pytest.approx(simulated)
-        two = fill(costs, movable, in_host, loading_us, price_us)
+        two = fill(costs, movable, in_host, loading_us, price_us, staying)
         over = fill_from_disk(
-            costs, Active(movable, (), in_host, (), loading_us), link_price_us=price_us
+            costs, Active(movable, staying, in_host, (), loading_us), link_price_us=price_us
         )
         assert over.makespan_us == pytest.approx(two.makespan_us)
         assert over.num_read == 0
