@@ -1,5 +1,6 @@
-// Random products, experts and packings under AddressSanitizer and UBSan (`make sanitize`), on
-// every ISA level that this machine runs, each compared with a plain computation in double.
+// Random products, experts, routers, packings and halves of layers under AddressSanitizer and UBSan
+// (`make sanitize`), on every ISA level that this machine runs, each compared with a plain
+// computation in double, or with calls that have been.
 //
 //   fuzz_native [seconds] [seed]
 //
@@ -10,6 +11,7 @@
 #include <chrono>
 
 #include "dispatch.h"
+#include "fuzz_halves.h"
 #include "fuzz_reference.h"
 #include "linear.h"
 #include "moe.h"
@@ -260,16 +262,12 @@ void run_round(std::uint64_t seed, const std::vector<std::string> &levels) {
       "seed " + std::to_string(seed) + ", " + isa + ", " + std::to_string(threads) + " threads";
   Runtime runtime(find_kernels(isa), threads, {}, spin_us);
   for (int repeat = pick(1, 2); repeat > 0; --repeat) {  // the second one finds memory in use
-    const int what = pick(0, 9);
-    if (what < 4) {
-      fuzz_linear(runtime);
-    } else if (what < 8) {
-      fuzz_experts(runtime);
-    } else if (what == 8) {
-      fuzz_pool(runtime);
-    } else {
-      fuzz_rows(runtime);
-    }
+    static constexpr void (*kRounds[])(Runtime &) = {
+        fuzz_linear,      fuzz_linear,         fuzz_linear,        fuzz_experts,
+        fuzz_experts,     fuzz_experts,        fuzz_pool,          fuzz_rows,
+        fuzz_router,      fuzz_router,         fuzz_pair_sum,      fuzz_expert_half,
+        fuzz_expert_half, fuzz_attention_half, fuzz_attention_half};
+    kRounds[pick(0, static_cast<int>(std::size(kRounds)) - 1)](runtime);
   }
 }
 
