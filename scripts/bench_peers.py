@@ -2,6 +2,7 @@
 
     make bench-peers
     python scripts/bench_peers.py --layers 2 --repeats 1 --data DIR     # a try, minutes
+    python scripts/bench_peers.py --engines limits,moeserve --no-rows   # shares of the limits only
 
 Theory. Decoding reads every active weight once per step, so its bound is the memory's read
 bandwidth over the bytes of a step; a prompt's bound is the peak of dot products over its
@@ -80,7 +81,7 @@ def main() -> int:
     packed, why_not = pack(plan, say)
     plan = replace(plan, packed=packed)
     results = run_rounds(plan, say)
-    rows = run_rows(plan, say)
+    rows = {} if args.no_rows else run_rows(plan, say)
     publish(args.out, plan, results, rows, why_not)
     failed = [name for name, found in results.items() if any("failed" in each for each in found)]
     return 1 if failed else 0
@@ -100,6 +101,7 @@ def parse() -> argparse.Namespace:
         default="limits,llama.cpp,transformers,moeserve,layer",
         help="comma list of beginnings of names, such as 'limits,moeserve bf16,llama.cpp BF16'",
     )
+    add("--no-rows", action="store_true", help="without the curves by rows and threads")
     add("--ours-python", default=sys.executable, help="interpreter that has moeserve")
     add(
         "--ours-config",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,43 @@ class Figures:
                 ratios.append(Ratio(title, unit, least, found, reason))
         return ratios
 
+    def missed_parts(self) -> Iterator[tuple[str, dict[str, tuple[float, float | None]]]]:
+        """Of every share of a limit that is missed: part -> (ms of a step, share of the limit).
+
+        The limits: the read bandwidth, or the peak of the type that a part computes with, which
+        for routers and attention is float32. None for parts that neither read nor multiply much.
+        """
+        for width in DOT_TYPES:
+            for metric, least in LIMIT_TARGETS.items():
+                name = f"moeserve {width}"
+                limit, _ = self.bound(width, metric)
+                own = self.rate(name, metric)
+                if limit is None or own is None or own / limit >= least:
+                    continue
+                ideal_s = self._ideal_s(width, metric)
+                parts = self.rounds(name)[0].get("parts", {}).get(metric, {})
+                found: dict[str, tuple[float, float | None]] = {}
+                for part in parts:
+                    seconds = self.median(name, "parts", metric, part) or 0.0
+                    ideal = ideal_s.get(part)
+                    share = ideal / seconds if ideal is not None and seconds > 0 else None
+                    found[part] = (seconds * 1e3, share)
+                yield f"{METRICS[metric]}, {width}", found
+
+    def _ideal_s(self, width: str, metric: str) -> dict[str, float]:
+        """Seconds of each part at its limit."""
+        if metric == "prefill":
+            floats = ("attention", "router")
+            ops = self.traffic.part_ops(round(self.contexts[metric]))
+            f32 = self.median("limits", "dot_ops_per_s", "f32")
+            own = self.median("limits", "dot_ops_per_s", DOT_TYPES[width])
+            if f32 is None or own is None:
+                return {}
+            return {part: n / (f32 if part in floats else own) for part, n in ops.items()}
+        bandwidth = self._bandwidth()
+        num_bytes = self._part_bytes(width, metric)
+        return {part: count / bandwidth for part, count in num_bytes.items()} if bandwidth else {}
+
     def bound(self, width: str, metric: str) -> tuple[float | None, str]:
         """Tokens/s that the machine's limit allows, and the limit's name."""
         if metric == "prefill":
@@ -148,14 +185,16 @@ class Figures:
         return self.median("limits", "read_bytes_per_s", most)
 
     def _tokens_per_byte(self, width: str, metric: str) -> float:
+        return self.num_streams(metric) / sum(self._part_bytes(width, metric).values())
+
+    def _part_bytes(self, width: str, metric: str) -> dict[str, float]:
         num_streams = self.num_streams(metric)
-        step = self.traffic.step_bytes(
+        return self.traffic.part_bytes(
             self.bits(f"moeserve {width}"),
             self.num_experts(num_streams)[0],
             num_streams,
             self.contexts[metric],
         )
-        return num_streams / step
 
     def num_streams(self, metric: str) -> int:
         return 1 if metric == "decode_1" else 16

@@ -28,6 +28,11 @@ def report(figures: Figures, facts: dict[str, Any], packed: str | None, plot: st
         "Medians (slowest and fastest round), tokens/s; start is loading plus the first token, "
         "with the files in page cache.",
         _engine_table(figures),
+        "## Where the time goes",
+        "Of every share of a limit that is missed: milliseconds of a step by part, and each part's "
+        "own share of its limit (reading, or dot products of its type; float32 for routers and "
+        "attention). The rest: head, sampler, Python.",
+        _part_table(figures),
         "## Limits of the machine",
         "\n".join(_limits(figures)),
         "## One MoE layer",
@@ -97,6 +102,21 @@ def _engine_table(figures: Figures) -> str:
 def _rate(figures: Figures, name: str, metric: str) -> str:
     low, high = figures.spread(name, metric)
     return f"{number(figures.rate(name, metric))} ({low:.1f} to {high:.1f})"
+
+
+def _part_table(figures: Figures) -> str:
+    missed = dict(figures.missed_parts())
+    if not missed:
+        return "None is missed."
+    names = sorted({part for parts in missed.values() for part in parts})
+    rows = []
+    for title, parts in missed.items():
+        cells = []
+        for part in names:
+            milliseconds, share = parts.get(part, (None, None))
+            cells.append(number(milliseconds, 2) + ("" if share is None else f" ({share:.0%})"))
+        rows.append([title, *cells])
+    return table(["", *names], rows)
 
 
 def _limits(figures: Figures) -> Iterator[str]:

@@ -49,28 +49,47 @@ class Traffic:
     def step_bytes(
         self, bits: StoredBits, num_experts: float, num_streams: int, context_tokens: float
     ) -> float:
-        """Bytes of one decode step: every weight in use once, and the streams' kv.
+        """Bytes of one decode step: every weight in use once, and the streams' kv."""
+        return sum(self.part_bytes(bits, num_experts, num_streams, context_tokens).values())
+
+    def part_bytes(
+        self, bits: StoredBits, num_experts: float, num_streams: int, context_tokens: float
+    ) -> dict[str, float]:
+        """The same by part, named as the kernels' part times are.
 
         num_experts: distinct experts per layer. Of the embedding a step reads single rows.
         """
         shape = self.shape
-        layer = self._attention_weights * bits.product
-        layer += num_experts * self.expert_weights * bits.experts
-        layer += shape.num_experts * shape.hidden_size * bits.router
-        head = shape.hidden_size * shape.vocab_size * bits.head
-        kv_values = 2 * shape.num_key_value_heads * shape.head_dim * shape.num_hidden_layers
-        kv = num_streams * context_tokens * kv_values * KV_BYTES
-        return (shape.num_hidden_layers * layer + head) / 8 + kv
+        layers = shape.num_hidden_layers
+        experts = layers * num_experts * self.expert_weights * bits.experts / 8
+        kv_values = 2 * shape.num_key_value_heads * shape.head_dim * layers
+        return {
+            "projections": layers * self._attention_weights * bits.product / 8,
+            "attention": num_streams * context_tokens * kv_values * KV_BYTES,
+            "router": layers * shape.num_experts * shape.hidden_size * bits.router / 8,
+            "gate, up": experts * 2 / 3,
+            "down": experts / 3,
+            "rest": shape.hidden_size * shape.vocab_size * bits.head / 8,
+        }
 
     def prefill_ops(self, num_tokens: int) -> float:
         """Multiplications and additions of a prompt: all rows but the head, which sees the last."""
+        return sum(self.part_ops(num_tokens).values())
+
+    def part_ops(self, num_tokens: int) -> dict[str, float]:
+        """The same by part, named as the kernels' part times are."""
         shape = self.shape
-        per_row = self._attention_weights + shape.num_experts * shape.hidden_size
-        per_row += shape.num_experts_per_tok * self.expert_weights
-        # Causal: a row meets half of the tokens on average, in the scores and in the sum of values.
-        per_row += num_tokens * shape.num_attention_heads * shape.head_dim
-        rows = 2 * shape.num_hidden_layers * per_row * num_tokens
-        return rows + 2.0 * shape.hidden_size * shape.vocab_size
+        rows = 2.0 * shape.num_hidden_layers * num_tokens
+        experts = rows * shape.num_experts_per_tok * self.expert_weights
+        return {
+            "projections": rows * self._attention_weights,
+            # Causal: a row meets half of the tokens on average, in scores and in sums of values.
+            "attention": rows * num_tokens * shape.num_attention_heads * shape.head_dim,
+            "router": rows * shape.num_experts * shape.hidden_size,
+            "gate, up": experts * 2 / 3,
+            "down": experts / 3,
+            "rest": 2.0 * shape.hidden_size * shape.vocab_size,
+        }
 
     def layer_bytes(self, bits: float, num_experts: float) -> float:
         return num_experts * self.expert_weights * bits / 8
