@@ -13,6 +13,7 @@ COLUMNS = {
     "chance": "by chance",
     "lost": "lost",
     "lost_best": "lost by the best choice",
+    "error": "error",
 }
 
 
@@ -57,7 +58,8 @@ On calibration text that nothing was fitted to, in float32, windows of
 | converted | {quality.perplexity:.4f} ({ratio:.4f} ×) |
 
 By layer: the share of the best experts (those with the largest outputs) that the router names, the
-same for a choice by dice, and the share of the FFN's output (mean square) that is left out.
+same for a choice by dice, the share of the FFN's output (mean square) that is left out, the same
+for the best choice, and the error of what the converted FFN gives instead.
 
 {_table(conversion.reports)}
 

@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shared-share", default=str(default.shared_share), metavar="SHARE",
         help="of the parts, always on; auto: by each layer's activations "
         "(default: %(default)s)")  # fmt: skip
+    add("--refit", action=argparse.BooleanOptionalAction, default=default.refit,
+        help="fit the second product to what is left (default: %(default)s)")  # fmt: skip
     add("--tokens", type=int, default=default.max_tokens,
         help="most tokens of the text, taken evenly (default: %(default)s)")  # fmt: skip
     add("--window", type=int, default=default.window_tokens,
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         experts=args.experts,
         active=args.active,
         shared_share=_share(args.shared_share),
+        refit=args.refit,
         max_tokens=args.tokens,
         window_tokens=args.window,
         seed=args.seed,

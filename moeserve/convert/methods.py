@@ -63,8 +63,8 @@ class Split:
     always_on: int
 
     @property
-    def num_chosen_from(self) -> int:
-        return len(self.experts) - self.always_on
+    def num_neurons(self) -> int:
+        return len(self.shared) + self.experts.numel()
 
 
 #: (sample, parts, parts that are always on, seed) -> [parts, m] neurons, those always on first

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from moeserve import __version__
 from moeserve.config import ModelConfig
+from moeserve.convert.calibration import Calibration
 from moeserve.convert.card import model_card
-from moeserve.convert.convert import Calibration, Conversion, convert_layers, recipe
+from moeserve.convert.convert import Conversion, convert_layers, recipe
 from moeserve.convert.dense import DenseModel, open_dense
 from moeserve.convert.glm import glm_config
 from moeserve.convert.settings import ConvertSettings, MoeShape

@@ -104,3 +104,8 @@ class LayerRunner:
         layouts = {self._attention.layout}
         plan = TorchAttention.plan
         return StepContext.build(batch, self._kv, self._ropes, layouts, plan, torch.float32)
+
+
+def product(activations: Tensor, down: Tensor) -> Tensor:
+    """[T, I], [H, I] -> [T, H]."""
+    return torch.cat([rows @ down.T for rows in activations.split(STEP_TOKENS)])

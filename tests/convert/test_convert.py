@@ -117,7 +117,8 @@ def perplexity(model: Any, windows: Tensor) -> float:
 def test_every_neuron_is_in_one_part(method: str, tmp_path: Path, text: Path, seed: int) -> None:
     """Bit by bit, in the dtype of the dense model; parts always on are chosen by all tokens."""
     save_dense(tmp_path / "dense", "llama", seed, torch.bfloat16)
-    made = run(tmp_path / "dense", tmp_path / "out", text, method=method, shared_share=None)
+    made = run(tmp_path / "dense", tmp_path / "out", text, method=method, shared_share=None,
+               refit=False)  # fmt: skip
     before = load_file(tmp_path / "dense" / "model.safetensors")
     for layer in range(LAYERS):
         shard = load_file(tmp_path / "out" / f"model-{layer + 1:05}-of-{LAYERS + 1:05}.safetensors")

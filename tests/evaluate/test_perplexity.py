@@ -13,9 +13,7 @@ from moeserve.cli import main
 from moeserve.config import BUNDLED_MODEL
 from moeserve.text.tokenizer import Tokenizer
 
-TEXT = (
-    "Once upon a time, there was a little dog. He played.\n\nKING RICHARD:\nMy lord!\n" * 8
-)
+TEXT = "Once upon a time, there was a little dog. He played.\n\nKING RICHARD:\nMy lord!\n" * 8
 WINDOW = 40
 
 
