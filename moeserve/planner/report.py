@@ -11,11 +11,11 @@ from moeserve.experts.schedule.profile import Figure, Processor, Profile, all_fi
 
 GIGA = 1e9
 #: above, a figure is marked: the machine was not quiet, or the part is not steady
-WIDE_SPREAD = 0.1
+WIDE_INTERVAL = 0.05
 
 
 def show_profile(console: Console, profile: Profile) -> None:
-    """All figures, the median and the distance of the quartiles as a percentage."""
+    """All figures, with half of the 95 % confidence interval as a percentage."""
     console.print(f"[bold]{profile.source}[/bold], {profile.date}, moeserve {profile.moeserve}")
     _show_processor(console, profile.cpu)
     if profile.device is not None:
@@ -36,11 +36,14 @@ def show_profile(console: Console, profile: Profile) -> None:
             table.add_row(f"{block >> 10} KiB", *cells)
         console.print(table)
     figures = list(all_figures(profile))
-    wide = sum(figure.spread > WIDE_SPREAD for figure in figures)
+    if profile.process_bytes is not None:
+        process = _text(profile.process_bytes, 2**20)
+        console.print(f"process without a model: {process} MiB")
+    wide = sum(figure.interval > WIDE_INTERVAL for figure in figures)
     if wide:
         console.print(
-            f"[yellow]{wide} of {len(figures)} figures spread by more than {WIDE_SPREAD:.0%}"
-            " (marked !): measure again when nothing else runs[/yellow]"
+            f"[yellow]{wide} of {len(figures)} figures are known to {WIDE_INTERVAL:.0%} or worse"
+            " (marked !; 95 % confidence): measure again when nothing else runs[/yellow]"
         )
     for source in profile.sources:
         console.print(f"source: {source}", soft_wrap=True)
@@ -68,6 +71,14 @@ def _show_processor(console: Console, processor: Processor) -> None:
         size = f"{curve.hidden_size} x {curve.intermediate_size}"
         table.add_row(f"{curve.weights}, {size}", *cells)
     console.print(table)
+    if not processor.product_curves:
+        return
+    table = _table("linear layers, ps per weight by rows", ("format", *map(str, rows)))
+    for product in processor.product_curves:
+        ps = dict(zip(product.rows, product.ps, strict=True))
+        cells = [_text(ps[count], 1) if count in ps else "" for count in rows]
+        table.add_row(product.weights, *cells)
+    console.print(table)
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -80,6 +91,6 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def _text(figure: Figure, unit: float) -> str:
     value = figure.value / unit
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    wide = "!" if figure.spread > WIDE_SPREAD else ""
-    spread = f" ±{figure.spread * 50:.0f}%{wide}" if figure.spread else ""
-    return f"{value:.{digits}f}{spread}"
+    wide = "!" if figure.interval > WIDE_INTERVAL else ""
+    interval = f" ±{figure.interval:.0%}{wide}" if figure.interval else ""
+    return f"{value:.{digits}f}{interval}"

@@ -161,9 +161,8 @@ def test_a_better_machine_is_never_slower(shape: ModelShape) -> None:
 
 def test_overlap_and_apart_are_both_tried(shape: ModelShape) -> None:
     """Alone a prompt is cheaper apart, where memory is the limit; many share the reading."""
-    few = bound(
-        shape, machine(read=1e9), Traffic(concurrency=1, prompt_tokens=400, output_tokens=50)
-    )
+    alone = Traffic(concurrency=1, prompt_tokens=400, output_tokens=50)
+    few = bound(shape, machine(read=1e9), alone)
     apart = few.running * 50 / few.apart_s()
     overlapped = few.running / max(few.mixed_times().values())
     assert few.output_tokens_per_s() == max(apart, overlapped) == apart
