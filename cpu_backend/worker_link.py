@@ -206,7 +206,7 @@ class WorkerLink:
     def _hello(self) -> None:
         self._greeted = True
         self._rows = None
-        if is_near(self.endpoint):
+        if self._settings.config.worker_shared_memory and is_near(self.endpoint):
             self._rows = SharedRows.create(SHARED_BYTES)
         memory = None if self._rows is None else self._rows.offer
         hello = WorkerHello(identity=self._settings.identity, memory=memory)

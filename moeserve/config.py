@@ -244,6 +244,9 @@ class ExpertConfig:
     worker_job_s: float = setting(
         60.0, "a worker that computes one layer for longer is gone, although it answers heartbeats"
     )
+    worker_shared_memory: bool = setting(
+        True, "rows for workers on this machine lie in memory that they map, not in messages"
+    )
     worker_start_s: float = setting(30.0, "seconds to wait for all workers at the start")
     worker_absent: str = setting(
         "refuse",

@@ -100,11 +100,16 @@ def test_rows_in_frames_give_the_same_bits(
     expected = answers(alone, requests)
     monkeypatch.setattr(worker_link, "MAX_JOB_BYTES", 4096)
     monkeypatch.setattr(worker_link, "SHARED_BYTES", room)
-    if not room:
+    if not room and rng.random() < 0.5:
         monkeypatch.setattr(SharedRows, "create", lambda num_bytes: None)
+        settings: dict[str, object] = {}
+    else:
+        settings = {"worker_shared_memory": bool(room)}
     endpoint = f"ipc://{tmp_path}/worker"
     with worker_thread(packed, endpoint, "0-5"):
-        engine = make_engine(packed, max_batch_tokens=200, workers=(endpoint,), **PATIENT)
+        engine = make_engine(
+            packed, max_batch_tokens=200, workers=(endpoint,), **PATIENT, **settings
+        )
         try:
             assert pool_of(engine).links[0].shared == bool(room)
             assert answers(engine, requests) == expected
