@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,11 +11,17 @@ from msgspec import structs
 from moeserve.cpu_backend.machine import cpu_model, memory_bytes
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
-from moeserve.experts.schedule.profile import ExpertCurve, Figure, Processor, ReadRate
+from moeserve.experts.schedule.profile import (
+    ExpertCurve,
+    Figure,
+    Processor,
+    ProductCurve,
+    ReadRate,
+)
 from moeserve.planner.expert_jobs import ExpertJobs, expert_pool
 from moeserve.planner.hardware import last_level_cache_bytes
-from moeserve.planner.product_figures import measure_products
-from moeserve.planner.repeats import Repeats
+from moeserve.planner.product_figures import product_pools
+from moeserve.planner.repeats import Measurement, Repeats, rated, timed
 
 DOT_TYPES = ("f32", "bf16", "int8")
 #: an expert with next to no weights: its job costs what every job costs
@@ -23,6 +29,8 @@ SMALL_INTERMEDIATE = 16
 #: of the two jobs whose difference is taken
 EXPERTS, EXPERTS_OF_MANY_ROWS = (2, 8), (1, 2)
 Report = Callable[[str], None]
+#: of a figure: what it is of, and the threads or rows
+Key = tuple[str | int, int | str]
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,11 @@ class CpuPlan:
     pool_bytes: int
 
 
-def pool_bytes_here() -> int:
-    """Enough that experts are read from memory, and no more than a quarter of what is free."""
+def pool_bytes_here(num_pools: int) -> int:
+    """Enough that weights are read from memory, and no more than half of what is free for all."""
     memory = memory_bytes()
-    free_bytes = (1 << 30) if memory is None else memory[1] // 4
-    return min(max(256 << 20, 2 * last_level_cache_bytes()), free_bytes)
+    free_bytes = (2 << 30) if memory is None else memory[1] // 2
+    return min(max(256 << 20, 2 * last_level_cache_bytes()), free_bytes // num_pools)
 
 
 def thread_counts(num_threads: int) -> tuple[int, ...]:
@@ -59,86 +67,79 @@ def thread_counts(num_threads: int) -> tuple[int, ...]:
 
 
 def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
+    """Everything takes turns: what else runs here for a while meets some samples of each figure."""
     runtimes = {count: NativeRuntime(count) for count in plan.threads}
-    all_threads = runtimes[max(plan.threads)]
+    everything = runtimes[max(plan.threads)]
     memory = memory_bytes()
-    report("memory")
-    read = list(_plain_reads(plan, runtimes))
-    report("arithmetic")
-    peaks = [partial(all_threads.handle.measure_dot_peak, name, 1) for name in DOT_TYPES]
-    ops = dict(zip(DOT_TYPES, plan.repeats.rates(peaks), strict=True))
-    report("start of a job")
-    start_us = _start_us(plan, all_threads)
-    curves: list[ExpertCurve] = []
-    for shape in plan.shapes:
-        size = f"{shape.hidden_size} x {shape.intermediate_size}"
-        report(f"{shape.form.describe()} experts of {size}")
-        pool = expert_pool(
-            all_threads,
-            shape.hidden_size,
-            shape.intermediate_size,
-            shape.form,
-            plan.pool_bytes,
-        )
-        if not any(curve.weights == shape.form.describe() for curve in curves):
-            read += _kernel_reads(plan, runtimes, pool)
-        curves.append(_curve(plan, all_threads, pool, shape))
-    forms = [shape.form for shape in plan.shapes]
-    products = measure_products(
-        all_threads, forms, plan.rows, plan.pool_bytes, plan.repeats, report
-    )
+    report(f"the CPU: packing {len(plan.shapes)} kinds of experts, and matrices")
+    experts = [_pool(everything, shape, plan.pool_bytes) for shape in plan.shapes]
+    products = product_pools(everything, [s.form for s in plan.shapes], plan.pool_bytes)
+    wanted: dict[Key, Measurement] = {}
+    for count, runtime in runtimes.items():
+        sample = partial(runtime.handle.measure_read_bandwidth, plan.pool_bytes, 1)
+        wanted["read", count] = rated(sample)
+        for pool in experts:
+            kernel = pool.gate_up_form.describe()
+            wanted.setdefault((kernel, count), ExpertJobs.on(runtime, pool).one_more(1, *EXPERTS))
+    for name in DOT_TYPES:
+        wanted["peak", name] = rated(partial(everything.handle.measure_dot_peak, name, 1))
+    wanted["start", 0] = _start_of_a_job(everything, plan.shapes[0])
+    for number, pool in enumerate(experts):
+        jobs = ExpertJobs.on(everything, pool)
+        for rows in plan.rows:
+            # Of long times a difference is as well known from few experts as of short from many.
+            few_many = EXPERTS if rows <= 16 else EXPERTS_OF_MANY_ROWS
+            wanted[number, rows] = jobs.one_more(rows, *few_many)
+    for form, matrices in products.items():
+        wanted |= {(f"product {form}", rows): matrices.of_rows(rows) for rows in plan.rows}
+    report(f"the CPU: memory, arithmetic, experts and products, {len(wanted)} figures")
+    figures = dict(zip(wanted, plan.repeats.measure(list(wanted.values())), strict=True))
     return Processor(
-        name=f"{cpu_model()}, {all_threads.num_threads} threads, {all_threads.isa}",
+        name=f"{cpu_model()}, {everything.num_threads} threads, {everything.isa}",
         memory_bytes=0 if memory is None else memory[0],
-        read=read,
-        ops_per_s=ops,
-        start_us=start_us,
-        expert_curves=curves,
-        product_curves=products,
+        read=list(_reads(figures, runtimes, experts)),
+        ops_per_s={name: figures["peak", name] for name in DOT_TYPES},
+        start_us=figures["start", 0],
+        expert_curves=[
+            ExpertCurve(
+                weights=shape.form.describe(),
+                hidden_size=shape.hidden_size,
+                intermediate_size=shape.intermediate_size,
+                record_bytes=pool.record_bytes,
+                rows=list(plan.rows),
+                us=[figures[number, rows] for rows in plan.rows],
+            )
+            for number, (shape, pool) in enumerate(zip(plan.shapes, experts, strict=True))
+        ],
+        product_curves=[
+            ProductCurve(
+                weights=form,
+                rows=list(plan.rows),
+                ps=[figures[f"product {form}", rows] for rows in plan.rows],
+            )
+            for form in products
+        ],
     )
 
 
-def _plain_reads(plan: CpuPlan, runtimes: dict[int, NativeRuntime]) -> Iterator[ReadRate]:
-    measures = [
-        partial(runtime.handle.measure_read_bandwidth, plan.pool_bytes, 1)
-        for runtime in runtimes.values()
-    ]
-    for count, rate in zip(runtimes, plan.repeats.rates(measures), strict=True):
-        yield ReadRate(kernel="read", num_threads=count, bytes_per_s=rate)
+def _pool(runtime: NativeRuntime, shape: ExpertShape, pool_bytes: int) -> PackedExperts:
+    return expert_pool(runtime, shape.hidden_size, shape.intermediate_size, shape.form, pool_bytes)
 
 
-def _kernel_reads(
-    plan: CpuPlan, runtimes: dict[int, NativeRuntime], pool: PackedExperts
-) -> Iterator[ReadRate]:
-    few, many = EXPERTS
-    pairs = [ExpertJobs.on(runtime, pool).one_more(1, few, many) for runtime in runtimes.values()]
-    for count, us in zip(runtimes, plan.repeats.differences(pairs), strict=True):
-        rate = structs.replace(us, value=pool.record_bytes / us.value * 1e6)
-        yield ReadRate(kernel=pool.gate_up_form.describe(), num_threads=count, bytes_per_s=rate)
-
-
-def _start_us(plan: CpuPlan, runtime: NativeRuntime) -> Figure:
-    shape = plan.shapes[0]
+def _start_of_a_job(runtime: NativeRuntime, shape: ExpertShape) -> Measurement:
     pool = expert_pool(runtime, shape.hidden_size, SMALL_INTERMEDIATE, shape.form, 1 << 20)
-    jobs = ExpertJobs.on(runtime, pool)
-    return plan.repeats.figure(lambda: jobs.us(1, 1))
+    return timed(partial(ExpertJobs.on(runtime, pool).us, 1, 1))
 
 
-def _curve(
-    plan: CpuPlan, runtime: NativeRuntime, pool: PackedExperts, shape: ExpertShape
-) -> ExpertCurve:
-    jobs = ExpertJobs.on(runtime, pool)
-    # A difference of long times is as well known from few experts as of short ones from many.
-    pairs = [
-        jobs.one_more(rows, *(EXPERTS if rows <= 16 else EXPERTS_OF_MANY_ROWS))
-        for rows in plan.rows
-    ]
-    us = plan.repeats.differences(pairs)
-    return ExpertCurve(
-        weights=shape.form.describe(),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        record_bytes=pool.record_bytes,
-        rows=list(plan.rows),
-        us=us,
-    )
+def _reads(
+    figures: Mapping[Key, Figure], counts: Iterable[int], experts: Sequence[PackedExperts]
+) -> Iterator[ReadRate]:
+    """Loads alone, then the kernel of each format with one row."""
+    for count in counts:
+        yield ReadRate(kernel="read", num_threads=count, bytes_per_s=figures["read", count])
+    records = {pool.gate_up_form.describe(): pool.record_bytes for pool in reversed(experts)}
+    for kernel, record_bytes in reversed(records.items()):
+        for count in counts:
+            us = figures[kernel, count]
+            rate = structs.replace(us, value=record_bytes / us.value * 1e6)
+            yield ReadRate(kernel=kernel, num_threads=count, bytes_per_s=rate)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import DiskPoint
-from moeserve.planner.repeats import Repeats
+from moeserve.planner.repeats import Repeats, rated
 
 WRITE_BYTES = 4 << 20
 
@@ -70,14 +70,16 @@ def _write(path: Path, num_bytes: int) -> None:
 def _points(plan: DiskPlan, path: Path, block: int) -> list[DiskPoint]:
     """Of one block size by depth, which take turns."""
     with ExitStack() as stack:
-        samples = [
-            partial(
-                stack.enter_context(DirectReader(path, block, depth)).bytes_per_s,
-                max(depth, plan.sample_bytes // block),
+        wanted = [
+            rated(
+                partial(
+                    stack.enter_context(DirectReader(path, block, depth)).bytes_per_s,
+                    max(depth, plan.sample_bytes // block),
+                )
             )
             for depth in plan.queue_depths
         ]
-        rates = plan.repeats.rates(samples)
+        rates = plan.repeats.measure(wanted)
     return [
         DiskPoint(block_bytes=block, queue_depth=depth, bytes_per_s=rate)
         for depth, rate in zip(plan.queue_depths, rates, strict=True)

@@ -14,7 +14,7 @@ from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
-from moeserve.planner.repeats import Sample
+from moeserve.planner.repeats import Measurement, differing
 
 #: inputs under one scale in a checkpoint's own codes (packing.py)
 MXFP4_GROUP, FP8_GROUP = 32, 128
@@ -93,7 +93,7 @@ class ExpertJobs:
         self._backend.run(job)
         return (time.perf_counter() - started_s) * 1e6
 
-    def one_more(self, num_rows: int, few: int, many: int) -> tuple[Sample, Sample, int]:
-        """For `Repeats.differences`: what one more expert adds to a job, so that what every job
-        costs once is left out."""
-        return partial(self.us, many, num_rows), partial(self.us, few, num_rows), many - few
+    def one_more(self, num_rows: int, few: int, many: int) -> Measurement:
+        """What one more expert adds to a job: so that what every job costs once is left out."""
+        more, less = partial(self.us, many, num_rows), partial(self.us, few, num_rows)
+        return differing(more, less, many - few)

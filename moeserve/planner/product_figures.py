@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
 
@@ -12,35 +12,25 @@ import torch
 from moeserve.cpu_backend.native_linear import NativeLinear
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedWeight, PackFormat
-from moeserve.experts.schedule.profile import ProductCurve
-from moeserve.planner.repeats import Repeats
+from moeserve.planner.repeats import Measurement, timed
 
 #: rows and columns of the measured matrices: as of attention in mid-size models
 SIZE = 2048
 #: products that are timed together, as the matrices of layers follow each other
 TOGETHER = 4
-#: formats that linear layers are packed to; mxfp4 holds experts only
-PRODUCT_FORMATS = ("float32", "bfloat16", "int8", "int4", "fp8")
+#: formats that linear layers are rounded to; codes of checkpoints cost as their experts do
+PRODUCT_FORMATS = ("float32", "bfloat16", "int8", "int4")
 
 
-def measure_products(
-    runtime: NativeRuntime,
-    forms: list[PackFormat],
-    rows: tuple[int, ...],
-    pool_bytes: int,
-    repeats: Repeats,
-    report: Callable[[str], None],
-    size: int = SIZE,
-) -> list[ProductCurve]:
-    """One curve for each format of linear layers among `forms`."""
-    curves = []
-    for form in dict.fromkeys(forms):
-        if form.name in PRODUCT_FORMATS and not form.holds_codes:
-            report(f"{form.describe()} products of {size} x {size}")
-            products = ProductPool(runtime, form, size, pool_bytes)
-            ps = repeats.figures([partial(products.ps, count) for count in rows])
-            curves.append(ProductCurve(weights=form.describe(), rows=list(rows), ps=ps))
-    return curves
+def product_pools(
+    runtime: NativeRuntime, forms: Sequence[PackFormat], pool_bytes: int, size: int = SIZE
+) -> dict[str, ProductPool]:
+    """For each format of linear layers among `forms`, by its description."""
+    return {
+        form.describe(): ProductPool(runtime, form, size, pool_bytes)
+        for form in dict.fromkeys(forms)
+        if form.name in PRODUCT_FORMATS
+    }
 
 
 class ProductPool:
@@ -60,6 +50,9 @@ class ProductPool:
         self._turns = cycle([NativeLinear(weight) for weight in weights])
         self._size = size
         self._dtype = torch.float32 if form.name == "float32" else torch.bfloat16
+
+    def of_rows(self, num_rows: int) -> Measurement:
+        return timed(partial(self.ps, num_rows))
 
     def ps(self, num_rows: int) -> float:
         """Of a few products one after the other, for each weight, in picoseconds."""

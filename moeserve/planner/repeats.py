@@ -24,9 +24,34 @@ Sample = Callable[[], float]
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """samples: each measures once; taken one after the other, again and again. figure: of the
+    columns of what they gave."""
+
+    samples: tuple[Sample, ...]
+    figure: Callable[[Sequence[list[float]]], Figure]
+
+
+def timed(sample: Sample) -> Measurement:
+    """A time: disturbances make it longer."""
+    return Measurement((sample,), lambda columns: summarise(columns[0]))
+
+
+def rated(sample: Sample) -> Measurement:
+    """A rate: disturbances make it smaller."""
+    return Measurement((sample,), lambda columns: summarise(columns[0], is_rate=True))
+
+
+def differing(more: Sample, less: Sample, count: int) -> Measurement:
+    """(more - less) / count, of the shortest of each: a difference takes the noise of both."""
+    return Measurement((more, less), lambda columns: _difference(columns[0], columns[1], count))
+
+
+@dataclass(frozen=True)
 class Repeats:
-    """How long one figure is measured: at_least samples, then on until it is known to within
-    `known_to` (a share of it, 95 % confidence), or limit_s have passed, or at_most samples."""
+    """How long figures are measured: at_least samples of each, then on until it is known to within
+    `known_to` (a share of it, 95 % confidence), or limit_s have passed for each, or at_most
+    samples."""
 
     at_least: int = 5
     at_most: int = 25
@@ -34,33 +59,24 @@ class Repeats:
     limit_s: float = 0.5
 
     def figure(self, sample: Sample) -> Figure:
-        """A time. sample: measures once. What it gives the first time is dropped: caches and
-        threads are cold then, which is a cost of its own and not this one."""
-        return self.figures([sample])[0]
+        """A time by itself."""
+        return self.measure([timed(sample)])[0]
 
     def rate(self, sample: Sample) -> Figure:
-        """The more the better: disturbances make rates smaller."""
-        return self._measure([_Job([sample], lambda columns: summarise(columns[0], True))])[0]
-
-    def rates(self, samples: Sequence[Sample]) -> list[Figure]:
-        """The same, of several that take turns."""
-        return self._measure(
-            [_Job([s], lambda columns: summarise(columns[0], True)) for s in samples]
-        )
-
-    def figures(self, samples: Sequence[Sample]) -> list[Figure]:
-        """Times of several that take turns."""
-        return self._measure([_Job([s], lambda columns: summarise(columns[0])) for s in samples])
+        """A rate by itself."""
+        return self.measure([rated(sample)])[0]
 
     def difference(self, more: Sample, less: Sample, count: int) -> Figure:
-        """(more - less) / count, of the shortest of each: a difference takes the noise of both."""
-        return self.differences([(more, less, count)])[0]
+        """A difference by itself."""
+        return self.measure([differing(more, less, count)])[0]
 
-    def differences(self, pairs: Sequence[tuple[Sample, Sample, int]]) -> list[Figure]:
-        """The same, of several (more, less, count) that take turns."""
-        return self._measure([_difference_job(*pair) for pair in pairs])
+    def measure(self, wanted: Sequence[Measurement]) -> list[Figure]:
+        """Figures that take turns, so that a burst of other work meets some samples of all.
 
-    def _measure(self, jobs: Sequence[_Job]) -> list[Figure]:
+        What samples give the first time is dropped: caches and threads are cold then, which is a
+        cost of its own and not this one. Raises MoeserveError where nothing can be made out.
+        """
+        jobs = [_Job(each) for each in wanted]
         for job in jobs:
             job.warm_up()
         ends_s = time.perf_counter() + self.limit_s * len(jobs)
@@ -81,14 +97,11 @@ class Repeats:
 
 
 class _Job:
-    """Samples of one figure, in columns, and how the figure follows from them."""
+    """A measurement under way."""
 
-    def __init__(
-        self, samples: Sequence[Sample], summarise: Callable[[Sequence[list[float]]], Figure]
-    ) -> None:
-        self._samples = samples
-        self._summarise = summarise
-        self._columns: list[list[float]] = [[] for _ in samples]
+    def __init__(self, wanted: Measurement) -> None:
+        self._wanted = wanted
+        self._columns: list[list[float]] = [[] for _ in wanted.samples]
         self.figure = Figure(value=0.0)
 
     @property
@@ -96,15 +109,15 @@ class _Job:
         return len(self._columns[0])
 
     def warm_up(self) -> None:
-        for sample in self._samples:
+        for sample in self._wanted.samples:
             sample()
 
     def take(self) -> None:
-        for column, sample in zip(self._columns, self._samples, strict=True):
+        for column, sample in zip(self._columns, self._wanted.samples, strict=True):
             column.append(sample())
 
     def judge(self) -> None:
-        self.figure = self._summarise(self._columns)
+        self.figure = self._wanted.figure(self._columns)
 
 
 def summarise(samples: Sequence[float], is_rate: bool = False) -> Figure:
@@ -132,10 +145,6 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
-def _difference_job(more: Sample, less: Sample, count: int) -> _Job:
-    return _Job([more, less], lambda columns: _difference(columns[0], columns[1], count))
 
 
 def _difference(more: list[float], less: list[float], count: int) -> Figure:

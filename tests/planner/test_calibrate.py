@@ -31,7 +31,7 @@ from moeserve.planner.cpu_figures import CpuPlan, ExpertShape, measure_cpu, thre
 from moeserve.planner.device_figures import DevicePlan, measure_device, measure_link
 from moeserve.planner.disk_figures import DirectReader, DiskPlan, measure_disk
 from moeserve.planner.hardware import last_level_cache_bytes, this_hardware
-from moeserve.planner.repeats import Repeats, summarise
+from moeserve.planner.repeats import Repeats, summarise, timed
 
 SHORT = Repeats(at_least=3, at_most=3, limit_s=0.01)
 SHAPE = (256, 128)
@@ -194,7 +194,7 @@ def test_a_burst_of_other_work_changes_no_figure() -> None:
         return rng.uniform(1.0, 1.01) * (10.0 if next(clock) else 1.0)
 
     repeats = Repeats(at_least=20, at_most=30, limit_s=60.0)
-    for figure in repeats.figures([sample] * 4):
+    for figure in repeats.measure([timed(sample)] * 4):
         assert figure.value < 1.02, f"seed {seed}"
     clock = iter(disturbed)
     assert repeats.rate(lambda: 1 / sample()).value > 0.98, f"seed {seed}"
@@ -214,7 +214,7 @@ def test_the_interval_holds_the_quartile_of_the_distribution() -> None:
 def test_figures_take_turns() -> None:
     order: list[int] = []
     samples = [lambda i=i: float(order.append(i) or i + 1) for i in range(3)]
-    Repeats(at_least=3, at_most=3, limit_s=60.0).figures(samples)
+    Repeats(at_least=3, at_most=3, limit_s=60.0).measure([timed(sample) for sample in samples])
     assert order == [0, 1, 2] * 4
 
 
