@@ -127,7 +127,8 @@ class KvConfig:
     block_tokens: int = setting(16, "tokens in one block")
     kv_bytes: int | None = setting(
         None,
-        "memory for kv; default: what max_running sequences of full context need, at most 1 GiB",
+        "memory for kv; default: what max_running sequences of full context need, at most 1 GiB, "
+        "and at most half of what host_memory_bytes leaves beside the weights of every token",
     )
     num_blocks: int | None = setting(None, "exact number of blocks, instead of kv_bytes")
     prefix_reuse: bool = setting(True, "reuse blocks of equal prefixes across requests")

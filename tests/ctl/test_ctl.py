@@ -15,7 +15,14 @@ from moeserve.cli import main
 from moeserve.core import ConfigError, EngineStats
 from moeserve.ctl.heatmap import Use, check_picture, read_use, relative_use
 from moeserve.ctl.report import describe, size
-from moeserve.stats import CacheStats, ExpertStats, LinkStats
+from moeserve.stats import (
+    CacheStats,
+    ExpertStats,
+    LinkStats,
+    MemoryStats,
+    PoolStats,
+    WorkerStats,
+)
 
 
 def test_heat_map_of_a_recorded_trace(tmp_path: Path) -> None:
@@ -104,6 +111,31 @@ def test_report_says_every_layer() -> None:
     rows = [" ".join(line.split()) for line in text.splitlines()[-2:]]
     assert rows[0] == "3 30 0 10 1 1 1 0 1.0 0.0 500.0 125.0 250.0"
     assert rows[1] == "9 30 0 10 2 2 2 0 2.0 1.0 250.0 125.0 500.0"
+
+
+def test_report_says_who_has_memory_and_what_workers_did() -> None:
+    worker = WorkerStats(
+        endpoint="tcp://node:5570", shard="0/2", live=True, standby=False, shared_memory=False,
+        problem="", jobs=12, rows=34, sent_bytes=1 << 20, received_bytes=1 << 21, busy_s=0.25,
+        connects=2, losses=1, refusals=0,
+    )  # fmt: skip
+    gone = msgspec.structs.replace(worker, endpoint="ipc:///w", shard="", problem="does not answer")
+    pool = PoolStats(rows=68, taken_over_rows=3, wait_s=1.5, workers=[worker, gone])
+    memory = MemoryStats(
+        budget_bytes=6 << 30, weights_bytes=1 << 30, kv_bytes=1 << 28, kv_limit_bytes=1 << 30,
+        experts_bytes=4 << 30, num_kv_grown=5, num_kv_shrunk=4,
+    )  # fmt: skip
+    experts = ExpertStats(layers=[0], num_experts=[8], cpu_busy_s=[1.0], pool=pool)
+    engine = EngineStats(experts=experts, memory=memory)
+    stats = {"model": "m", "uptime_s": 1.0, "engine": msgspec.to_builtins(engine)}
+    lines = [" ".join(line.split()) for line in describe(stats).splitlines()]
+    assert (
+        "memory: of 6,144.0 MiB: weights of every token 1,024.0 MiB, kv 256.0 MiB of 1,024.0 MiB at"
+        " most, experts 4,096.0 MiB; kv took from experts 5 times and gave back 4 times" in lines
+    )
+    assert "workers: 68 rows, 3 of them computed by somebody else; steps waited 1.5 s" in lines
+    assert "tcp://node:5570 0/2 rows in frames 3.0 0.2 12 34 2 1 0" in lines
+    assert "ipc:///w ? does not answer 3.0 0.2 12 34 2 1 0" in lines
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 from moeserve.core import EngineRequest, SamplingParams, TokenLogprob
 from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
@@ -43,6 +44,21 @@ def request(name: str, token_ids: Seq[int], max_tokens: int = 8, **more: object)
     own = {key: more.pop(key) for key in names if key in more}
     params = SamplingParams(max_tokens=max_tokens, **more)  # type: ignore[arg-type]
     return EngineRequest(request_id=name, token_ids=list(token_ids), params=params, **own)  # type: ignore[arg-type]
+
+
+@dataclass
+class ChunkRoom:
+    """Gives memory in chunks, for idle blocks to stay in or not."""
+
+    extent: int
+    limit: int
+    chunk: int
+    keeps_idle: bool
+
+    def grow(self, needed: int, preferred: int) -> None:
+        assert needed <= preferred <= self.limit
+        chunks = -(-(preferred if self.keeps_idle else needed) // self.chunk)
+        self.extent = max(self.extent, min(self.limit, chunks * self.chunk))
 
 
 class FakeModel:
@@ -91,3 +107,12 @@ class FakeModel:
                 targets = [request.token_ids[position] for position in chunk.scored]
                 scores[request.request_id] = [score(token) for token in targets]
         return StepResult(tokens, scores)
+
+    def shrink(self, moves: Seq[tuple[int, int]], extent: int) -> None:
+        """Moves blocks (from, to), and loses what lies beyond the extent."""
+        size = self.block_tokens
+        for source, target in moves:
+            self.slots[target * size : (target + 1) * size] = self.slots[
+                source * size : (source + 1) * size
+            ]
+        self.slots[extent * size :] = [None] * (len(self.slots) - extent * size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from fake_model import ChunkRoom
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -41,21 +42,6 @@ class Model:
     def hold(self, prefix: Prefix) -> None:
         if prefix in self.idle:
             self.idle.remove(prefix)
-
-
-@dataclass
-class ChunkRoom:
-    """Gives memory in chunks, for idle blocks to stay in or not."""
-
-    extent: int
-    limit: int
-    chunk: int
-    keeps_idle: bool
-
-    def grow(self, needed: int, preferred: int) -> None:
-        assert needed <= preferred <= self.limit
-        chunks = -(-(preferred if self.keeps_idle else needed) // self.chunk)
-        self.extent = max(self.extent, min(self.limit, chunks * self.chunk))
 
 
 class KvBlocksMachine(RuleBasedStateMachine):

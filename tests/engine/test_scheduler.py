@@ -7,7 +7,7 @@ undisturbed run, and after every operation the bookkeeping must be whole.
 from __future__ import annotations
 
 import pytest
-from fake_model import EOS, FakeModel, expected_output, request
+from fake_model import EOS, ChunkRoom, FakeModel, expected_output, request
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -31,10 +31,12 @@ class Harness:
         block_tokens: int = 2,
         reuse: bool = True,
         kv_switch_tokens: int | None = None,
+        room: ChunkRoom | None = None,
         **config: object,
     ) -> None:
         self.config = SchedulerConfig(**config)  # type: ignore[arg-type]
-        self.blocks = BlockManager(num_blocks, block_tokens, reuse)
+        self.room = room or ChunkRoom(num_blocks, num_blocks, 1, True)
+        self.blocks = BlockManager(num_blocks, block_tokens, reuse, self.room)
         self.scheduler = RequestScheduler(
             self.config, self.blocks, [EOS], CONTEXT, kv_switch_tokens=kv_switch_tokens
         )
@@ -45,6 +47,11 @@ class Harness:
         self.ended: dict[str, EngineDelta] = {}
         self.computed: dict[str, int] = {}  # where the next chunk of a running request starts
         self.now_s = 0.0
+
+    def shrink(self, extent: int) -> None:
+        self.model.shrink(self.scheduler.shrink_kv(extent), extent)
+        self.room.extent = extent
+        self.scheduler.check_integrity()
 
     def add(self, new: EngineRequest) -> None:
         self.scheduler.add(new, self.now_s)
@@ -168,10 +175,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running=st.integers(1, 6),
         admission=st.sampled_from(["past_future", "aggressive", "conservative"]),
         kv_switch_tokens=st.sampled_from([None, 3, 6, 10]),
+        extent=st.sampled_from([0, 2, 20]),
+        chunk=st.integers(1, 4),
     )
-    def start(self, num_blocks: int, block_tokens: int, reuse: bool, **config: object) -> None:
+    def start(
+        self,
+        num_blocks: int,
+        block_tokens: int,
+        reuse: bool,
+        extent: int,
+        chunk: int,
+        **config: object,
+    ) -> None:
+        room = ChunkRoom(min(extent, num_blocks), num_blocks, chunk, keeps_idle=chunk > 2)
         self.harness = Harness(
-            num_blocks, block_tokens, reuse, history_requests=4, max_waiting=10, **config
+            num_blocks,
+            block_tokens,
+            reuse,
+            room=room,
+            history_requests=4,
+            max_waiting=10,
+            **config,
         )
         self.in_flight: ScheduledBatch | None = None
         self.count = 0
@@ -213,6 +237,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.in_flight is not None
         self.harness.commit(self.in_flight)
         self.in_flight = None
+
+    @precondition(lambda self: self.in_flight is None)
+    @rule(data=st.data())
+    def shrink(self, data: st.DataObject) -> None:
+        """Kv has less memory from now on; what is held moves into it."""
+        blocks = self.harness.blocks
+        self.harness.shrink(data.draw(st.integers(blocks.num_held, blocks.extent)))
 
     @precondition(lambda self: self.in_flight is None)
     @rule(count=st.integers(1, 6))

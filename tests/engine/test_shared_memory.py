@@ -164,6 +164,13 @@ def test_experts_keep_what_they_are_promised(packed: Path) -> None:
     engine.close()
 
 
+def test_by_default_kv_may_take_half(packed: Path) -> None:
+    engine = sharing_engine(packed, 16 << 20, KvConfig())
+    half = ((16 << 20) - engine.loaded.resident_bytes) // 2
+    assert half - engine.memory.sizes.block_bytes < engine.memory.limit_bytes <= half
+    engine.close()
+
+
 def test_a_fixed_number_of_slots_shares_nothing(packed: Path) -> None:
     engine = make_engine(packed, host_slots=10)
     assert engine.blocks.extent == engine.blocks.num_blocks

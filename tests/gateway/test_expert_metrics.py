@@ -11,7 +11,14 @@ from support.randomness import fresh_seed
 from moeserve.core import EngineStats
 from moeserve.gateway.metrics import Metrics
 from moeserve.messages import EngineStatus
-from moeserve.stats import CacheStats, ExpertStats, LinkStats
+from moeserve.stats import (
+    CacheStats,
+    ExpertStats,
+    LinkStats,
+    MemoryStats,
+    PoolStats,
+    WorkerStats,
+)
 
 LAYERS = [1, 2, 5]
 
@@ -24,8 +31,9 @@ class Series:
         return self.values[(name, tuple(sorted((k, str(v)) for k, v in labels.items())))]
 
 
-def scrape(experts: ExpertStats) -> Series:
-    status = EngineStatus(epoch="e", stage="ready", stats=EngineStats(kv_bytes=77, experts=experts))
+def scrape(experts: ExpertStats, memory: MemoryStats | None = None) -> Series:
+    stats = EngineStats(kv_bytes=77, experts=experts, memory=memory)
+    status = EngineStatus(epoch="e", stage="ready", stats=stats)
     text = Metrics(lambda: status).text().decode()
     found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
     for family in text_string_to_metric_families(text):
@@ -117,6 +125,58 @@ def test_every_layer_and_tier() -> None:
             assert seconds is not None
             busy = value("moeserve_expert_busy_seconds_total", layer=layer, unit=unit)
             assert busy == seconds[place]
+
+
+def test_how_memory_is_divided_and_what_workers_did() -> None:
+    rng = random.Random(fresh_seed())
+    sizes = ("budget", "weights", "kv", "kv_limit", "experts")
+    memory = MemoryStats(
+        **{f"{part}_bytes": rng.randrange(10**12) for part in sizes},
+        num_kv_grown=rng.randrange(100),
+        num_kv_shrunk=rng.randrange(100),
+    )
+    workers = [random_worker(rng, endpoint) for endpoint in ("ipc:///a", "tcp://b:1")]
+    pool = PoolStats(rows=rng.randrange(10**9), taken_over_rows=7, wait_s=1.5, workers=workers)
+    experts = ExpertStats(layers=[0], num_experts=[4], cpu_busy_s=[1.5], pool=pool)
+    value = scrape(experts, memory)
+    for part in sizes:
+        assert value("moeserve_host_memory_bytes", part=part) == getattr(memory, f"{part}_bytes")
+    for direction, count in (
+        ("from_experts", memory.num_kv_grown),
+        ("to_experts", memory.num_kv_shrunk),
+    ):
+        assert value("moeserve_kv_resizes_total", direction=direction) == count
+    assert value("moeserve_workers_rows_total") == pool.rows
+    assert value("moeserve_workers_taken_over_rows_total") == 7
+    assert value("moeserve_workers_wait_seconds_total") == 1.5
+    for each in workers:
+        name = each.endpoint
+        assert value("moeserve_worker_live", worker=name) == each.live
+        assert value("moeserve_worker_busy_seconds_total", worker=name) == each.busy_s
+        for field in ("jobs", "rows", "connects", "losses", "refusals"):
+            assert value(f"moeserve_worker_{field}_total", worker=name) == getattr(each, field)
+        for way in ("sent", "received"):
+            found = value("moeserve_worker_bytes_total", worker=name, direction=way)
+            assert found == getattr(each, f"{way}_bytes")
+
+
+def random_worker(rng: random.Random, endpoint: str) -> WorkerStats:
+    return WorkerStats(
+        endpoint=endpoint,
+        shard="0/2",
+        live=rng.random() < 0.5,
+        standby=False,
+        shared_memory=True,
+        problem="",
+        jobs=rng.randrange(10**6),
+        rows=rng.randrange(10**6),
+        sent_bytes=rng.randrange(10**12),
+        received_bytes=rng.randrange(10**12),
+        busy_s=rng.random(),
+        connects=rng.randrange(9),
+        losses=rng.randrange(9),
+        refusals=rng.randrange(9),
+    )
 
 
 def test_where_everything_is_resident_there_is_no_cache_to_show() -> None:
