@@ -12,6 +12,7 @@
 
 #include "dispatch.h"
 #include "fuzz_halves.h"
+#include "fuzz_predictor.h"
 #include "fuzz_reference.h"
 #include "linear.h"
 #include "moe.h"
@@ -263,10 +264,11 @@ void run_round(std::uint64_t seed, const std::vector<std::string> &levels) {
   Runtime runtime(find_kernels(isa), threads, {}, spin_us);
   for (int repeat = pick(1, 2); repeat > 0; --repeat) {  // the second one finds memory in use
     static constexpr void (*kRounds[])(Runtime &) = {
-        fuzz_linear,      fuzz_linear,         fuzz_linear,        fuzz_experts,
-        fuzz_experts,     fuzz_experts,        fuzz_pool,          fuzz_rows,
-        fuzz_router,      fuzz_router,         fuzz_pair_sum,      fuzz_expert_half,
-        fuzz_expert_half, fuzz_attention_half, fuzz_attention_half};
+        fuzz_linear,      fuzz_linear,         fuzz_linear,         fuzz_experts,
+        fuzz_experts,     fuzz_experts,        fuzz_pool,           fuzz_rows,
+        fuzz_router,      fuzz_router,         fuzz_pair_sum,       fuzz_expert_half,
+        fuzz_expert_half, fuzz_attention_half, fuzz_attention_half, fuzz_lookahead,
+        fuzz_residual,    fuzz_residual};
     kRounds[pick(0, static_cast<int>(std::size(kRounds)) - 1)](runtime);
   }
 }
