@@ -279,7 +279,7 @@ COMMANDS = {
         "train and evaluate predictors of experts", _predictors_arguments, _predictors
     ),
     "trace": Command("record which experts a model takes", _trace_arguments, _trace),
-    "bench": Command("benchmarks that need no model", _bench_arguments, _bench),
+    "bench": Command("replay recorded routing or traffic", _bench_arguments, _bench),
     "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
     "convert": Command("turn a dense model into experts", _convert_arguments, _convert),
     "eval": Command("perplexity of a text", _eval_arguments, _eval),

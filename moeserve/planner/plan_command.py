@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128
 Stage = Callable[[Deployment], Estimate]
+#: settings of `serve` that a plan depends on; of the others it knows nothing
+PLAN_SETTINGS = frozenset(
+    (
+        *("revision", "offline", "dtype", "device", "context_tokens"),
+        *("quantize", "quantize_group", "quantize_zero_points", "quantize_activations"),
+        *("block_tokens", "kv_bytes", "num_blocks", "prefix_reuse"),
+        *("max_batch_tokens", "max_running", "max_waiting", "admission", "history_requests"),
+        *("host_memory_bytes", "host_slots", "min_host_slots", "policy"),
+        *("device_memory_bytes", "device_slots", "num_threads"),
+    )
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", type=Path, metavar="FILE", help="draw throughput over requests and fast tier"
     )
     add_workload_flags(parser.add_argument_group("Recorded traffic, instead of equal requests"))
-    add_flags(parser, *ENGINE_SETTINGS)
+    add_flags(parser, *ENGINE_SETTINGS, only=PLAN_SETTINGS)
     parser.add_argument(
         "--context", type=int, dest="context_tokens", metavar="TOKENS", help=argparse.SUPPRESS
     )
@@ -140,7 +151,8 @@ def run(args: argparse.Namespace) -> int:
         from moeserve.planner.simulate.traffic import simulate_traffic
 
         found = simulate_traffic(deployment, workload, slo)
-        document["workload"] = found.as_json()
+        targets = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
+        document["workload"] = {"name": workload.name, "slo": targets, **found.as_json()}
         if not args.json:
             show_traffic(Console(), workload, found)
     if args.json:

@@ -25,7 +25,7 @@ BLOCK_TOKENS = 16
 #: a case is played again until so much time has passed, and at least as often
 LEAST_S, LEAST_TIMES = 5.0, 2
 #: sequences whose routing is recorded: other prompts than those that are timed
-TRACED, TRACED_PROMPT, TRACED_OUTPUT = 12, 32, 96
+TRACED, TRACED_PROMPT = 24, 64
 
 
 def engine_settings(model: Path, case: Case) -> EngineConfig:
@@ -125,7 +125,7 @@ def record_routing(model: Path, shape: str, out: Path) -> None:
     recorder = RoutingRecorder(sizes)
     engine.loaded.runtime.observers.append(recorder)
     rng = np.random.default_rng(99)
-    params = SamplingParams(max_tokens=TRACED_OUTPUT, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
     for number in range(TRACED):
         ids = rng.integers(1, SHAPES[shape]["vocab_size"], TRACED_PROMPT).tolist()
         engine.add(EngineRequest(request_id=str(number), token_ids=ids, params=params))

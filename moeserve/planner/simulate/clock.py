@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moeserve.engine.batch import ScheduledBatch
 from moeserve.planner.plan_types import Chunk, LayerShape, StepLoad
 from moeserve.planner.simulate.busy import DECODE, PREFILL, Busy
@@ -15,9 +12,7 @@ from moeserve.planner.simulate.experts import ExpertsClock, ExpertsTime
 from moeserve.planner.step_costs import LayerCosts
 
 #: a kind of step that was simulated so often is known: the times that it took are used in turn
-KNOWN_AFTER = 96
-#: tokens of the routing between two requests
-STRIDE = 797
+KNOWN_AFTER = 400
 
 
 @dataclass(frozen=True)
@@ -49,10 +44,13 @@ class EngineClock:
     def hit_rate(self) -> float | None:
         return self.hits / self.asked if self.asked else None
 
-    def begin(self) -> None:
-        """Forgets what was counted: what comes is the steady state."""
+    def begin(self, num_requests: int) -> None:
+        """Forgets what was counted of so many requests: what comes is the steady state."""
         self.busy = Busy()
         self.hits = self.asked = 0
+        self._known.clear()
+        if self._experts is not None:
+            self._experts.first_request += num_requests
 
     def seconds(self, batch: ScheduledBatch) -> float:
         load = load_of(batch)
@@ -78,20 +76,10 @@ class EngineClock:
         key = (len(load.decode_contexts), load.num_rows)
         known = self._known[key]
         if len(known) < KNOWN_AFTER:
-            known.append(self._experts.step(places(batch)))
+            known.append(self._experts.step(batch))
             return known[-1]
         self._turns[key] += 1
         return known[self._turns[key] % len(known)]
-
-
-def places(batch: ScheduledBatch) -> NDArray[np.int64]:
-    """Where in the routing the batch's tokens are, [N]: every request has a stretch of its own."""
-    return np.concatenate(
-        [
-            np.arange(chunk.start, chunk.stop) + int(chunk.sequence.request_id) * STRIDE
-            for chunk in batch.chunks
-        ]
-    )
 
 
 def load_of(batch: ScheduledBatch) -> StepLoad:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from moeserve.cache.expert_cache import ExpertCache, Tier
 from moeserve.cache.policies.registry import build_policy
 from moeserve.core import ExpertKey, LayerUse, Placement
+from moeserve.engine.batch import ScheduledBatch, ScheduledChunk
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.intra_layer import FetchOrder, TimelinePlacement
 from moeserve.experts.schedule.profile import DiskPoint
@@ -27,6 +28,7 @@ from moeserve.planner.simulate.routing import SimulatedRouting
 from moeserve.planner.step_costs import MANY_ROWS, EngineStepCosts
 
 Rows = NDArray[np.int64]
+Weights = NDArray[np.float32]
 #: what the disk tier reads at a time (experts/disk_tier.py), and the most threads that it tries
 CHUNK_BYTES = 1 << 20
 
@@ -49,6 +51,7 @@ class ExpertsClock(ABC):
     """What all have in common: costs as tables, so that a step of many layers is a few sums."""
 
     def __init__(self, costs: EngineStepCosts, routing: SimulatedRouting, most_rows: int) -> None:
+        self.first_request = 0  # of the routing's that the simulation's first one is like
         self._costs = costs
         self._routing = routing
         self._layers = list(routing.layers)
@@ -61,13 +64,25 @@ class ExpertsClock(ABC):
         self._memory_us = np.array([each[Resource.CPU_MEMORY] for each in work])
         self._compute_us = np.array([each[Resource.CPU_COMPUTE] for each in work])
 
-    def step(self, tokens: NDArray[np.int64]) -> ExpertsTime:
-        """tokens [N]: places in the routing of what is computed together."""
-        return self._step(self._routing.rows(tokens), len(tokens)).scaled(1 / self._routing.share)
+    def step(self, batch: ScheduledBatch) -> ExpertsTime:
+        """Of all MoE layers."""
+        tokens = np.concatenate([self._tokens(chunk) for chunk in batch.chunks])
+        rows, weights = self._routing.uses(tokens)
+        return self._step(rows, weights, len(tokens)).scaled(1 / self._routing.share)
+
+    def _tokens(self, chunk: ScheduledChunk) -> NDArray[np.int64]:
+        """Those of the routing that stand for the chunk's."""
+        sequence = chunk.sequence
+        return self._routing.places(
+            self.first_request + int(sequence.request_id),
+            np.arange(chunk.start, chunk.stop),
+            sequence.num_prompt_tokens,
+            sequence.request.params.max_tokens,
+        )
 
     @abstractmethod
-    def _step(self, rows: Rows, num_rows: int) -> ExpertsTime:
-        """rows: [L, E] of the simulated layers."""
+    def _step(self, rows: Rows, weights: Weights, num_rows: int) -> ExpertsTime:
+        """rows, weights: [L, E] of the simulated layers."""
 
     def _computed(self, rows: Rows) -> dict[Resource, float]:
         return {
@@ -79,7 +94,7 @@ class ExpertsClock(ABC):
 class ResidentClock(ExpertsClock):
     """All experts in memory: a layer is one job."""
 
-    def _step(self, rows: Rows, num_rows: int) -> ExpertsTime:
+    def _step(self, rows: Rows, weights: Weights, num_rows: int) -> ExpertsTime:
         us = len(rows) * self._model.cpu_start_us + float(self._cpu_us[rows].sum())
         return ExpertsTime(us, self._computed(rows))
 
@@ -105,16 +120,14 @@ class DiskClock(ExpertsClock):
         self._disk = deployment.profile.disk
         self._threads = experts.disk_threads
 
-    def _step(self, rows: Rows, num_rows: int) -> ExpertsTime:
+    def _step(self, rows: Rows, weights: Weights, num_rows: int) -> ExpertsTime:
         total = ExpertsTime(used=defaultdict(float, self._computed(rows)))
-        for layer, of_layer in zip(self._layers, rows, strict=True):
-            self._layer(layer, of_layer, num_rows, total)
+        for layer, of_layer, weight in zip(self._layers, rows, weights, strict=True):
+            self._layer(LayerUse(layer, of_layer.astype(np.int32), weight), num_rows, total)
         return total
 
-    def _layer(
-        self, layer: int, rows: NDArray[np.int64], num_rows: int, total: ExpertsTime
-    ) -> None:
-        use = LayerUse(layer, rows.astype(np.int32), rows.astype(np.float32))
+    def _layer(self, use: LayerUse, num_rows: int, total: ExpertsTime) -> None:
+        layer, rows = use.layer, use.rows.astype(np.int64)
         self._cache.observe(use)
         placement = self._order.place(use, self._cache.residency(layer))
         self._fetch(placement)
@@ -185,15 +198,14 @@ class DeviceClock(ExpertsClock):
             for load in self._cache.prefetch([key]):
                 self._cache.complete(load.key)
 
-    def _step(self, rows: Rows, num_rows: int) -> ExpertsTime:
+    def _step(self, rows: Rows, weights: Weights, num_rows: int) -> ExpertsTime:
         total = ExpertsTime()
-        for layer, of_layer in zip(self._layers, rows, strict=True):
-            self._layer(layer, of_layer, total)
+        for layer, of_layer, weight in zip(self._layers, rows, weights, strict=True):
+            self._layer(LayerUse(layer, of_layer.astype(np.int32), weight), total)
         return total
 
-    def _layer(self, layer: int, rows: Rows, total: ExpertsTime) -> None:
-        model = self._model
-        use = LayerUse(layer, rows.astype(np.int32), rows.astype(np.float32))
+    def _layer(self, use: LayerUse, total: ExpertsTime) -> None:
+        model, layer, rows = self._model, use.layer, use.rows.astype(np.int64)
         self._cache.observe(use)
         residency = self._cache.residency(layer)
         placement = self._placement.place(use, residency)

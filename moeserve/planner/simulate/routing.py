@@ -8,7 +8,7 @@ tokens that choose experts, so a popularity becomes a trace, too, by drawing tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ Ids = NDArray[np.int64]
 DRAWN_TOKENS = 4096
 #: layers whose experts are simulated; the others are like them
 MOST_LAYERS = 8
+#: tokens of a long text between two requests
+STRIDE = 797
 #: tokens after which a text has drifted to other experts
 DRIFT_TOKENS = 24
 
@@ -44,27 +46,58 @@ LOW_SKEW, MID_SKEW, HIGH_SKEW = Skew(0.35, 0.7), Skew(0.8, 1.3), Skew(1.0, 1.5)
 
 @dataclass(frozen=True)
 class SimulatedRouting:
-    """ids: [T, L, K], experts of T tokens in the simulated layers. num_experts: of a layer.
-    layers: the simulated ones, by their index in the model. num_layers: of all MoE layers."""
+    """ids: [T, L, K], experts of T tokens in the simulated layers. weights: likewise, of their
+    routers. num_experts: of a layer.
+    layers: the simulated ones, by their index in the model. num_layers: of all MoE layers.
+    requests: (first token, tokens) of each that was recorded; empty: one long text."""
 
     ids: Ids
+    weights: NDArray[np.float32]
     num_experts: int
     layers: tuple[int, ...]
     num_layers: int
+    requests: tuple[tuple[int, int], ...] = ()
+    _prompts: dict[int, NDArray[np.int64]] = field(default_factory=dict, compare=False)
 
     @property
     def share(self) -> float:
         """Simulated layers, of all."""
         return len(self.layers) / self.num_layers
 
-    def rows(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Rows of every expert, [L, E], when these tokens [N] are computed together."""
-        chosen = self.ids[tokens % len(self.ids)]  # [N, L, K]
-        offsets = np.arange(len(self.layers))[:, None] * self.num_experts
-        flat = np.bincount(
-            (chosen + offsets).ravel(), minlength=len(self.layers) * self.num_experts
-        )
-        return flat.reshape(len(self.layers), self.num_experts)
+    def places(
+        self, request: int, positions: NDArray[np.int64], num_prompt: int, num_output: int
+    ) -> NDArray[np.int64]:
+        """Tokens of the trace that stand for positions [N] of a simulated request.
+
+        A recorded request ends with its answer: answers are like the ends of recorded ones, and
+        prompts like all that comes before these, one after the other.
+        """
+        if not self.requests:
+            return (positions + request * STRIDE) % len(self.ids)
+        prompts = self._prompts.get(num_output)
+        if prompts is None:
+            parts = [np.arange(s, s + n - _answer(n, num_output)) for s, n in self.requests]
+            prompts = self._prompts[num_output] = np.concatenate(parts)
+        start, length = self.requests[request % len(self.requests)]
+        answer = _answer(length, num_output)
+        of_answer = start + length - answer + (positions - num_prompt) % max(answer, 1)
+        of_prompt = prompts[(request * num_prompt + positions) % len(prompts)]
+        return np.where(positions < num_prompt, of_prompt, of_answer)
+
+    def uses(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Rows of every expert, and the sum of their weights, [L, E] each, when these tokens [N]
+        are computed together."""
+        shape = len(self.layers), self.num_experts
+        offsets = np.arange(shape[0])[:, None] * self.num_experts
+        chosen = (self.ids[tokens] + offsets).ravel()
+        rows = np.bincount(chosen, minlength=shape[0] * shape[1])
+        weights = np.bincount(chosen, self.weights[tokens].ravel(), shape[0] * shape[1])
+        return rows.reshape(shape), weights.reshape(shape).astype(np.float32)
+
+
+def _answer(length: int, num_output: int) -> int:
+    """Tokens of a recorded request that stand for an answer of so many: at most half of it."""
+    return min(num_output, length // 2)
 
 
 def recorded(trace: RoutingTrace, model: ModelShape) -> SimulatedRouting:
@@ -73,7 +106,9 @@ def recorded(trace: RoutingTrace, model: ModelShape) -> SimulatedRouting:
     check_for_model(trace, sizes, _top_k(model))
     ranks = _sampled(len(sizes))
     layers = tuple(list(sizes)[rank] for rank in ranks)
-    return SimulatedRouting(trace.ids[:, ranks], max(sizes.values()), layers, len(sizes))
+    requests = tuple((r.start, r.length) for r in trace.requests if r.length)
+    ids, weights = trace.ids[:, ranks], trace.weights[:, ranks]
+    return SimulatedRouting(ids, weights, max(sizes.values()), layers, len(sizes), requests)
 
 
 def drawn(skew: Skew, model: ModelShape, seed: int) -> SimulatedRouting:
@@ -84,12 +119,16 @@ def drawn(skew: Skew, model: ModelShape, seed: int) -> SimulatedRouting:
     num_experts, top_k = max(sizes.values()), _top_k(model)
     rng = np.random.default_rng(seed)
     ids = np.empty((DRAWN_TOKENS, len(layers), top_k), np.int64)
+    weights = np.empty(ids.shape, np.float32)
     for rank in range(len(layers)):
         logits = skew.popularity * rng.standard_normal(num_experts)  # [E]
         logits = logits + skew.context * _drift(rng, num_experts)  # [T, E]
         logits = logits + rng.gumbel(size=logits.shape)
         ids[:, rank] = np.argpartition(-logits, top_k - 1, axis=1)[:, :top_k]
-    return SimulatedRouting(ids, num_experts, layers, len(sizes))
+        chosen = np.take_along_axis(logits, ids[:, rank], 1)
+        chosen = np.exp(chosen - chosen.max(1, keepdims=True))
+        weights[:, rank] = chosen / chosen.sum(1, keepdims=True)
+    return SimulatedRouting(ids, weights, num_experts, layers, len(sizes))
 
 
 def _drift(rng: np.random.Generator, num_experts: int) -> NDArray[np.float64]:

@@ -36,6 +36,8 @@ CONFIDENCE, MODEL_ERROR = 0.8, 0.10
 SHEET_CONFIDENCE, SHEET_ERROR = 0.5, 0.35
 #: requests of each client, of which the first and the last are not counted
 ROUNDS, LEAST_ROUNDS = 4, 3
+#: before anything counts: requests at least, and output tokens of each at most
+WARM_REQUESTS, WARM_TOKENS = 6, 32
 #: output tokens beyond which fewer rounds are simulated
 MOST_TOKENS = 40_000
 LEAST_REQUESTS = 8
@@ -111,10 +113,11 @@ def choose_routing(deployment: Deployment, seed: int) -> Routings:
 
 
 def _halves(trace: RoutingTrace) -> Iterator[RoutingTrace]:
-    middle = len(trace.ids) // 2
+    """The first and the second half of the requests; nothing where there is only one."""
+    middle = len(trace.requests) // 2
     if middle:
-        for part in (slice(0, middle), slice(middle, None)):
-            yield replace(trace, ids=trace.ids[part], weights=trace.weights[part], requests=())
+        for part in (trace.requests[:middle], trace.requests[middle:]):
+            yield replace(trace, requests=part)
 
 
 def make_clock(deployment: Deployment, routing: SimulatedRouting | None) -> EngineClock:
@@ -196,17 +199,15 @@ def requests_of(traffic: Traffic, count: int) -> Iterator[Arrival]:
 
 
 def warm_up(deployment: Deployment, clock: EngineClock) -> None:
-    """Lets a cache see as many requests as there are clients before anything counts."""
+    """Lets a cache see some requests before anything counts, so that it is full and has learnt."""
     if deployment.host_slots is None and deployment.device_slots is None:
         return
     traffic = deployment.request.traffic
-    short = min(traffic.output_tokens, 16)
-    shorter = Traffic(
-        concurrency=traffic.concurrency, prompt_tokens=traffic.prompt_tokens, output_tokens=short
-    )
+    shorter = replace(traffic, output_tokens=min(traffic.output_tokens, WARM_TOKENS))
+    count = max(traffic.concurrency, WARM_REQUESTS)
     simulation = make_simulation(deployment, clock)
-    simulation.run_closed(requests_of(shorter, traffic.concurrency), traffic.concurrency)
-    clock.begin()
+    simulation.run_closed(requests_of(shorter, count), traffic.concurrency)
+    clock.begin(count)
 
 
 @dataclass(frozen=True)
