@@ -176,22 +176,23 @@ def check_traffic(traffic: Traffic, shape: ModelShape) -> None:
 
 
 def num_kv_blocks(engine: EngineConfig, shape: ModelShape) -> int:
-    """As the engine sizes its pool (engine/kv_sizes.py)."""
-    kv = engine.kv
+    """As the engine sizes its pool (engine/kv_sizes.py). Raises ConfigError."""
+    kv, block_bytes = engine.kv, shape.kv_token_bytes * engine.kv.block_tokens
     if kv.num_blocks is not None:
         return kv.num_blocks
-    block_bytes = shape.kv_token_bytes * kv.block_tokens
-    affordable = (DEFAULT_KV_BYTES if kv.kv_bytes is None else kv.kv_bytes) // block_bytes
-    if affordable < 1:
-        raise ConfigError(
-            f"kv_bytes: {kv.kv_bytes} is below one block of {block_bytes} bytes",
-            field="kv_bytes",
-            hint="raise --kv-bytes or lower --block-tokens",
-        )
-    per_sequence = -(-shape.context_tokens // kv.block_tokens)
     if kv.kv_bytes is not None:
-        return affordable
-    return min(engine.scheduler.max_running * per_sequence, affordable)
+        if kv.kv_bytes < block_bytes:
+            raise ConfigError(
+                f"kv_bytes: {kv.kv_bytes} is below one block of {block_bytes} bytes",
+                field="kv_bytes",
+                hint="raise --kv-bytes or lower --block-tokens",
+            )
+        return kv.kv_bytes // block_bytes
+    affordable = DEFAULT_KV_BYTES
+    if (budget_bytes := engine.experts.host_memory_bytes) is not None:
+        affordable = min(affordable, (budget_bytes - shape.rest_bytes) // 2)
+    per_sequence = -(-shape.context_tokens // kv.block_tokens)
+    return max(1, min(engine.scheduler.max_running * per_sequence, affordable // block_bytes))
 
 
 def _huge_pages(profile: Profile) -> bool:

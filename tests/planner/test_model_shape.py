@@ -12,7 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moeserve.config import BUNDLED_MODEL, EngineConfig, KvConfig, ModelConfig, SchedulerConfig
+from moeserve.config import (
+    BUNDLED_MODEL,
+    EngineConfig,
+    ExpertConfig,
+    KvConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
 from moeserve.core import ConfigError, ModelError
 from moeserve.engine.kv_sizes import kv_sizes
 from moeserve.models.families import FAMILIES
@@ -155,10 +162,15 @@ def test_kv_pool_is_sized_as_the_engine_does(tmp_path: Path) -> None:
         context = rng.choice([None, rng.randrange(16, 32768)])
         scheduler = SchedulerConfig(max_running=rng.randrange(1, 100))
         model = ModelConfig(context_tokens=context)
-        config = EngineConfig(model=model, kv=kv, scheduler=scheduler)
+        budget = rng.choice([None, rng.randrange(1 << 32, 1 << 36)])
+        experts = ExpertConfig(host_memory_bytes=budget)
+        config = EngineConfig(model=model, kv=kv, scheduler=scheduler, experts=experts)
         shape = read_shape(model, file)
         loaded = SimpleNamespace(
-            spec=spec, dtype=torch.bfloat16, context_tokens=context or spec.context_tokens
+            spec=spec,
+            dtype=torch.bfloat16,
+            context_tokens=context or spec.context_tokens,
+            resident_bytes=shape.rest_bytes,
         )
         expected = kv_sizes(config, cast(Any, loaded)).num_blocks
         assert num_kv_blocks(config, shape) == expected, f"seed {seed}"

@@ -205,7 +205,7 @@ def test_a_picture_of_both_stages(
         (["--slots", "4", "--host-slots", "5"], "contradicts host_slots"),
         (["--slots", "4", "--host-memory", "1GiB"], "contradicts host_memory_bytes"),
         (["--host-slots", "4000"], "is more than the model's 96"),
-        (["--host-memory", "1MiB"], "at least"),
+        (["--host-memory", "1MiB", "--kv-bytes", "8MiB"], "at least"),
         (["--device", "emulated"], "has no device in its profile"),
         (["--quantize", "int3"], "'int3' is not one of"),
         (["--plot", "/nowhere/at/all.png"], "is no directory"),
