@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from moeserve.core import Placement, Routing
-from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
+from moeserve.cpu_backend.backend import CpuBackend, ExpertJob, ExpertParts
 from moeserve.experts.device.torch_grouped import GroupedExperts
-from moeserve.experts.supply import Group, Supplied
+from moeserve.experts.supply import Supplied
 from moeserve.experts.watch import Watch
 
 
@@ -31,7 +29,7 @@ class Executor:
         """
         if self._device is None:
             job = ExpertJob(placement.layer, x, routing, out_dtype=x.dtype)
-            return self._on_cpu(job, placement, supplied.groups)
+            return self._on_cpu(job, placement, supplied)
         if not placement.on_cpu:
             return self._device.run(x, routing, supplied.slots).to(x.dtype)
         host_routing = Routing(routing.ids.cpu(), routing.weights.cpu())
@@ -41,14 +39,20 @@ class Executor:
         total = self._device.run(x, routing, supplied.slots, on_device)
         return (total + ticket.wait().to(total.device)).to(x.dtype)
 
-    def _on_cpu(self, job: ExpertJob, placement: Placement, groups: Iterator[Group]) -> Tensor:
+    def compute(
+        self, parts: ExpertParts, routing: Routing, placement: Placement, supplied: Supplied
+    ) -> None:
+        """Everything that is supplied, on the CPU, into `parts`."""
+        for experts in supplied.groups:
+            with self._watch.computing(placement.layer, experts):
+                parts.add(experts)
+
+    def _on_cpu(self, job: ExpertJob, placement: Placement, supplied: Supplied) -> Tensor:
         """Everything in one call where it is there, which gives the same as part by part."""
         if not placement.fetch_first:
             with self._watch.computing(job.layer):
                 return self._backend.run(job)
         parts = self._backend.in_parts(job)
-        for experts in groups:
-            with self._watch.computing(job.layer, experts):
-                parts.add(experts)
+        self.compute(parts, job.routing, placement, supplied)
         with self._watch.computing(job.layer, ()):
             return parts.total()

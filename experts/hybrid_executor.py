@@ -8,6 +8,7 @@ from torch import Tensor
 from moeserve.core import Placement, Routing
 from moeserve.cpu_backend.backend import ExpertJob
 from moeserve.cpu_backend.native_backend import NativeBackend
+from moeserve.cpu_backend.native_parts import NativeParts
 from moeserve.experts.device.emulated import EmulatedDevice
 from moeserve.experts.supply import Supplied
 from moeserve.experts.watch import Watch
@@ -26,12 +27,18 @@ class HybridExecutor:
         self._watch = watch
 
     def run(self, x: Tensor, routing: Routing, placement: Placement, supplied: Supplied) -> Tensor:
-        """x [T, H] to the weighted sum of each row's experts, [T, H] in the dtype of x.
+        """x [T, H] to the weighted sum of each row's experts, [T, H] in the dtype of x."""
+        job = ExpertJob(placement.layer, x, routing, out_dtype=x.dtype)
+        parts = self._backend.in_parts(job)
+        self.compute(parts, routing, placement, supplied)
+        return parts.total()
 
-        Of every group the device takes its share first, and computes it beside the CPU's.
-        """
+    def compute(
+        self, parts: NativeParts, routing: Routing, placement: Placement, supplied: Supplied
+    ) -> None:
+        """Everything that is supplied, into `parts`. Of every group the device takes its share
+        first, and computes it beside the CPU's."""
         device, layer = self._device, placement.layer
-        parts = self._backend.in_parts(ExpertJob(layer, x, routing, out_dtype=x.dtype))
         costs = device.costs(layer)
         rows = np.bincount(routing.ids.numpy().ravel(), minlength=len(supplied.slots.slots))
         on_cpu = frozenset(placement.on_cpu)
@@ -44,4 +51,3 @@ class HybridExecutor:
                 with device.clock.cpu_work(cpu_us), self._watch.computing(layer, here):
                     parts.add(here)
         device.wait(layer)
-        return parts.total()

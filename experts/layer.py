@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from moeserve.experts.remote import RemoteExecutor
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
+
+AnyExecutor: TypeAlias = Executor | HybridExecutor | RemoteExecutor
 
 
 class Routes(Protocol):
@@ -36,7 +38,7 @@ class MoELayer:
         self,
         layer: int,
         router: Router,
-        executor: Executor | HybridExecutor,
+        executor: AnyExecutor,
         runtime: ExpertRuntime,
     ) -> None:
         self.layer = layer
@@ -100,14 +102,17 @@ def build_moe_layer(
     runtime.backend.add_layer(layer, expert_spec, expert_weights)
     if isinstance(expert_weights, PackedExperts):
         runtime.add_layer(layer, expert_weights)
-    if isinstance(runtime.supply, DeviceSupply):
-        assert isinstance(runtime.backend, NativeBackend), "device and CPU share the native kernels"
-        hybrid = HybridExecutor(runtime.backend, runtime.supply.device, runtime.watch)
-        return MoELayer(layer, router, hybrid, runtime)
-    executor = Executor(runtime.backend, None, runtime.watch)
-    if runtime.workers is not None:
-        assert isinstance(runtime.backend, NativeBackend), "workers compute with native kernels"
-        executor = RemoteExecutor(
-            runtime.backend, runtime.workers, runtime.supply, runtime.cache, runtime.watch
-        )
-    return MoELayer(layer, router, executor, runtime)
+    return MoELayer(layer, router, _executor(runtime), runtime)
+
+
+def _executor(runtime: ExpertRuntime) -> AnyExecutor:
+    """Of experts on the CPU, and beside it."""
+    backend, supply, watch = runtime.backend, runtime.supply, runtime.watch
+    local: Executor | HybridExecutor = Executor(backend, None, watch)
+    if isinstance(supply, DeviceSupply):
+        assert isinstance(backend, NativeBackend), "device and CPU share the native kernels"
+        local = HybridExecutor(backend, supply.device, watch)
+    if runtime.workers is None:
+        return local
+    assert isinstance(backend, NativeBackend), "workers compute with native kernels"
+    return RemoteExecutor(backend, local, runtime.workers, supply, runtime.intra, watch)

@@ -8,20 +8,20 @@ comes, the executor has the supply bring it and computes it itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeserve.cache.expert_cache import ExpertCache, Residency
+from moeserve.cache.expert_cache import Residency
 from moeserve.core import LayerUse, Placement, Routing
 from moeserve.cpu_backend.backend import ExpertJob
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.cpu_backend.worker_types import Pairs
 from moeserve.experts.executor import Executor
+from moeserve.experts.hybrid_executor import HybridExecutor
+from moeserve.experts.layer_use import CountUse, count_use
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler
 from moeserve.experts.supply import ExpertSupply, Supplied
 from moeserve.experts.watch import Watch
@@ -31,7 +31,7 @@ from moeserve.predictors.base import Prediction, Predictor
 class LocalUse:
     """What a step asks of the engine's own tiers: all of it but what workers hold."""
 
-    def __init__(self, pool: WorkerPool, count: Callable[[int, Routing, int], LayerUse]) -> None:
+    def __init__(self, pool: WorkerPool, count: CountUse) -> None:
         self._pool = pool
         self._count = count
 
@@ -71,59 +71,58 @@ class LocalPredictor(Predictor):
         return chances.masked_fill(torch.from_numpy(self._pool.held(len(chances))), 0.0)
 
 
-class RemoteExecutor(Executor):
-    """One layer's expert work, a part of it at workers."""
+class RemoteExecutor:
+    """One layer's expert work, a part of it at workers, the rest by this process's executor."""
 
     def __init__(
         self,
         backend: NativeBackend,
+        local: Executor | HybridExecutor,
         pool: WorkerPool,
         supply: ExpertSupply,
-        cache: ExpertCache,
+        intra: IntraLayerScheduler,
         watch: Watch | None = None,
     ) -> None:
-        super().__init__(backend, None, watch)
-        self._native = backend
+        """intra: places what no worker has given in the end."""
+        self._backend = backend
+        self._local = local
         self._pool = pool
         self._supply = supply
-        self._cache = cache
+        self._intra = intra
+        self._watch = watch or Watch()
 
     def run(self, x: Tensor, routing: Routing, placement: Placement, supplied: Supplied) -> Tensor:
-        """As the base class has it, bit for bit, whoever computes."""
+        """As the local executor has it, bit for bit, whoever computes."""
         pairs = pairs_elsewhere(routing, placement)
         if not len(pairs):
-            return super().run(x, routing, placement, supplied)
+            return self._local.run(x, routing, placement, supplied)
         job = ExpertJob(placement.layer, x, routing, out_dtype=x.dtype)
-        parts = self._native.in_parts(job)
+        parts = self._backend.in_parts(job)
         with self._pool.begin(job, pairs) as exchange:
-            for experts in supplied.groups:
-                with self._watch.computing(job.layer, experts):
-                    parts.add(experts)
+            self._local.compute(parts, routing, placement, supplied)
             with self._watch.timeline.span("workers", layer=job.layer):
                 lost = exchange.collect(parts.put)
             if lost:
-                with self._supply.acquire(self._here(job.layer, lost)) as more:
-                    for experts in more.groups:
-                        with self._watch.computing(job.layer, experts):
-                            parts.add(experts)
+                here = self._here(job, len(supplied.slots.slots), lost)
+                with self._supply.acquire(here) as more:
+                    self._local.compute(parts, routing, here, more)
                 exchange.judge(parts.pairs)
         with self._watch.computing(job.layer, ()):
             return parts.total()
 
-    def _here(self, layer: int, experts: tuple[int, ...]) -> Placement:
-        """Of what no worker has given, what stands in memory and what must be read."""
-        ready = self._cache.residency(layer).ready
-        return Placement(
-            layer,
-            fetch_first=tuple([e for e in experts if e not in ready]),
-            on_cpu=tuple([e for e in experts if e in ready]),
-        )
+    def _here(self, job: ExpertJob, num_experts: int, lost: tuple[int, ...]) -> Placement:
+        """Who of this process computes what no worker has given."""
+        use = count_use(job.layer, job.routing, num_experts)
+        chosen = np.zeros(num_experts, np.bool_)
+        chosen[list(lost)] = True
+        use = LayerUse(job.layer, use.rows * chosen, use.weights * chosen)
+        return self._intra.place(use, self._supply.cache.residency(job.layer))
 
 
 def pairs_elsewhere(routing: Routing, placement: Placement) -> Pairs:
     """Numbers t * K + k of what the placement does not name: row t with its k-th expert."""
     ids = routing.ids.numpy().ravel()
     named = np.zeros(max(1, int(ids.max(initial=0)) + 1), np.bool_)
-    here = np.array(placement.on_cpu + placement.fetch_first, np.int64)
+    here = np.array(placement.on_device + placement.fetch_first + placement.on_cpu, np.int64)
     named[here[here < len(named)]] = True
     return np.flatnonzero(~named[ids])

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from moeserve.cache.expert_cache import ExpertCache, Tier, resident_cache
 from moeserve.cache.policies.resident import ResidentPolicy
 from moeserve.cache.tiers.disk_store import DiskRecord
 from moeserve.config import ExpertConfig
-from moeserve.core import ConfigError, ExpertKey, ExpertSpec, LayerUse, Routing
+from moeserve.core import ConfigError, ExpertKey, ExpertSpec, Routing
 from moeserve.cpu_backend.backend import CpuBackend, Demands
 from moeserve.cpu_backend.choice import BackendChoice, choose_backend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
@@ -24,6 +23,7 @@ from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import DiskTier, build_disk_tier, check_num_slots
 from moeserve.experts.gates import native_products
+from moeserve.experts.layer_use import CountUse, count_use, nobody_looks
 from moeserve.experts.prefetch import PredictorInNeed, WatchedPrefetch
 from moeserve.experts.remote import LocalPredictor, LocalUse, UsedPlacement
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
@@ -41,7 +41,6 @@ from moeserve.predictors.registry import make_predictor
 from moeserve.stats import ExpertStats
 from moeserve.worker_messages import WorkerIdentity
 
-CountUse = Callable[[int, Routing, int], LayerUse]
 #: told (layer, x [T, H], routing) of every layer that runs
 Observer = Callable[[int, torch.Tensor, Routing], None]
 
@@ -131,7 +130,7 @@ class ExpertRuntime:
             supply=tier.supply,
             intra=tier.intra,
             inter=tier.inter,
-            count_use=count_use,
+            count_use=count_use if self.workers is None else self.count_use,
             notes=self.notes | tier.notes,
         )
 
@@ -296,16 +295,3 @@ def describe_slots(cache: ExpertCache, slot_bytes: int) -> str:
         f"{cache.num_slots} of {cache.numbers.total} ({share:.0%}) have room in the host tier,"
         f" {slot_bytes} bytes each; all are on disk"
     )
-
-
-def count_use(layer: int, routing: Routing, num_experts: int) -> LayerUse:
-    """routing's ids and weights [T, K] must be on the CPU."""
-    ids = routing.ids.numpy().ravel()
-    rows = np.bincount(ids, minlength=num_experts).astype(np.int32)
-    weights = np.bincount(ids, routing.weights.numpy().ravel(), num_experts).astype(np.float32)
-    return LayerUse(layer, rows, weights)
-
-
-def nobody_looks(layer: int, routing: Routing, num_experts: int) -> LayerUse:
-    """Where all experts are resident nobody counts: a device would be waited for."""
-    return LayerUse(layer, np.empty(0, np.int32), np.empty(0, np.float32))

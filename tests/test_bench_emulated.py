@@ -3,6 +3,8 @@ simulation of decode, written without any of device, link and executor, says the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from bench_emulated import row_of
@@ -44,7 +46,8 @@ def case() -> Case:
     weights = rng.random(ids.shape).astype(np.float32)
     trace = RoutingTrace("random", ids, weights, (), EXPERTS, tuple(range(LAYERS)))
     tokens = np.arange(TOKENS)
-    return Case(SHAPES[0], trace, tokens[:0], tokens, COSTS, REST_US)
+    shape = replace(SHAPES[0], num_experts=EXPERTS)
+    return Case(shape, trace, tokens[:0], tokens, COSTS, REST_US)
 
 
 @pytest.fixture(scope="module")

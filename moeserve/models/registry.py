@@ -107,7 +107,7 @@ def load_model(
     resident_bytes = 0
     files: tuple[OpenFile, ...] = ()
     if expert_config.workers:
-        _check_workers(config, is_packed(found.path))
+        _check_workers(config, expert_config.emulate_cpu, is_packed(found.path))
     if is_packed(found.path):
         check_packed_settings(config, device)
         tiered = expert_config.is_tiered
@@ -169,12 +169,18 @@ def load_model(
     )
 
 
-def _check_workers(config: ModelConfig, packed: bool) -> None:
-    if config.device != "cpu":
+def _check_workers(config: ModelConfig, emulate_cpu: bool, packed: bool) -> None:
+    if config.device not in ("cpu", "emulated"):
         raise ConfigError(
             f"workers: they are for --device cpu, and device is {config.device}",
             field="workers",
             hint="leave out --worker",
+        )
+    if emulate_cpu:
+        raise ConfigError(
+            "workers: their time is real, and with emulate_cpu no other is",
+            field="workers",
+            hint="leave out --worker or --emulate-cpu",
         )
     if not packed:
         raise ConfigError(

@@ -25,10 +25,11 @@ from moeserve.experts.device.clock import ModelledClock
 from moeserve.experts.device_supply import DeviceSupply, FittingPlacement
 from moeserve.experts.device_tier import emulated_device
 from moeserve.experts.layer import MoELayer, build_moe_layer
+from moeserve.experts.layer_use import count_use
 from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.replay import RoutingReplay, force_routing
 from moeserve.experts.router import RouterSpec, RouterWeights
-from moeserve.experts.runtime import ExpertRuntime, count_use
+from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, TimelinePlacement
 from moeserve.planner.ablation import SPARE_SLOTS, PinnedPolicy, Strategy, popularity, stay
