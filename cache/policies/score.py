@@ -41,23 +41,33 @@ class ScorePolicy(RankedPolicy):
         # [L, L] ln gamma * (share of a pass to go), by the layer that has run last
         self._ahead_from = np.stack([np.roll(steps, rank + 1) for rank in range(count)])
         self._ahead = np.zeros(count)
+        # Predictions since a layer's last use, which nobody has asked the consequences of: a step
+        # that misses nothing asks for no worth.
+        self._predicted: dict[int, NDArray[np.float32]] = {}
 
     def observed(self, use: LayerUse) -> None:
         self._model.learn(use)
+        self._predicted.pop(use.layer, None)
         span = self.numbers.span_of[use.layer]
         self._log_worth[span] = self._log_cost[span] + self._model.log_value[span]
         self._ahead = self._ahead_from[self.numbers.rank_of[use.layer]]
 
     def expected(self, layer: int, probabilities: NDArray[np.float32]) -> None:
-        span = self.numbers.span_of[layer]
-        later = np.exp(self._model.log_value[span])
-        value = self._model.gamma * (probabilities + (1 - probabilities) * later)
-        self._log_worth[span] = self._log_cost[span] + np.log(value)
+        self._predicted[layer] = probabilities.copy()
+
+    def _take_predictions(self) -> None:
+        for layer, probabilities in self._predicted.items():
+            span = self.numbers.span_of[layer]
+            later = np.exp(self._model.log_value[span])
+            value = self._model.gamma * (probabilities + (1 - probabilities) * later)
+            self._log_worth[span] = self._log_cost[span] + np.log(value)
+        self._predicted.clear()
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
         """Everything was said by `observed`."""
 
     def worth(self, numbers: Numbers) -> NDArray[np.float64]:
+        self._take_predictions()
         worth: NDArray[np.float64] = (
             self._log_worth[numbers] + self._ahead[self.numbers.rank[numbers]]
         )
