@@ -20,6 +20,8 @@ from moeserve.experts.schedule.profile import Figure
 UNDISTURBED = 0.25
 #: deviations of a normal distribution that hold 95 % of it
 CONFIDENCE_95 = 1.96
+#: times as many samples are taken of a difference that has not shown yet
+PATIENCE = 8
 Sample = Callable[[], float]
 
 
@@ -92,8 +94,9 @@ class Repeats:
         if job.count < self.at_least:
             return False
         job.judge()
-        known = job.figure.value > 0 and job.figure.interval <= self.known_to
-        return known or (over and job.figure.value > 0) or job.count >= self.at_most
+        if job.figure.value <= 0:  # a difference within the noise: so far nothing is known of it
+            return job.count >= PATIENCE * self.at_most
+        return job.figure.interval <= self.known_to or over or job.count >= self.at_most
 
 
 class _Job:
