@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,14 @@ from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 
 from moeserve.cache.policies import registry
-from moeserve.config import BUNDLED_MODEL, ModelConfig
+from moeserve.config import (
+    BUNDLED_MODEL,
+    EngineConfig,
+    ExpertConfig,
+    KvConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
 from moeserve.core import ConfigError, ErrorCode, FinishReason
 from moeserve.engine.engine import Engine
 from moeserve.experts.device_supply import DeviceSupply
@@ -110,6 +118,54 @@ def test_same_bits_while_both_tiers_change_their_size(packed: Path, resident: En
         assert (supply.cache.num_slots, host.disk.cache.num_slots) == (1, 2)
         assert answers(engine, requests) == expected
         assert [(c.tier, c.num_slots) for c in supply.stats()[0]] == [("device", 1), ("host", 2)]
+    finally:
+        engine.close()
+
+
+def test_kv_and_host_slots_share_a_budget_below_a_device(packed: Path, resident: Engine) -> None:
+    """Kv takes slots of the host tier while copies to the device are made from them."""
+    rng = random.Random(fresh_seed())
+    requests = make_requests(rng, resident.info.vocab_size)
+    expected = answers(resident, requests)
+    kv = KvConfig(num_blocks=80, block_tokens=4)
+
+    def engine_with(budget_bytes: int) -> Engine:
+        return Engine.from_config(
+            EngineConfig(
+                model=ModelConfig(model=str(packed), device="emulated"),
+                kv=kv,
+                scheduler=SchedulerConfig(max_batch_tokens=24),
+                experts=ExpertConfig(
+                    cpu_backend="native",
+                    num_threads=2,
+                    device_slots=rng.choice((1, 10, 40)),
+                    host_memory_bytes=budget_bytes,
+                    predictor="markov",
+                    emulate_cpu=rng.random() < 0.5,
+                ),
+            )
+        )
+
+    with pytest.raises(ConfigError, match="at least") as refused:
+        engine_with(4 << 20)
+    least = int(re.findall(r"at least (\d+)", str(refused.value))[0])
+    engine = engine_with(least)
+    supply, host = tiers_of(engine)
+    sizes: set[int] = set()
+
+    def check() -> None:
+        division = engine.stats().memory
+        assert division is not None
+        cache = host.disk.cache
+        assert not cache.num_owed
+        slots_bytes = cache.num_slots * host.disk.slots.slot_bytes
+        assert slots_bytes + engine.kv_bytes + division.weights_bytes <= least
+        sizes.add(cache.num_slots)
+        supply.check_integrity()
+
+    try:
+        assert answers(engine, requests, between=check) == expected
+        assert len(sizes) > 1, "kv took no slots"
     finally:
         engine.close()
 
