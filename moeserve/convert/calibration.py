@@ -17,27 +17,44 @@ MIN_WINDOWS = 5
 
 @dataclass(frozen=True)
 class Calibration:
-    """windows: [N, W] token ids; every HELD_BACK-th is measured on, the others are learnt from."""
+    """learnt_from, held_back: [N, W] token ids. Rows of tokens come in that order."""
 
-    windows: Tensor
+    learnt_from: Tensor
+    held_back: Tensor
 
-    def __post_init__(self) -> None:
-        """Raises ConfigError where there is too little."""
-        count, length = self.windows.shape
+    @staticmethod
+    def of(windows: Tensor) -> Calibration:
+        """windows: [N, W], of which every HELD_BACK-th is kept back.
+
+        Raises ConfigError where there are too few.
+        """
+        count, length = windows.shape
         if count < MIN_WINDOWS:
             raise ConfigError(
                 f"text: {count} windows of {length} tokens; {MIN_WINDOWS} or more are needed",
                 field="text",
                 hint="give more text, or a smaller --window",
             )
+        kept = torch.arange(count) % HELD_BACK == HELD_BACK - 1
+        return Calibration(windows[~kept], windows[kept])
 
-    def held_back(self) -> Tensor:
-        """[N] bool."""
-        return torch.arange(len(self.windows)) % HELD_BACK == HELD_BACK - 1
+    @property
+    def window_tokens(self) -> int:
+        return self.learnt_from.shape[1]
 
-    def rows(self) -> Tensor:
-        """[N * W] bool: tokens that are held back."""
-        return self.held_back().repeat_interleave(self.windows.shape[1])
+    @property
+    def learnt_rows(self) -> slice:
+        """Of the rows of all tokens."""
+        return slice(0, self.learnt_from.numel())
+
+    @property
+    def held_back_rows(self) -> slice:
+        return slice(self.learnt_from.numel(), None)
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[T] of all rows."""
+        return torch.cat((self.learnt_from, self.held_back)).flatten()
 
     def digest(self) -> str:
-        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.token_ids.numpy().tobytes()).hexdigest()[:16]

@@ -90,9 +90,9 @@ def convert_layers(
     write_safetensors(workplace.shard(total + 1, total + 1), sources)
     model.checkpoint.check_unchanged()
     mean = sum(report["agreement"] for report in state.reports) / total
-    windows = text.windows[text.held_back()]
+    windows = text.held_back
     quality = Quality(
-        measure_perplexity(model, state.hidden["dense"][text.rows()], windows),
+        measure_perplexity(model, state.hidden["dense"][text.held_back_rows], windows),
         measure_perplexity(model, state.hidden["moe"], windows),
         mean,
     )
@@ -104,9 +104,9 @@ def _embed(model: DenseModel, text: Calibration) -> dict[str, Tensor]:
     """dense: the stream of the dense model for all of the text; moe: of the converted one, for
     what is held back. Both [T, H] float32."""
     table = model.checkpoint.read(EMBEDDING)
-    dense = F.embedding(text.windows.flatten(), table).float()
+    dense = F.embedding(text.token_ids, table).float()
     model.checkpoint.release(EMBEDDING)
-    return {"dense": dense, "moe": dense[text.rows()]}
+    return {"dense": dense, "moe": dense[text.held_back_rows]}
 
 
 def _convert_layer(
@@ -119,11 +119,11 @@ def _convert_layer(
 ) -> State:
     started = time.monotonic()
     index, total = state.num_layers, model.spec.num_layers
-    runner = LayerRunner(model, index, text.windows.shape[1])
+    runner = LayerRunner(model, index, text.window_tokens)
     after, normed = runner.attend(state.hidden["dense"])
     activations = runner.ffn.activations(normed)
-    held_back = text.rows()
-    sample = LayerSample.of(runner.ffn, normed[~held_back], activations[~held_back])
+    rows = text.learnt_rows
+    sample = LayerSample.of(runner.ffn, normed[rows], activations[rows])
     split = split_layer(sample, settings, shape, index)
     dtype = model.checkpoint.dtype(f"model.layers.{index}.mlp.gate_proj.weight")
     router = _fit(settings, shape, split, sample)
@@ -132,7 +132,8 @@ def _convert_layer(
         fitted = refit_down(sample, layer.weights(sample.normed)).to(dtype)
         layer = replace(layer, down=fitted)
     del sample
-    held = LayerSample.of(runner.ffn, normed[held_back], activations[held_back])
+    rows = text.held_back_rows
+    held = LayerSample.of(runner.ffn, normed[rows], activations[rows])
     report = judge(router, layer, held)
     del held
     dense = after + product(activations, runner.ffn.down)

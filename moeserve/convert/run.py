@@ -85,4 +85,4 @@ def read_calibration(
             f"{model.spec.vocab_size}",
             hint="the tokeniser belongs to another model",
         )
-    return Calibration(windows)
+    return Calibration.of(windows)

@@ -1,0 +1,137 @@
+"""Compare ways of converting a dense model: methods, routers, shares of the FFN that are idle.
+
+    python scripts/bench_conversion.py DENSE --text calibration.txt [--experts 16] [--plot out.png]
+
+Every line is a whole conversion; perplexities are those of its card, on windows of the text that
+nothing was fitted to, over that of the dense model. Prints a table in Markdown and, as its last
+line, all figures as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from moeserve.config import ModelConfig
+from moeserve.convert.run import convert
+from moeserve.convert.settings import METHODS, ROUTERS, ConvertSettings
+from moeserve.progress import LoadingBar
+
+
+@dataclass(frozen=True)
+class Line:
+    """A conversion and what came of it. ratio: perplexity over the dense model's."""
+
+    method: str
+    router: str
+    refit: bool
+    idle: float
+    ratio: float
+    agreement: float
+    chance: float
+    seconds: float
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("dense", help="directory or hub id")
+    add("--text", type=Path, nargs="+", required=True, help="calibration text")
+    add("--experts", type=int, default=16, help="parts of every FFN (%(default)s)")
+    add("--idle", type=float, nargs="+", default=[0.25, 0.5], help="shares (%(default)s)")
+    add("--shared-share", type=float, default=0.25, help="(%(default)s)")
+    add("--tokens", type=int, default=32_768, help="of the text (%(default)s)")
+    add("--window", type=int, default=512, help="(%(default)s)")
+    add("--threads", type=int, default=2, help="of torch (%(default)s)")
+    add("--plot", type=Path, help="picture to write")
+    return parser.parse_args()
+
+
+def cases(args: argparse.Namespace) -> Iterator[ConvertSettings]:
+    """All methods with the best router, all routers with the best method."""
+    for idle in args.idle:
+        common = {
+            "experts": args.experts,
+            "active": round(args.experts * (1 - idle)),
+            "shared_share": args.shared_share,
+            "max_tokens": args.tokens,
+            "window_tokens": args.window,
+        }
+        for method in METHODS:
+            for refit in (False, True):
+                yield ConvertSettings(method=method, refit=refit, **common)
+        for router in ROUTERS[1:]:
+            yield ConvertSettings(router=router, **common)
+
+
+def measure(args: argparse.Namespace, settings: ConvertSettings) -> Line:
+    with tempfile.TemporaryDirectory() as directory, LoadingBar() as bar, torch.inference_mode():
+        config = ModelConfig(model=args.dense)
+        made = convert(config, Path(directory) / "out", args.text, settings, bar)
+    quality = made.quality
+    return Line(
+        method=settings.method,
+        router=settings.router,
+        refit=settings.refit,
+        idle=1 - settings.active / settings.experts,
+        ratio=quality.perplexity / quality.dense_perplexity,
+        agreement=quality.agreement,
+        chance=sum(report["chance"] for report in made.reports) / len(made.reports),
+        seconds=made.seconds,
+    )
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """One group of bars per method and router, by share that is idle."""
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(_name(line) for line in lines))
+    shares = sorted({line.idle for line in lines})
+    for number, idle in enumerate(shares):
+        ratios = {_name(line): line.ratio for line in lines if line.idle == idle}
+        places = [place + 0.8 * number / len(shares) for place in range(len(names))]
+        heights = [ratios[name] for name in names]
+        bars = axes.bar(places, heights, 0.75 / len(shares), label=f"{idle:.0%} idle")
+        axes.bar_label(bars, fmt="%.2f", fontsize=6)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
+    axes.set(ylabel="perplexity over the dense model's", yscale="log")
+    axes.axhline(1.0, color="0.4", linewidth=0.8)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _name(line: Line) -> str:
+    return f"{line.method}, {line.router}{', refit' if line.refit else ''}"
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    print("| FFN idle | method | router | refit | perplexity | agreement | by chance | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    lines = []
+    for settings in cases(args):
+        line = measure(args, settings)
+        lines.append(line)
+        print(
+            f"| {line.idle:.0%} | {line.method} | {line.router} | {'yes' if line.refit else 'no'} "
+            f"| {line.ratio:.3f} × | {line.agreement:.2f} | {line.chance:.2f} "
+            f"| {line.seconds:.1f} |",
+            flush=True,
+        )
+    if args.plot is not None:
+        draw(lines, args.plot)
+    print(json.dumps([asdict(line) for line in lines]))
+
+
+if __name__ == "__main__":
+    main()
