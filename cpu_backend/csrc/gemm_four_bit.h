@@ -8,8 +8,8 @@
 namespace {
 
 // Taking nibbles apart costs as much as three rows' products, so it is done once for a block of
-// inputs, into bytes that stay in the first-level cache while all rows pass by. The arithmetic, and
-// with it every bit of the result, is IntTile's.
+// inputs: by the first tile of rows, into bytes that stay in the first-level cache while the others
+// pass by. The arithmetic, and with it every bit of the result, is IntTile's.
 template <Format kFormat, bool kAsymmetric>
 struct UnpackedProduct {
   using Tile = IntTile<kFormat, kAsymmetric>;
@@ -20,7 +20,8 @@ struct UnpackedProduct {
   struct Block {
     const GemmJob *job;
     const std::uint8_t *panel[kPanels];
-    const std::uint8_t *codes[kPanels];  // [inputs / 4][16 outputs][4]
+    const std::uint8_t *chunks[kPanels];  // of the block's first group
+    std::uint8_t *codes[kPanels];         // [inputs / 4][16 outputs][4]
     int first_panel, num_panels;
     int first_group, num_groups;
     bool last;
@@ -48,8 +49,7 @@ struct UnpackedProduct {
         for (int p = 0; p < panels; ++p) {
           block.panel[p] = job.panels + (first + p) * layout.panel_bytes;
           block.codes[p] = codes[p];
-          unpack(block.panel[p] + g * group_chunks * kChunkBytes, block.num_groups * group_chunks,
-                 codes[p]);
+          block.chunks[p] = block.panel[p] + g * group_chunks * kChunkBytes;
         }
         if (panels == kPanels) {
           cover<kPanels>(block, ahead, rows_ahead);
@@ -62,29 +62,36 @@ struct UnpackedProduct {
   }
 
  private:
-  static void unpack(const std::uint8_t *chunk, int num_chunks, std::uint8_t *codes) {
-    for (int c = 0; c < num_chunks; ++c) {
-      Vec::I low, high;
-      Tile::take_apart(Vec::load64(chunk + c * kChunkBytes), low, high);
-      Vec::store64(codes + 2 * c * kChunkBytes, low);
-      Vec::store64(codes + (2 * c + 1) * kChunkBytes, high);
+  template <int P>
+  static void cover(const Block &block, PanelsAhead &ahead, RowsAhead &rows_ahead) {
+    for_row_tiles<kRows, P>(
+        block.job->num_rows, [&](auto rows, int row) __attribute__((always_inline)) {
+          rows_ahead.step();
+          constexpr int kR = decltype(rows)::value;
+          row == 0 ? tile<kR, P, true>(block, row, ahead) : tile<kR, P, false>(block, row, ahead);
+        });
+  }
+
+  // Codes of chunk c. kFirst: they are taken apart here, and kept for the tiles that follow.
+  template <bool kFirst>
+  MOESERVE_INLINE static void load_codes(const Block &block, int p, int c, Vec::I &low,
+                                         Vec::I &high) {
+    std::uint8_t *codes = block.codes[p] + 2 * c * kChunkBytes;
+    if constexpr (kFirst) {
+      Tile::take_apart(Vec::load64(block.chunks[p] + c * kChunkBytes), low, high);
+      Vec::store64(codes, low);
+      Vec::store64(codes + kChunkBytes, high);
+    } else {
+      low = Vec::load64(codes);
+      high = Vec::load64(codes + kChunkBytes);
     }
   }
 
-  template <int P>
-  static void cover(const Block &block, PanelsAhead &ahead, RowsAhead &rows_ahead) {
-    for_row_tiles<kRows, P>(block.job->num_rows,
-                            [&](auto rows, int row) __attribute__((always_inline)) {
-                              rows_ahead.step();
-                              tile<decltype(rows)::value, P>(block, row, ahead);
-                            });
-  }
-
-  template <int R, int P>
+  template <int R, int P, bool kFirst>
   static void tile(const Block &block, int first_row, PanelsAhead &all_ahead) {
     const GemmJob &job = *block.job;
     const PackedLayout &layout = *job.layout;
-    const int steps = layout.group_cols / 4;
+    const int group_chunks = layout.group_cols / chunk_inputs(kFormat);
     const Place place = {job, first_row, block.first_panel, all_ahead};
     const std::int8_t *x[R];
     const std::int32_t *sums[R];
@@ -102,13 +109,14 @@ struct UnpackedProduct {
       ahead.step();
       Tile::template start_group<R, P>(layout, block.panel, block.first_group + g, sums, g, acc);
       // In runs of 32 inputs, the smallest group.
-      for (int s = g * steps; s < (g + 1) * steps; s += 8) {
-        MOESERVE_UNROLL for (int j = 0; j < 8; ++j) {
-          Vec::I codes[P];
+      for (int c = g * group_chunks; c < (g + 1) * group_chunks; c += 4) {
+        MOESERVE_UNROLL for (int j = 0; j < 4; ++j) {
+          Vec::I low[P], high[P];
           MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
-            codes[p] = Vec::load64(block.codes[p] + (s + j) * kChunkBytes);
+            load_codes<kFirst>(block, p, c + j, low[p], high[p]);
           }
-          Tile::template add_products<R, P>(codes, x, 4 * (s + j), acc);
+          Tile::template add_products<R, P>(low, x, 8 * (c + j), acc);
+          Tile::template add_products<R, P>(high, x, 8 * (c + j) + 4, acc);
         }
       }
       MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
