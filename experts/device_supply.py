@@ -104,6 +104,8 @@ class DeviceSupply(ExpertSupply):
         self.device.slots.grow(num_slots)
         change = self.cache.resize(num_slots)
         self.device.slots.grow(1 + max(change.added, default=-1))
+        for slot in change.added:
+            self.device.slots.take_back(slot)
         for slot in change.given_up:
             self.device.slots.give_back(slot)
 

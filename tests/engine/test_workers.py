@@ -210,6 +210,43 @@ def test_what_does_not_fit_is_refused_by_name(packed: Path, tmp_path: Path) -> N
         make_engine(BUNDLED_MODEL, workers=(endpoint,))
 
 
+def test_an_engine_can_be_told_to_go_on_without(
+    packed: Path, alone: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is not there, and one of another ISA level; the former comes later and is used."""
+    rng = random.Random(fresh_seed())
+    requests = make_requests(rng, alone.info.vocab_size)
+    expected = answers(alone, requests)
+    absent, other = f"ipc://{tmp_path}/absent", f"ipc://{tmp_path}/other"
+    with worker_thread(packed, other, "0/2", isa="scalar"):
+        engine = make_engine(
+            packed,
+            workers=(absent, other),
+            worker_absent="go_on",
+            worker_timeout_s=60.0,
+            worker_start_s=0.5,
+            host_slots=rng.choice((None, 4)),
+        )
+        try:
+            assert f"{absent}: does not answer; going on without it" in caplog.text
+            assert "isa scalar there" in caplog.text
+            assert "does not answer" in engine.info.notes["workers"]
+            assert answers(engine, requests) == expected
+            assert pool_of(engine).count.num_pairs == 0
+            with worker_thread(packed, absent, "1/2"):
+                while not pool_of(engine).links[0].live:  # bounded by the test's own limit
+                    pool_of(engine).wait()
+                    pool_of(engine).refresh()
+                assert answers(engine, requests) == expected
+                assert pool_of(engine).count.num_pairs > 0
+                first, second = pool_of(engine).stats().workers
+                assert (first.live, first.shard, second.live) == (True, "1/2", False)
+                assert second.refusals >= 1
+                assert first.busy_s > 0
+        finally:
+            engine.close()
+
+
 def test_one_shard_has_one_worker_and_another_standing_by(
     packed: Path, alone: Engine, tmp_path: Path
 ) -> None:
