@@ -181,15 +181,42 @@ void LookaheadPredictor::bins_of(const View &view, const float *scores, std::int
   }
 }
 
+// One call: what it reads and writes, and its items.
 struct ResidualPredictor::Work {
-  const ResidualView *view;
-  const RoutedRows *rows;
+  const Kernels &kernels;
+  const ResidualView &view;
+  const RoutedRows &rows;
+  const std::int64_t *before;     // [num_rows] as in begin_step
   const float *past, *past_next;  // [rows of the step before, view.rank], or null
-  float *products;                // [num_rows, width]
-  int width;
-  float *units;    // [num_rows, top_k, view.units]
-  float *weights;  // [num_rows, top_k], with a mean of one
-  float *total(std::int64_t row) const { return products + row * width; }
+  RowFormat format;
+  Rows prepared;
+  const float *ones;  // [H]
+  float *states;      // [num_rows, H]
+  float *products;    // [num_rows, width]
+  float *units;       // [num_rows, top_k, view.units]
+  float *weights;     // [num_rows, top_k], with a mean of one
+
+  const PackedLayout &layout() const { return view.products.layout; }
+  int width() const { return layout().rows; }
+  int top_k() const { return view.num_ahead > 0 ? rows.top_k : 0; }
+  float *total(std::int64_t row) const { return products + row * width(); }
+  std::int64_t panel_items() const { return (layout().num_panels + kItemPanels - 1) / kItemPanels; }
+  std::int64_t row_items() const { return (rows.num_rows + kRowsPerItem - 1) / kRowsPerItem; }
+  std::int64_t blocks() const { return (view.outputs + kItemColumns - 1) / kItemColumns; }
+  int scratch_size() const { return std::max(view.rank, top_k() * view.units); }
+  std::size_t unit_bytes() const {
+    return static_cast<std::size_t>(view.units / kPanelOutputs) * layout().panel_bytes;
+  }
+  std::int64_t bytes_read() const {
+    const auto each = static_cast<std::int64_t>(layout().bytes());
+    return rows.num_rows * (each + top_k() * static_cast<std::int64_t>(unit_bytes()));
+  }
+
+  void prepare(std::int64_t row) const;
+  void multiply(std::int64_t item) const;   // some panels, for some rows
+  void run_units(std::int64_t item) const;  // of one expert, for one row
+  void add_contexts(std::int64_t row, float *scratch) const;
+  void add_outputs(std::int64_t row, int begin, int end) const;
 };
 
 ResidualPredictor::ResidualPredictor(int num_layers, int num_experts)
@@ -242,147 +269,145 @@ bool ResidualPredictor::predict(Runtime &runtime, int place, const RoutedRows &r
   Place &own = places_[static_cast<std::size_t>(place)];
   if (!own.is_set || rows.num_rows != num_rows_) return false;
   const ResidualView &view = own.view;
-  const Kernels &kernels = runtime.kernels;
-  const PackedLayout &layout = view.products.layout;
-  const std::int64_t count = rows.num_rows;
-  const int hidden = layout.cols, width = layout.rows, top_k = view.num_ahead > 0 ? rows.top_k : 0;
-  const std::int64_t num_units = count * top_k;
-  const RowFormat format = row_format(kernels, layout);
-  const Rows prepared = prepared_.take(format, count);
-  auto *ones = ones_.take<float>(static_cast<std::size_t>(hidden));
-  std::fill_n(ones, hidden, 1.0f);
-  auto *states = states_.take<float>(count_of(count, hidden));
-  Work work = {&view,
-               &rows,
-               last(place, &Past::own, view.rank),
-               last(place + 1, &Past::next, view.rank),
-               products_.take<float>(count_of(count, width)),
-               width,
-               units_.take<float>(count_of(num_units, view.units)),
-               weights_.take<float>(count_of(num_units, 1))};
-  const int scratch_size = std::max(view.rank, top_k * view.units);
+  const Work work = begin(runtime.kernels, place, rows);
+  const int scratch_size = work.scratch_size();
   auto *scratch = scratch_.take<float>(count_of(runtime.pool.num_threads(), scratch_size));
-
-  const auto x_bytes = static_cast<std::int64_t>(size_of(rows.dtype)) * rows.x_stride;
-  const std::int64_t panel_items = (layout.num_panels + kItemPanels - 1) / kItemPanels;
-  const std::int64_t row_items = (count + kRowsPerItem - 1) / kRowsPerItem;
-  const std::int64_t blocks = (view.outputs + kItemColumns - 1) / kItemColumns;
-  const std::size_t unit_bytes =
-      static_cast<std::size_t>(view.units / kPanelOutputs) * layout.panel_bytes;
-  const auto multiply = [&](std::int64_t item) {  // some panels, for some rows
-    const std::int64_t panel = item % panel_items * kItemPanels;
-    const std::int64_t row = item / panel_items * kRowsPerItem;
-    GemmJob job = {};
-    job.panels = view.products.panels + static_cast<std::size_t>(panel) * layout.panel_bytes;
-    job.layout = &layout;
-    job.rows = rows_from(prepared, format, row);
-    job.row_format = &format;
-    job.num_rows = static_cast<int>(std::min(kRowsPerItem, count - row));
-    job.num_panels = static_cast<int>(std::min(kItemPanels, layout.num_panels - panel));
-    job.out = work.total(row) + panel * kPanelOutputs;
-    job.out_stride = static_cast<std::size_t>(width);
-    kernels.gemm(job);
-  };
-  const auto run_units = [&](std::int64_t item) {  // of one expert, for one row
-    const auto expert = static_cast<std::size_t>(rows.ids[item]);
-    GemmJob job = {};
-    job.panels = view.expert_in.panels + expert * unit_bytes;
-    job.layout = &view.expert_in.layout;
-    job.rows = rows_from(prepared, format, item / top_k);
-    job.row_format = &format;
-    job.num_rows = 1;
-    job.num_panels = view.units / kPanelOutputs;
-    job.out = work.units + item * view.units;
-    job.out_stride = static_cast<std::size_t>(view.units);
-    kernels.gemm(job);
-    kernels.accumulate(job.out, view.expert_in.bias + expert * job.out_stride, nullptr, 1.0f,
-                       view.units);
-  };
   const auto region = [&](Worker &worker) {
-    worker.share(count, [&](std::int64_t row) {
-      float *state = states + row * hidden;
-      kernels.to_float(rows.dtype, static_cast<const std::uint8_t *>(rows.x) + row * x_bytes, state,
-                       hidden);
-      kernels.rms_norm(Dtype::kF32, state, ones, kEps, state, hidden);
-      kernels.prepare_row(format, Dtype::kF32, state, prepared, row);
-    });
-    const std::int64_t products = panel_items * row_items;
-    worker.share(products + num_units, [&](std::int64_t item) {
-      item < products ? multiply(item) : run_units(item - products);
+    worker.share(rows.num_rows, [&](std::int64_t row) { work.prepare(row); });
+    const std::int64_t products = work.panel_items() * work.row_items();
+    worker.share(products + rows.num_rows * work.top_k(), [&](std::int64_t item) {
+      item < products ? work.multiply(item) : work.run_units(item - products);
     });
     if (view.num_ahead == 0) return;
-    worker.share(count, [&](std::int64_t row) {
-      add_contexts(kernels, work, row, scratch + worker.index() * scratch_size);
+    worker.share(rows.num_rows, [&](std::int64_t row) {
+      work.add_contexts(row, scratch + worker.index() * scratch_size);
     });
-    worker.share(count * blocks, [&](std::int64_t item) {
-      const int begin = static_cast<int>(item % blocks) * kItemColumns;
-      add_outputs(kernels, work, item / blocks, begin,
-                  std::min(begin + kItemColumns, view.outputs));
+    worker.share(rows.num_rows * work.blocks(), [&](std::int64_t item) {
+      const int first = static_cast<int>(item % work.blocks()) * kItemColumns;
+      work.add_outputs(item / work.blocks(), first, std::min(first + kItemColumns, view.outputs));
     });
   };
-  const auto bytes = static_cast<std::int64_t>(layout.bytes()) * count +
-                     num_units * static_cast<std::int64_t>(unit_bytes);
-  runtime.pool.run(region, bytes < kAloneBytes);
+  runtime.pool.run(region, work.bytes_read() < kAloneBytes);
   keep(own, work);
   for (int ahead = 0; ahead < view.num_ahead; ++ahead) {
-    any_row(work.products + ahead * num_experts_, count, width, num_experts_,
+    any_row(work.products + ahead * num_experts_, rows.num_rows, work.width(), num_experts_,
             view.out + ahead * num_experts_);
   }
   return view.num_ahead > 0;
 }
 
+ResidualPredictor::Work ResidualPredictor::begin(const Kernels &kernels, int place,
+                                                 const RoutedRows &rows) {
+  const ResidualView &view = places_[static_cast<std::size_t>(place)].view;
+  const PackedLayout &layout = view.products.layout;
+  const std::int64_t count = rows.num_rows, choices = count * rows.top_k;
+  const RowFormat format = row_format(kernels, layout);
+  auto *ones = ones_.take<float>(static_cast<std::size_t>(layout.cols));
+  std::fill_n(ones, layout.cols, 1.0f);
+  return {.kernels = kernels,
+          .view = view,
+          .rows = rows,
+          .before = before_.data(),
+          .past = last(place, &Past::own, view.rank),
+          .past_next = last(place + 1, &Past::next, view.rank),
+          .format = format,
+          .prepared = prepared_.take(format, count),
+          .ones = ones,
+          .states = states_.take<float>(count_of(count, layout.cols)),
+          .products = products_.take<float>(count_of(count, layout.rows)),
+          .units = units_.take<float>(count_of(choices, view.units)),
+          .weights = weights_.take<float>(count_of(choices, 1))};
+}
+
+// A row's state, its root mean square brought to one, in the form in which it is multiplied.
+void ResidualPredictor::Work::prepare(std::int64_t row) const {
+  const int hidden = layout().cols;
+  const auto bytes = static_cast<std::int64_t>(size_of(rows.dtype)) * rows.x_stride;
+  float *state = states + row * hidden;
+  kernels.to_float(rows.dtype, static_cast<const std::uint8_t *>(rows.x) + row * bytes, state,
+                   hidden);
+  kernels.rms_norm(Dtype::kF32, state, ones, kEps, state, hidden);
+  kernels.prepare_row(format, Dtype::kF32, state, prepared, row);
+}
+
+void ResidualPredictor::Work::multiply(std::int64_t item) const {
+  const std::int64_t panel = item % panel_items() * kItemPanels;
+  const std::int64_t row = item / panel_items() * kRowsPerItem;
+  GemmJob job = {};
+  job.panels = view.products.panels + static_cast<std::size_t>(panel) * layout().panel_bytes;
+  job.layout = &layout();
+  job.rows = rows_from(prepared, format, row);
+  job.row_format = &format;
+  job.num_rows = static_cast<int>(std::min(kRowsPerItem, rows.num_rows - row));
+  job.num_panels = static_cast<int>(std::min(kItemPanels, layout().num_panels - panel));
+  job.out = total(row) + panel * kPanelOutputs;
+  job.out_stride = static_cast<std::size_t>(width());
+  kernels.gemm(job);
+}
+
+void ResidualPredictor::Work::run_units(std::int64_t item) const {
+  const auto expert = static_cast<std::size_t>(rows.ids[item]);
+  GemmJob job = {};
+  job.panels = view.expert_in.panels + expert * unit_bytes();
+  job.layout = &view.expert_in.layout;
+  job.rows = rows_from(prepared, format, item / rows.top_k);
+  job.row_format = &format;
+  job.num_rows = 1;
+  job.num_panels = view.units / kPanelOutputs;
+  job.out = units + item * view.units;
+  job.out_stride = static_cast<std::size_t>(view.units);
+  kernels.gemm(job);
+  const float *bias = view.expert_in.bias + expert * job.out_stride;
+  kernels.accumulate(job.out, bias, nullptr, 1.0f, view.units);
+}
+
 // A row's context, its activation, and the units of its experts, ready to be multiplied.
-void ResidualPredictor::add_contexts(const Kernels &kernels, const Work &work, std::int64_t row,
-                                     float *scratch) const {
-  const ResidualView &view = *work.view;
-  const int top_k = work.rows->top_k;
-  const float *given = work.rows->weights + row * top_k;
-  float *weights = work.weights + row * top_k;
+void ResidualPredictor::Work::add_contexts(std::int64_t row, float *scratch) const {
+  const std::int64_t first = row * rows.top_k;
+  const float *given = rows.weights + first;
   float sum = 0.0f;
-  for (int k = 0; k < top_k; ++k) sum += given[k];
-  const float mean = sum / static_cast<float>(top_k) + kEps;
-  float *context = work.total(row) + view.outputs;
+  for (int k = 0; k < rows.top_k; ++k) sum += given[k];
+  const float mean = sum / static_cast<float>(rows.top_k) + kEps;
+  float *context = total(row) + view.outputs;
   kernels.accumulate(context, view.bias + view.outputs, nullptr, 1.0f, view.rank);
-  const std::int64_t before = before_[static_cast<std::size_t>(row)];
-  if (work.past != nullptr && work.past_next != nullptr && before >= 0) {
-    const std::int64_t at = before * view.rank;
-    kernels.accumulate(context, work.past + at, nullptr, 1.0f, view.rank);
-    kernels.accumulate(context, work.past_next + at, nullptr, 1.0f, view.rank);
+  const std::int64_t last = before[row];
+  if (past != nullptr && past_next != nullptr && last >= 0) {
+    const std::int64_t at = last * view.rank;
+    kernels.accumulate(context, past + at, nullptr, 1.0f, view.rank);
+    kernels.accumulate(context, past_next + at, nullptr, 1.0f, view.rank);
   }
   const std::int64_t stride = view.outputs + view.rank;
-  for (int k = 0; k < top_k; ++k) {
-    weights[k] = given[k] / mean;
-    const std::int64_t expert = work.rows->ids[row * top_k + k];
-    kernels.accumulate(context, view.chosen + expert * stride + view.outputs, nullptr, weights[k],
-                       view.rank);
+  for (int k = 0; k < rows.top_k; ++k) {
+    weights[first + k] = given[k] / mean;
+    const std::int64_t expert = rows.ids[first + k];
+    kernels.accumulate(context, view.chosen + expert * stride + view.outputs, nullptr,
+                       weights[first + k], view.rank);
   }
   silu(kernels, context, view.rank, scratch);
-  silu(kernels, work.units + row * top_k * view.units, top_k * view.units, scratch);
+  silu(kernels, units + first * view.units, rows.top_k * view.units, scratch);
 }
 
 // Outputs begin..end-1 of a row: logits, then chances.
-void ResidualPredictor::add_outputs(const Kernels &kernels, const Work &work, std::int64_t row,
-                                    int begin, int end) const {
-  const ResidualView &view = *work.view;
-  const int top_k = work.rows->top_k, count = end - begin;
+void ResidualPredictor::Work::add_outputs(std::int64_t row, int begin, int end) const {
+  const int count = end - begin;
   const std::int64_t outputs = view.outputs, stride = view.outputs + view.rank;
-  const float *context = work.total(row) + view.outputs;
-  float *total = work.total(row) + begin;
+  const float *context = total(row) + view.outputs;
+  float *sums = total(row) + begin;
   const auto add = [&](const float *from, float factor) {
-    kernels.accumulate(total, from + begin, nullptr, factor, count);
+    kernels.accumulate(sums, from + begin, nullptr, factor, count);
   };
   add(view.bias, 1.0f);
   for (int r = 0; r < view.rank; ++r) add(view.context_out + r * outputs, context[r]);
-  for (int k = 0; k < top_k; ++k) {
-    const std::int64_t place = row * top_k + k, expert = work.rows->ids[place];
-    const float weight = work.weights[place];
-    const float *units = work.units + place * view.units;
+  for (int k = 0; k < rows.top_k; ++k) {
+    const std::int64_t place = row * rows.top_k + k, expert = rows.ids[place];
+    const float weight = weights[place];
+    const float *own = units + place * view.units;
     add(view.chosen + expert * stride, weight);
     for (int u = 0; u < view.units; ++u) {
-      add(view.expert_out + (expert * view.units + u) * outputs, units[u] * weight);
+      add(view.expert_out + (expert * view.units + u) * outputs, own[u] * weight);
     }
   }
-  kernels.sigmoid(total, count);
+  kernels.sigmoid(sums, count);
 }
 
 void ResidualPredictor::keep(Place &place, const Work &work) {

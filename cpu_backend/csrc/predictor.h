@@ -131,10 +131,7 @@ class ResidualPredictor {
 
   void turn(std::int64_t num_rows);
   const float *last(int place, std::vector<float> Past::*part, int rank) const;
-  void add_contexts(const Kernels &kernels, const Work &work, std::int64_t row,
-                    float *scratch) const;
-  void add_outputs(const Kernels &kernels, const Work &work, std::int64_t row, int begin,
-                   int end) const;
+  Work begin(const Kernels &kernels, int place, const RoutedRows &rows);
   void keep(Place &place, const Work &work);
 
   const int num_experts_;
