@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from moeserve.core import Routing
-from moeserve.predictors.base import Chances, Prediction, Predictor, any_row
+from moeserve.predictors.base import Prediction, Predictor, any_row
 from moeserve.predictors.layers import LayerRing
 from moeserve.predictors.log_linear import Floats, Ids, LogLinear
 from moeserve.predictors.row_links import RowLinks
@@ -35,22 +35,14 @@ class _Said:
     rows: of the running step, whose rows those of `features` have become; None: the same rows.
     """
 
-    features: Ids  # [T, C]
-    errors: Floats  # [T, depth, E] the chances, from which what came is taken off
+    features: Ids  # [T, C * K]
+    chances: Floats  # [T, depth * E]
     rows: Ids | None = None
-    num_came: int = 0
 
     def turn(self, links: RowLinks) -> None:
         """Another step begins: rows that nothing goes on from are left out."""
-        self.features, self.errors = self.features[links.before], self.errors[links.before]
+        self.features, self.chances = self.features[links.before], self.chances[links.before]
         self.rows = links.rows
-
-    def came(self, distance: int, ids: Ids) -> None:
-        """ids: [T', K] of the layer that many layers on."""
-        if self.rows is not None:
-            ids = ids[self.rows]
-        self.errors[np.arange(len(ids))[:, None], distance - 1, ids] -= 1
-        self.num_came += 1
 
 
 class MarkovPredictor(Predictor):
@@ -73,6 +65,9 @@ class MarkovPredictor(Predictor):
         place, back = np.arange(count)[:, None], np.arange(self._num_context)
         self._context: Ids = (place + ring.depth - back) % count  # [L, C] places
         self._offsets: Ids = self._widest * back[:, None]  # [C, 1]
+        ahead = np.arange(ring.depth)
+        self._ahead: Ids = (place + 1 + ahead) % count  # [L, depth] places
+        self._starts: Ids = self._widest * ahead[:, None]  # [depth, 1]
         self._chosen: Ids = np.zeros((0, count, 0), np.int64)  # [T, L, K] last of every layer
         self._said: dict[int, _Said] = {}  # by place
         self._has_bias = [False] * count
@@ -91,8 +86,8 @@ class MarkovPredictor(Predictor):
             self._turn(*ids.shape)
         self._layer = layer
         place = self._ring.place_of[layer]
-        self._learn(place, ids)
         self._chosen[:, place] = ids
+        self._learn(place)
         return Prediction(self._say(place, ids.shape[1]))
 
     def _turn(self, num_rows: int, top_k: int) -> None:
@@ -109,18 +104,21 @@ class MarkovPredictor(Predictor):
             said.turn(links)
         self._said = late
 
-    def _learn(self, place: int, ids: Ids) -> None:
-        """Tells those who spoke of this layer what came; the furthest one learns from it."""
-        depth, count = self._ring.depth, len(self._ring.layers)
-        for distance in range(1, depth + 1):
-            source = (place - distance) % count
-            said = self._said.get(source)
-            if said is None or not len(said.features):
-                continue
-            said.came(distance, ids)
-            if said.num_came == depth:
-                errors = said.errors.reshape(len(said.features), -1)
-                self._models[source].correct(said.features, errors)
+    def _learn(self, place: int) -> None:
+        """The layer that spoke of this one as its furthest learns from what came since."""
+        source = (place - self._ring.depth) % len(self._ring.layers)
+        said = self._said.pop(source, None)
+        if said is None:
+            return
+        came = self._chosen[:, self._ahead[source]]  # [T, depth, K]
+        if said.rows is not None:
+            came = came[said.rows]
+        if not len(came) or came.min() < 0:
+            return
+        errors = said.chances
+        first = errors.shape[1] * np.arange(len(came))[:, None, None]
+        errors.reshape(-1)[came + self._starts + first] -= 1
+        self._models[source].correct(said.features, errors)
 
     def _say(self, place: int, top_k: int) -> dict[int, Tensor]:
         model, ring = self._models[place], self._ring
@@ -130,14 +128,11 @@ class MarkovPredictor(Predictor):
             share = min(top_k / self._widest, 0.5)
             model.bias[:] = np.log(share / (1 - share))
             self._has_bias[place] = True
-        chances = model.chances(features).reshape(len(chosen), ring.depth, self._widest)
-        self._said[place] = _Said(features, chances.copy())
+        chances = model.chances(features)
+        self._said[place] = _Said(features, chances)
+        wanted = any_row(chances).reshape(ring.depth, -1).copy()  # the other one learns
+        aheads = ring.ahead_around(ring.layers[place])
+        each = torch.from_numpy(wanted).unbind(0)
         return {
-            ahead: torch.from_numpy(any_of(chances[:, number, : ring.num_experts[ahead]]))
-            for number, ahead in enumerate(ring.ahead_around(ring.layers[place]))
+            ahead: row[: ring.num_experts[ahead]] for ahead, row in zip(aheads, each, strict=True)
         }
-
-
-def any_of(chances: Chances) -> Chances:
-    """As `any_row`, in memory of its own."""
-    return np.ascontiguousarray(any_row(chances))
