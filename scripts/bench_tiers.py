@@ -9,15 +9,16 @@ memory. So the time per token is at least
 
     bound = misses(Belady) * bytes per expert / disk bandwidth
 
-where Belady's oracle knows the tokens to come; computing may hide behind reading, or reading behind computing: "with computing", the longer
-of the two counts, computing being what the LRU case did not wait for the disk. What is measured
-beside it: `lru`, fetching on demand, which is what everybody does; our policies; and prefetching on
-a prediction, which reads while computing and may read in vain. Routing is forced from a recorded
-trace (experts/replay.py), because random weights route as no model does; the tokens are taken from
-the end of the trace. A policy or predictor that learns while serving is given what it would have
-seen of the HISTORY tokens before those, without computing them; what LRU would hold after them is
-filled in by the tokens that follow. Every case is a process of its own. WARM tokens fill the slots, then TOKENS
-are timed. Disk bandwidth: of whole records read by the same threads, in every process, median.
+where Belady's oracle knows the tokens to come. Reading hides behind computing at best, so where
+computing takes longer, that is the bound ("with computing": the longer of the two, computing being
+what the LRU case did not wait for the disk). What is measured beside it: `lru`, fetching on demand,
+which is what everybody does; our policies; and prefetching on a prediction, which reads while
+computing and may read in vain. Routing is forced from a recorded trace (experts/replay.py), because
+random weights route as no model does; the tokens are taken from the end of the trace. A policy or
+predictor that learns while serving is given what it would have seen of the HISTORY tokens before
+those, without computing them; what LRU would hold after them is filled in by the tokens that
+follow. Every case is a process of its own. WARM tokens fill the slots, then TOKENS are timed. Disk
+bandwidth: of whole records read by the same threads, in every process, median.
 
 Last line: one JSON object.
 """
