@@ -214,6 +214,11 @@ def request_of(args: argparse.Namespace, profile: Profile) -> PlanRequest:
     unlimited = args.device_slots is None and args.device_memory_bytes is None
     if args.device == "emulated" and unlimited and profile.device is not None:
         args.device_memory_bytes = profile.device.memory_bytes
+    if args.trace is not None and args.bound_only:
+        raise ConfigError(
+            "trace: contradicts --bound-only, which spreads tokens over experts evenly",
+            field="trace",
+        )
     engine = engine_config(args)
     prompt = args.prompt_tokens
     if prompt is None:

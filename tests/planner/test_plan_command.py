@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec import structs
 
@@ -208,6 +209,7 @@ def test_a_picture_of_both_stages(
         (["--host-memory", "1MiB", "--kv-bytes", "8MiB"], "at least"),
         (["--device", "emulated"], "has no device in its profile"),
         (["--quantize", "int3"], "'int3' is not one of"),
+        (["--trace", "routing.npz"], "contradicts --bound-only"),
         (["--plot", "/nowhere/at/all.png"], "is no directory"),
         (["--plot", "plan.exe"], "no kind of picture"),
     ],
@@ -274,3 +276,28 @@ def test_planning_leaves_the_model_alone(here: Path, capsys: pytest.CaptureFixtu
     before = {each: each.stat().st_mtime_ns for each in BUNDLED_MODEL.iterdir()}
     plan(capsys, "--hardware", str(here), "--bound-only", "--no-advice")
     assert before == {each: each.stat().st_mtime_ns for each in BUNDLED_MODEL.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "num_experts", "top_k"), [(6, 16, 2), (5, 16, 4), (6, 64, 4)]
+)
+def test_a_trace_of_another_model_is_refused(
+    num_layers: int,
+    num_experts: int,
+    top_k: int,
+    here: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The bundled model has 6 layers of 16 experts, 4 of which a token takes."""
+    rng = np.random.default_rng(0)
+    order = rng.permuted(np.tile(np.arange(num_experts), (40, num_layers, 1)), axis=2)
+    ids = order[..., :top_k]
+    ids[0, 0] = num_experts - 1 - np.arange(top_k)
+    probs = np.full(ids.shape, 1 / top_k, np.float32)
+    lens = np.array([40])
+    np.savez(tmp_path / "routing.npz", ids=ids, probs=probs, lens=lens)
+    arguments = ("--hardware", str(here), "--slots", "24", "--trace")
+    said = refusal(capsys, *arguments, str(tmp_path / "routing.npz"))
+    assert f"has {num_layers} MoE layers of {num_experts} experts, {top_k} per token" in said
+    assert "cannot be read" in refusal(capsys, *arguments, str(tmp_path / "none.npz"))
