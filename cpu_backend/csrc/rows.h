@@ -60,6 +60,8 @@ inline RowFormat row_format(const Kernels &kernels, const PackedLayout &layout) 
   }
   const std::size_t item = format.form == RowForm::kF32 ? 4 : format.form == RowForm::kBF16 ? 2 : 1;
   format.data_bytes = (static_cast<std::size_t>(layout.padded_cols) * item + 63) / 64 * 64;
+  // Rows whole pages apart would share the few places that a first-level cache has for them.
+  if (format.data_bytes % 4096 == 0) format.data_bytes += 64;
   return format;
 }
 
