@@ -55,8 +55,13 @@ class Engine:
         self.loaded = loaded
         block_tokens = config.kv.block_tokens
         sizes = kv_sizes(config, loaded)
+        budget_bytes = config.experts.host_memory_bytes
         self.memory = HostMemory(
-            loaded.runtime, loaded.resident_bytes, sizes, config.experts.min_host_slots
+            loaded.runtime,
+            loaded.resident_bytes,
+            sizes,
+            config.experts.min_host_slots,
+            shares=budget_bytes is not None,
         )
         self.blocks = BlockManager(
             sizes.num_blocks, block_tokens, config.kv.prefix_reuse, self.memory
@@ -76,8 +81,8 @@ class Engine:
             loaded.spec, sizes.num_blocks, block_tokens, loaded.dtype, loaded.device, shared
         )
         self.runner = ModelRunner(loaded.model, kv, block_tokens, loaded.device)
-        if config.experts.host_memory_bytes is not None:
-            self.resize_host_memory(config.experts.host_memory_bytes)
+        if budget_bytes is not None:
+            self.resize_host_memory(budget_bytes)
         self.sampler = Sampler(loaded.spec.vocab_size, loaded.eos_token_ids, loaded.device)
         self.timeline = loaded.runtime.watch.timeline
         self._num_steps = 0
@@ -201,14 +206,17 @@ class Engine:
 
         Between two steps; raises ConfigError where that is not enough, or experts need none.
         """
+        before = self.memory.budget_bytes
+        self.memory.set_budget(budget_bytes)
         try:
-            self.memory.set_budget(budget_bytes)
+            if not self._balance_memory():
+                self.memory.shrink(self.blocks.extent)
         except MemoryError as error:
+            self.memory.budget_bytes = before
             raise ConfigError(
                 f"host_memory: the system has no {budget_bytes} bytes: {error}",
                 field="host_memory_bytes",
             ) from error
-        self._balance_memory()
 
     def check_integrity(self) -> None:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""
@@ -219,14 +227,15 @@ class Engine:
         """Ends the threads that compute experts. Nothing may be called after it."""
         self.loaded.close()
 
-    def _balance_memory(self) -> None:
-        """Between two steps: gives experts the memory of kv blocks that nobody uses."""
+    def _balance_memory(self) -> bool:
+        """Between two steps: gives experts the memory of kv blocks that nobody uses, if any."""
         before = self.blocks.extent
         extent = self.memory.fitting_extent(self.blocks.num_held, self.blocks.num_idle)
         if extent < before:
             self.runner.kv.move(self.scheduler.shrink_kv(extent))
             self.runner.kv.give_back(extent, before)
             self.memory.shrink(extent)
+        return extent < before
 
     def _remember_routing(self) -> LastRouting | None:
         """What decodes are grouped by; None where they are not."""

@@ -60,9 +60,15 @@ class HostMemory:
     """
 
     def __init__(
-        self, experts: ExpertMemory, weights_bytes: int, sizes: KvSizes, min_slots: int
+        self,
+        experts: ExpertMemory,
+        weights_bytes: int,
+        sizes: KvSizes,
+        min_slots: int,
+        shares: bool = False,
     ) -> None:
-        self.extent = sizes.num_blocks
+        """shares: a budget will be set before anything runs; kv begins with nothing."""
+        self.extent = 0 if shares else sizes.num_blocks
         self.budget_bytes: int | None = None
         self._experts = experts
         self._weights_bytes = weights_bytes
@@ -81,15 +87,14 @@ class HostMemory:
         return self.sizes.num_blocks * self.sizes.block_bytes
 
     def set_budget(self, budget_bytes: int) -> None:
-        """Between two steps. Raises ConfigError where it is too small, or experts need none;
-        MemoryError where the system has no such memory."""
-        if self._slot_bytes:
-            self._check(budget_bytes)
-        kv_bytes = self.extent * self.sizes.block_bytes
-        self._experts.resize_host_memory(budget_bytes, self._weights_bytes + kv_bytes)
-        self.budget_bytes = budget_bytes
-
-    def _check(self, budget_bytes: int) -> None:
+        """Between two steps; `shrink` comes next, to what kv should have of it, if only to what it
+        has. Raises ConfigError where it is too small, or experts need none."""
+        if not self._slot_bytes:
+            raise ConfigError(
+                "host_memory: all experts are resident, there is nothing to be resized",
+                field="host_memory_bytes",
+                hint="serve a model written by `moeserve pack` with --host-memory",
+            )
         slots_bytes = self._min_slots * self._slot_bytes
         least = self._weights_bytes + self.limit_bytes + slots_bytes
         if budget_bytes < least:
@@ -101,6 +106,7 @@ class HostMemory:
                 hint="raise --host-memory, lower --kv-bytes or --min-host-slots, or pack the model"
                 " with fewer bits",
             )
+        self.budget_bytes = budget_bytes
 
     def grow(self, needed: int, preferred: int) -> None:
         """See KvRoom. Waits until experts have left the memory."""
@@ -127,8 +133,11 @@ class HostMemory:
         return min(self.extent, self._whole_chunks(num_held + num_idle) + self._chunk)
 
     def shrink(self, extent: int) -> None:
-        """The memory of blocks beyond the extent was given back: experts get it."""
-        self._num_shrunk += 1
+        """The memory of blocks beyond the extent was given back: experts get what there is.
+
+        Raises MemoryError where the system has none for them.
+        """
+        self._num_shrunk += extent < self.extent
         self._resize(extent)
 
     def stats(self) -> MemoryStats | None:

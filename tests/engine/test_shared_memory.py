@@ -201,7 +201,7 @@ def test_memory_goes_to_and_fro_within_the_budget(data: st.DataObject) -> None:
     sizes = KvSizes(draw(st.integers(1, 60)), draw(st.integers(1, 9)), draw(st.integers(1, 5)))
     experts = Experts(draw(st.integers(1, 40)), draw(st.integers(2, 30)))
     weights, least_slots = draw(st.integers(0, 99)), draw(st.integers(2, 5))
-    memory = HostMemory(experts, weights, sizes, least_slots)
+    memory = HostMemory(experts, weights, sizes, least_slots, shares=draw(st.booleans()))
     least = weights + sizes.num_blocks * sizes.block_bytes + least_slots * experts.host_slot_bytes
     with pytest.raises(ConfigError, match=f"at least {least}"):
         memory.set_budget(least - 1)
@@ -215,6 +215,7 @@ def test_memory_goes_to_and_fro_within_the_budget(data: st.DataObject) -> None:
         assert taken <= memory.budget_bytes
 
     memory.set_budget(least + draw(st.integers(0, 300)))
+    memory.shrink(memory.extent)
     for _ in range(draw(st.integers(1, 12))):
         check()
         held = draw(st.integers(0, sizes.num_blocks))
