@@ -1,0 +1,255 @@
+"""Stage 2 against sums by hand, against the cache's own replay, and what must hold of any run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec import structs
+from support import engine_profile as made
+from support.engine_profile import made_profile, product_us, read_config
+from support.routing_samples import topical_trace
+
+from moeserve.cache.policies.registry import build_policy
+from moeserve.cache.replay import Rules, through_cache
+from moeserve.cache.routing_trace import RoutingTrace, one_by_one
+from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
+from moeserve.core import ConfigError, MoeserveError
+from moeserve.experts.schedule.profile import Profile, shipped_profile
+from moeserve.planner.deployment import sized
+from moeserve.planner.plan_types import Deployment, ModelShape, PlanRequest, Resource, Traffic
+from moeserve.planner.simulate.experts import DiskClock, read_time_us
+from moeserve.planner.simulate.routing import recorded
+from moeserve.planner.simulate.system import simulate, simulate_quickly
+from moeserve.planner.simulate.traffic import simulate_traffic
+from moeserve.planner.step_costs import EngineStepCosts
+from moeserve.planner.workload import Workload, WorkloadRequest
+from moeserve.planner.workload_outcome import SloTargets
+
+CONFIG = {**made.CALIBRATED, "num_hidden_layers": 2, "num_experts": 16}
+TRAFFIC = Traffic(concurrency=4, prompt_tokens=40, output_tokens=12)
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> ModelShape:
+    return read_config(tmp_path, CONFIG)
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Profile:
+    return made_profile(tmp_path)
+
+
+def deploy(
+    shape: ModelShape, profile: Profile, traffic: Traffic = TRAFFIC, **settings: Any
+) -> Deployment:
+    """settings: of ExpertConfig, besides `trace`, `kv` and `scheduler`."""
+    engine = EngineConfig(
+        model=ModelConfig(model=str(shape.path)),
+        kv=settings.pop("kv", KvConfig()),
+        scheduler=settings.pop("scheduler", SchedulerConfig()),
+        experts=ExpertConfig(**{k: v for k, v in settings.items() if k != "trace"}),
+    )
+    request = PlanRequest(engine=engine, traffic=traffic, trace=settings.get("trace"))
+    return sized(request, profile, shape)
+
+
+def model_trace(num_tokens: int = 240) -> RoutingTrace:
+    """Of CONFIG: 2 layers of 16 experts, 2 of each token."""
+    sample = topical_trace(5, num_tokens=num_tokens, num_layers=2, num_experts=16, top_k=2)
+    return replace(sample, num_experts=16)
+
+
+def save(trace: RoutingTrace, path: Path) -> Path:
+    lens = np.array([request.length for request in trace.requests])
+    np.savez(path, ids=trace.ids.astype(np.uint8), probs=trace.weights, lens=lens)
+    return path
+
+
+def test_one_client_alone_is_the_sum_of_its_steps(shape: ModelShape, profile: Profile) -> None:
+    traffic = Traffic(concurrency=1, prompt_tokens=1, output_tokens=4)
+    found = simulate(deploy(shape, profile, traffic))
+    layer = shape.layers[0]
+
+    def step_us(context: int) -> float:
+        products = sum(product_us(m.rows * m.cols, 1) for m in layer.products)
+        attention = made.CALL_US + (made.KV_US * 2 + made.OP_US * 4) * context * 128
+        experts = 2 * product_us(3 * 256 * 128, 1) + made.START_US
+        of_layer = products + attention + made.AROUND_ATTENTION_US + experts
+        head = product_us(shape.head.rows * shape.head.cols, 1) + made.SAMPLE_US * 512
+        return 2 * of_layer + head + made.ONCE_US + made.SEQUENCE_US + made.ROW_ONCE_US
+
+    assert found.ttft_s.mid == pytest.approx(step_us(1) / 1e6, rel=0.01)
+    assert found.tpot_s.mid == pytest.approx(np.mean([step_us(n) for n in (2, 3, 4)]) / 1e6, 0.01)
+    whole_s = sum(step_us(n) for n in (1, 2, 3, 4)) / 1e6
+    assert found.output_tokens_per_s.mid == pytest.approx(4 / whole_s, rel=0.01)
+
+
+def test_the_same_seed_gives_the_same_estimate(shape: ModelShape, profile: Profile) -> None:
+    deployment = deploy(shape, profile, host_slots=12)
+    first, second, other = (simulate_quickly(deployment, seed) for seed in (3, 3, 4))
+    assert first == second
+    assert other.tpot_s != first.tpot_s
+
+
+def test_ranges_hold_the_middle_and_sheets_are_trusted_less(
+    shape: ModelShape, profile: Profile
+) -> None:
+    deployment = deploy(shape, profile)
+    measured = simulate(deployment)
+    sheet = simulate(replace(deployment, profile=structs.replace(profile, source="datasheet")))
+    for estimate in (measured, sheet):
+        for value in (estimate.ttft_s, estimate.tpot_s, estimate.output_tokens_per_s):
+            assert value.low < value.mid < value.high
+    assert sheet.confidence < measured.confidence
+    assert sheet.tpot_s.high > measured.tpot_s.high
+    assert "no routing is known" in measured.basis
+
+
+def test_hits_are_those_of_the_engine_s_own_cache(shape: ModelShape, profile: Profile) -> None:
+    trace = model_trace()
+    deployment = deploy(shape, profile, host_slots=16, policy="lru")
+    costs = EngineStepCosts(shape, profile)
+    clock = DiskClock(costs, recorded(trace, shape), 64, deployment)
+    steps = one_by_one(trace.requests)
+    wanted = through_cache(trace, steps, build_policy("lru", trace.experts_per_layer), Rules(0.5))
+    routing = recorded(trace, shape)
+    found = [clock._step(*routing.uses(step), 1).hits for step in steps]
+    assert found == wanted
+
+
+def test_more_slots_more_hits_more_speed(
+    shape: ModelShape, profile: Profile, tmp_path: Path
+) -> None:
+    trace = save(model_trace(), tmp_path / "trace.npz")
+    found = [
+        simulate_quickly(deploy(shape, profile, host_slots=slots, trace=trace)) for slots in (4, 24)
+    ]
+    rates = [estimate.hit_rate or 0.0 for estimate in found]
+    speeds = [estimate.output_tokens_per_s.mid for estimate in found]
+    assert rates == sorted(rates)
+    assert speeds == sorted(speeds)
+    assert found[0].limits[-1].resource is Resource.DISK
+    resident = simulate(deploy(shape, profile, trace=trace))
+    assert resident.hit_rate is None
+    assert resident.output_tokens_per_s.mid > speeds[-1]
+    assert "trace.npz" in resident.basis
+
+
+def test_two_slots_are_enough_for_any_batch(shape: ModelShape, profile: Profile) -> None:
+    found = simulate_quickly(deploy(shape, profile, host_slots=2))
+    assert found.hit_rate is not None
+    assert found.hit_rate < 0.2
+
+
+def test_a_slower_disk_is_what_limits(shape: ModelShape, profile: Profile) -> None:
+    fast, slow = (
+        simulate_quickly(deploy(shape, structs.replace(profile, disk=disk), host_slots=8))
+        for disk in (
+            profile.disk,
+            [
+                structs.replace(p, bytes_per_s=structs.replace(p.bytes_per_s, value=1e7))
+                for p in profile.disk
+            ],
+        )
+    )
+    assert slow.tpot_s.mid > 3 * fast.tpot_s.mid
+    for limit in slow.limits:
+        assert limit.resource is Resource.DISK
+        assert limit.headroom > 1
+
+
+def test_reads_are_faster_together(profile: Profile) -> None:
+    record = 1 << 20
+    one, many = (read_time_us(profile.disk, record, count, None) for count in (1, 8))
+    assert one == pytest.approx(record / (made.DISK_BYTES_PER_S / 2) * 1e6)
+    assert many == pytest.approx(8 * record / made.DISK_BYTES_PER_S * 1e6)
+    assert read_time_us(profile.disk, record, 0, None) == 0
+    assert read_time_us(profile.disk, record, 8, 1) == pytest.approx(8 * one)
+
+
+def test_clients_that_wait_for_kv_are_named(shape: ModelShape, profile: Profile) -> None:
+    traffic = Traffic(concurrency=16, prompt_tokens=64, output_tokens=16)
+    kv = KvConfig(num_blocks=20)
+    found = simulate_quickly(deploy(shape, profile, traffic, kv=kv))
+    decode = next(limit for limit in found.limits if limit.phase == "decode")
+    assert decode.resource is Resource.KV_ROOM
+    roomy = simulate_quickly(deploy(shape, profile, traffic))
+    assert roomy.output_tokens_per_s.mid > found.output_tokens_per_s.mid
+
+
+def test_a_trace_of_another_model_is_refused(
+    shape: ModelShape, profile: Profile, tmp_path: Path
+) -> None:
+    other = topical_trace(1, num_tokens=40, num_layers=3, num_experts=16, top_k=2)
+    trace = save(other, tmp_path / "other.npz")
+    with pytest.raises(MoeserveError, match=r"trace: .*3 MoE layers"):
+        simulate(deploy(shape, profile, trace=trace))
+
+
+def test_a_device_and_a_dense_model(tmp_path: Path, shape: ModelShape) -> None:
+    sheet = shipped_profile("rtx4090-pcie4")
+    request = PlanRequest(
+        engine=EngineConfig(
+            model=ModelConfig(model=str(shape.path), device="emulated"),
+            experts=ExpertConfig(device_slots=16),
+        ),
+        traffic=TRAFFIC,
+    )
+    found = simulate(sized(request, sheet, shape))
+    assert found.hit_rate is not None
+    assert 0 < found.hit_rate < 1
+    dense = read_config(tmp_path, DENSE)
+    estimate = simulate(deploy(dense, made_profile(tmp_path)))
+    assert estimate.hit_rate is None
+    assert estimate.basis.startswith("a dense model")
+
+
+DENSE = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "torch_dtype": "bfloat16",
+}
+
+
+def workload(gap_s: float, count: int = 12) -> Workload:
+    requests = (WorkloadRequest(gap_s * rank, 20 + rank, 5 + rank % 3) for rank in range(count))
+    return Workload("made", tuple(requests))
+
+
+def test_traffic_that_comes_slowly_is_served_at_once(shape: ModelShape, profile: Profile) -> None:
+    deployment = deploy(shape, profile)
+    alone = simulate(
+        deploy(shape, profile, Traffic(concurrency=1, prompt_tokens=25, output_tokens=6))
+    )
+    slo = SloTargets(ttft_s=2 * alone.ttft_s.mid, tpot_s=2 * alone.tpot_s.mid)
+    calm = simulate_traffic(deployment, workload(1.0), slo)
+    assert calm.mid.attained == 1
+    assert calm.mid.goodput_per_s == pytest.approx(12 / calm.mid.span_s)
+    assert calm.mid.ttft_s[50] == pytest.approx(alone.ttft_s.mid, rel=0.2)
+    crowded = simulate_traffic(deployment, workload(1e-5, 60), slo)
+    assert crowded.mid.attained < 1
+    assert crowded.low.attained <= crowded.mid.attained <= crowded.high.attained
+    assert crowded.mid.output_tokens_per_s > calm.mid.output_tokens_per_s
+
+
+def test_requests_beyond_the_context_or_the_pool_are_named(
+    shape: ModelShape, profile: Profile
+) -> None:
+    long = Workload("long", (WorkloadRequest(0.0, 3000, 5),))
+    with pytest.raises(ConfigError, match=r"3005 tokens.*context is 2048.*--clip 2048"):
+        simulate_traffic(deploy(shape, profile), long, SloTargets())
+    tight = deploy(shape, profile, kv=KvConfig(num_blocks=8))
+    with pytest.raises(ConfigError, match="kv pool holds 128"):
+        simulate_traffic(tight, Workload("a", (WorkloadRequest(0.0, 300, 5),)), SloTargets())
+    short = long.clipped(128)
+    assert short.requests[0] == WorkloadRequest(0.0, 123, 5)

@@ -1,0 +1,103 @@
+"""What the engine adds is found again from steps that were made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec import structs
+from support import engine_profile as made
+from support.engine_profile import made_profile, product_us, read_config
+from support.randomness import fresh_seed
+
+from moeserve.planner.plan_types import Chunk, ModelShape, Resource, StepLoad
+from moeserve.planner.step_costs import EngineStepCosts, on_other_cpu
+from moeserve.planner.step_fit import fit_costs
+
+OTHER = {
+    **made.CALIBRATED,
+    "hidden_size": 512,
+    "moe_intermediate_size": 192,
+    "num_experts": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+}
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> ModelShape:
+    return read_config(tmp_path, OTHER)
+
+
+def test_the_fit_finds_what_the_engine_adds(tmp_path: Path, other: ModelShape) -> None:
+    engine = EngineStepCosts(other, made_profile(tmp_path)).engine
+    assert engine.once == pytest.approx([made.ONCE_US, made.SEQUENCE_US, made.ROW_ONCE_US], 1e-3)
+    assert engine.attention == pytest.approx([made.CALL_US, made.KV_US, made.OP_US], 1e-3)
+    assert engine.around_attention[0] == pytest.approx(made.AROUND_ATTENTION_US, rel=0.05)
+    assert engine.in_parts[:2] == pytest.approx([made.BOOKS_US, made.ACTIVE_US], rel=0.02)
+    assert engine.pairs[0] == pytest.approx(made.RUN_US, rel=0.02)
+    assert engine.sampling_us(3, 1000) == pytest.approx(3000 * made.SAMPLE_US, rel=1e-6)
+
+
+def test_a_step_of_another_model_is_the_sum_of_its_parts(tmp_path: Path, other: ModelShape) -> None:
+    costs = EngineStepCosts(other, made_profile(tmp_path))
+    load = StepLoad([200, 40], [Chunk(0, 62, samples=True)])
+    rows, layer = 64, other.layers[0]
+    products = sum(product_us(m.rows * m.cols, rows) for m in layer.products)
+    keys = [200.0, 40.0, 31.5 + 32]
+    kv = sum(keys) + keys[2] * (62 * 4 / 96 - 1)
+    ops = (keys[0] + keys[1] + 62 * keys[2]) * 8 * 128
+    attention = 3 * made.CALL_US + made.KV_US * kv * 2 * 128 + made.OP_US * ops
+    wanted = products + attention + made.AROUND_ATTENTION_US
+    assert costs.layer_us(0, load) == pytest.approx(wanted, rel=0.01)
+    head = product_us(other.head.rows * other.head.cols, 3)
+    once = made.ONCE_US + 3 * made.SEQUENCE_US + rows * made.ROW_ONCE_US + head
+    assert costs.step_us(load) == pytest.approx(once + made.SAMPLE_US * 3 * 512, rel=0.01)
+    one = 3 * 512 * 192
+    assert costs.experts_us(0, [1, 4]) == pytest.approx(
+        made.START_US + product_us(one, 1) + product_us(one, 4), rel=0.01
+    )
+
+
+def test_fewer_threads_read_and_multiply_slower(tmp_path: Path, other: ModelShape) -> None:
+    profile = made_profile(tmp_path)
+    all_, half = (EngineStepCosts(other, profile, count) for count in (2, 1))
+    for rows in (1, 64, 512):
+        assert half.expert_costs(0).cpu[rows] == pytest.approx(2 * all_.expert_costs(0).cpu[rows])
+
+
+def test_faster_products_leave_what_the_engine_adds(tmp_path: Path, other: ModelShape) -> None:
+    profile = made_profile(tmp_path)
+    curves = [
+        structs.replace(c, ps=[structs.replace(f, value=f.value / 2) for f in c.ps])
+        for c in profile.cpu.product_curves
+    ]
+    fast = on_other_cpu(profile, structs.replace(profile.cpu, product_curves=curves))
+    before, after = (EngineStepCosts(other, p).engine for p in (profile, fast))
+    assert after.once == pytest.approx(before.once, rel=1e-6)
+    assert after.around_attention == pytest.approx(before.around_attention, rel=1e-6, abs=1e-9)
+
+
+def test_a_profile_without_steps_adds_nothing(tmp_path: Path, other: ModelShape) -> None:
+    costs = EngineStepCosts(other, made_profile(tmp_path, with_steps=False))
+    assert not costs.is_measured
+    work = costs.layer_work(0, StepLoad([1000]))
+    products = sum(product_us(m.rows * m.cols, 1) for m in other.layers[0].products)
+    assert work.us == pytest.approx(products + 1000 * 2 * 128 * 2 / 2e10 * 1e6)
+    assert not work.used.get(Resource.OVERHEAD)
+
+
+def test_costs_are_never_negative() -> None:
+    seed = fresh_seed()
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        features = rng.random((12, 4))
+        us = features @ (rng.standard_normal(4)) + 0.1 * rng.random(12)
+        costs = fit_costs(features.tolist(), us.tolist())
+        assert (costs >= 0).all(), f"seed {seed}"
+    wanted = np.array([3.0, 0.0, 2.0, 0.5])
+    features = rng.random((12, 4))
+    assert fit_costs(features.tolist(), (features @ wanted).tolist()) == pytest.approx(
+        wanted, abs=1e-6
+    )

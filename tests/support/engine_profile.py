@@ -1,0 +1,195 @@
+"""A made-up machine whose engine's costs are known exactly, as a calibration would describe it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moeserve import __version__
+from moeserve.config import ModelConfig
+from moeserve.experts.schedule.profile import (
+    PROFILE_VERSION,
+    AttentionPoint,
+    DiskPoint,
+    ExpertCurve,
+    Figure,
+    Hardware,
+    Processor,
+    ProductCurve,
+    Profile,
+    ReadRate,
+    SamplePoint,
+    StepFigures,
+    StepPoint,
+)
+from moeserve.planner.model_shape import read_shape
+from moeserve.planner.plan_types import ModelShape
+from moeserve.planner.step_fit import rows_at_random
+
+FORMS = ("float32", "bfloat16", "int8")
+ROWS = [1, 4, 16, 64, 256, 512]
+#: microseconds of one weight: to read it, and for each row
+READ_US, ROW_US = 1e-4, 1e-6
+EXPERT_SHAPE = (512, 256)
+START_US = 20.0
+#: what the engine adds: of a step, a sequence, a row; of a layer, for each run of experts
+ONCE_US, SEQUENCE_US, ROW_ONCE_US = 300.0, 25.0, 2.0
+AROUND_ATTENTION_US, BOOKS_US, ACTIVE_US, RUN_US = 15.0, 60.0, 5.0, 80.0
+#: of a call of attention, a number of kv, a multiply-add
+CALL_US, KV_US, OP_US = 6.0, 2e-4, 2e-5
+SAMPLE_US = 2e-3
+DISK_BYTES_PER_S = 1e9
+CALIBRATED: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "bfloat16",
+}
+
+
+def weight_us(num_rows: int) -> float:
+    return max(READ_US, READ_US * 0.5 + ROW_US * num_rows)
+
+
+def product_us(num_weights: int, num_rows: int) -> float:
+    """Straight between the measured points, as predictions are."""
+    before = max((n for n in ROWS if n <= num_rows), default=ROWS[0])
+    after = min((n for n in ROWS if n >= num_rows), default=ROWS[-1])
+    if before == after:
+        return weight_us(num_rows) * num_weights
+    share = (num_rows - before) / (after - before)
+    return ((1 - share) * weight_us(before) + share * weight_us(after)) * num_weights
+
+
+def made_profile(tmp_path: Path, with_steps: bool = True) -> Profile:
+    weights = 3 * EXPERT_SHAPE[0] * EXPERT_SHAPE[1]
+    curves = [
+        ExpertCurve(
+            weights=form,
+            hidden_size=EXPERT_SHAPE[0],
+            intermediate_size=EXPERT_SHAPE[1],
+            record_bytes=weights,
+            rows=ROWS,
+            us=[Figure(value=weight_us(n) * weights, spread=0.02) for n in ROWS],
+        )
+        for form in FORMS
+    ]
+    products = [
+        ProductCurve(weights=form, rows=ROWS, ps=[Figure(value=weight_us(n) * 1e6) for n in ROWS])
+        for form in FORMS
+    ]
+    reads = [
+        ReadRate(kernel="read", num_threads=n, bytes_per_s=Figure(value=n * 1e10)) for n in (1, 2)
+    ]
+    cpu = Processor(
+        name="made up",
+        memory_bytes=8 << 30,
+        read=reads,
+        ops_per_s={"f32": Figure(value=1e12), "bf16": Figure(value=2e12)},
+        start_us=Figure(value=START_US),
+        expert_curves=curves,
+        product_curves=products,
+    )
+    disk = [
+        DiskPoint(block_bytes=1 << 20, queue_depth=d, bytes_per_s=Figure(value=rate))
+        for d, rate in ((1, DISK_BYTES_PER_S / 2), (4, DISK_BYTES_PER_S))
+    ]
+    return Profile(
+        version=PROFILE_VERSION,
+        source="measured",
+        date="2026-01-01",
+        moeserve=__version__,
+        hardware=Hardware(cpu="made up", num_cores=2, isa="avx2", memory_bytes=8 << 30),
+        cpu=cpu,
+        disk=disk,
+        steps=made_steps(tmp_path) if with_steps else None,
+    )
+
+
+def read_config(tmp_path: Path, config: dict[str, Any], **settings: Any) -> ModelShape:
+    path = tmp_path / f"{abs(hash(json.dumps(config)))}.json"
+    path.write_text(json.dumps(config))
+    return read_shape(ModelConfig(model=str(path), **settings), path)
+
+
+def made_steps(tmp_path: Path) -> StepFigures:
+    model = read_config(tmp_path, CALIBRATED)
+    layer = model.layers[0]
+    experts = layer.experts
+    assert experts is not None
+    weights = 3 * CALIBRATED["hidden_size"] * CALIBRATED["moe_intermediate_size"]
+
+    def products(rows: int, wanted: Callable[[str], bool]) -> float:
+        return sum(product_us(m.rows * m.cols, rows) for m in layer.products if wanted(m.name))
+
+    def attend(start: int, rows: int) -> float:
+        keys = start + (rows + 1) / 2 + (32 if rows > 1 else 0)
+        tiles = max(1.0, rows * 2 / 96)
+        return CALL_US + KV_US * tiles * keys * 2 * 128 + OP_US * rows * 4 * keys * 128
+
+    def step(tiered: bool, streams: int, rows: int) -> StepPoint:
+        each, start = rows // streams, 31 if rows == streams else 0
+        spread = rows_at_random(rows, 8, 2)
+        of_experts = sum(n * product_us(weights, r) for r, n in spread)
+        active = sum(n for _, n in spread)
+        groups = 2.0 if tiered else 1.0
+        router = products(rows, lambda name: name.startswith("router"))
+        run = RUN_US * groups if tiered else START_US
+        half = of_experts + run + (0 if tiered else router)
+        books = BOOKS_US + ACTIVE_US * active if tiered else 0.0
+        head = product_us(model.head.rows * model.head.cols, streams)
+        once = ONCE_US + SEQUENCE_US * streams + ROW_ONCE_US * rows
+        attention = products(rows, lambda name: not name.startswith("router"))
+        attention += streams * attend(start, each) + AROUND_ATTENTION_US
+        return StepPoint(
+            tiered=tiered,
+            num_streams=streams,
+            num_rows=rows,
+            context_tokens=start + each,
+            num_active=active if tiered else 0.0,
+            num_missing=rows % 5 if tiered else 0.0,
+            num_groups=groups,
+            once_us={
+                "inputs": Figure(value=once),
+                "head and sampler": Figure(value=head + SAMPLE_US * streams * 512),
+            },
+            layer_us={
+                "attention": Figure(value=attention),
+                "experts": Figure(value=half),
+                "feed forward": Figure(value=half + books),
+            },
+        )
+
+    kinds = ((1, 1), (4, 4), (16, 16), (1, 32), (1, 128), (1, 512))
+    points = [
+        AttentionPoint(
+            kv_heads=2,
+            group_heads=2,
+            head_dim=64,
+            num_rows=rows,
+            context_tokens=start + rows,
+            us=Figure(value=attend(start, rows)),
+        )
+        for start, rows in ((63, 1), (1023, 1), (0, 64), (0, 256), (512, 256))
+    ]
+    return StepFigures(
+        config=CALIBRATED,
+        quantize="none",
+        attention=points,
+        sampling=[
+            SamplePoint(num_rows=n, vocab_size=1000, us=Figure(value=SAMPLE_US * n * 1000))
+            for n in (1, 8)
+        ],
+        steps=[step(tiered, *kind) for tiered in (False, True) for kind in kinds],
+    )
