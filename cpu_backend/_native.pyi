@@ -246,7 +246,7 @@ class ExpertLayer:
         self, norm_weight: _Array, norm_eps: float, router: Router, experts: PackedExperts
     ) -> None: ...
     def count_into(self, rows: _Array, weights: _Array) -> None:
-        """Every run leaves in rows [E] int32 and weights [E] float32 what x asked of the experts."""
+        """Every run leaves what x asked of the experts in rows [E] int32, weights [E] float32."""
 
     def run(self, runtime: Runtime, x: _Array) -> None:
         """x [T, H] += the chosen experts of its norm."""
