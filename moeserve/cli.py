@@ -23,20 +23,30 @@ class Command:
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:
     from moeserve.cli_options import ENGINE_SETTINGS, add_flags
     from moeserve.config import GatewayConfig, HttpConfig, ZmqConfig
+    from moeserve.planner.auto import add_arguments as add_auto_arguments
 
     _model_argument(parser)
     add_flags(parser, HttpConfig, ZmqConfig, GatewayConfig, *ENGINE_SETTINGS)
+    add_auto_arguments(parser)
 
 
 def _serve(args: argparse.Namespace) -> int:
     import asyncio
+    from dataclasses import replace
 
     from moeserve.cli_options import gateway_config
     from moeserve.environment import read_environment
     from moeserve.gateway.server import run_gateway
+    from moeserve.planner.auto import expected_traffic, tune
 
-    environment = read_environment()
-    return asyncio.run(run_gateway(gateway_config(args, environment.api_key)))
+    config = gateway_config(args, read_environment().api_key)
+    traffic = expected_traffic(args)
+    if traffic is not None:
+        tuned = tune(config.engine, traffic)
+        for line in tuned.words:
+            print(f"auto: {line}", file=sys.stderr)
+        config = replace(config, engine=tuned.engine)
+    return asyncio.run(run_gateway(config))
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,115 @@
+"""`serve --auto`: the settings that the planner finds best for the traffic that is expected.
+
+The search runs in a process of its own, `python -m moeserve.planner.auto`: it takes torch, which a
+gateway has no use for. Standard input holds the request as JSON, standard output the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from moeserve.config import EngineConfig
+from moeserve.core import ConfigError, MoeserveError
+
+if TYPE_CHECKING:
+    from moeserve.planner.plan_types import Traffic
+
+#: of one search, simulated deployments and imports included
+LONGEST_S = 120.0
+CONCURRENCY, PROMPT_TOKENS, OUTPUT_TOKENS = 4, 512, 128
+FLAGS = ("expect_concurrency", "expect_prompt_tokens", "expect_output_tokens")
+
+
+class Tuned(msgspec.Struct, frozen=True, kw_only=True):
+    """engine: the settings to serve with. words: lines on what was chosen and what to expect."""
+
+    engine: EngineConfig
+    words: list[str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Settings found by planning")
+    group.add_argument(
+        "--auto",
+        action="store_true",
+        help="choose slots, kv, tokens of a step and threads by `moeserve plan` on this machine,"
+        " which was calibrated; what is given stays",
+    )
+    for name, default, text in (
+        (FLAGS[0], CONCURRENCY, "requests at once"),
+        (FLAGS[1], PROMPT_TOKENS, "prompt tokens of a request"),
+        (FLAGS[2], OUTPUT_TOKENS, "output tokens of a request"),
+    ):
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            type=int,
+            metavar="N",
+            help=f"with --auto: {text} (default: {default})",
+        )
+
+
+def expected_traffic(args: argparse.Namespace) -> Traffic | None:
+    """What to plan for; None without --auto. ConfigError for expectations without it."""
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    if not args.auto:
+        if given:
+            name = next(iter(given))
+            raise ConfigError(f"{name}: it is for --auto", field=name, hint="add --auto")
+        return None
+    from moeserve.planner.plan_types import Traffic  # numpy, which most servers have no use for
+
+    return Traffic(
+        concurrency=given.get(FLAGS[0], CONCURRENCY),
+        prompt_tokens=given.get(FLAGS[1], PROMPT_TOKENS),
+        output_tokens=given.get(FLAGS[2], OUTPUT_TOKENS),
+    )
+
+
+def tune(engine: EngineConfig, traffic: Traffic) -> Tuned:
+    """engine: as asked for. Raises ConfigError with what the search says: no profile of this
+    machine, a model that cannot be served, no settings that fit."""
+    from moeserve.planner.plan_types import PlanRequest
+
+    done = subprocess.run(
+        [sys.executable, "-m", "moeserve.planner.auto"],
+        input=msgspec.json.encode(PlanRequest(engine=engine, traffic=traffic)),
+        capture_output=True,
+        timeout=LONGEST_S,
+        check=False,
+    )
+    if done.returncode:
+        raise ConfigError(f"auto: {done.stderr.decode().strip()[-2000:]}", field="auto")
+    return msgspec.json.decode(done.stdout, type=Tuned)
+
+
+def main() -> int:
+    from moeserve.planner.deployment import find_hardware, find_shape
+    from moeserve.planner.plan_types import PlanRequest
+    from moeserve.planner.search import search
+
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=PlanRequest)
+    try:
+        profile = find_hardware(None)
+        found = search(request, profile, find_shape(request.engine))
+    except MoeserveError as error:
+        print(error, file=sys.stderr)
+        return 2
+    flags = " ".join(found.flags) or "nothing to be changed"
+    rate, each = found.estimate.output_tokens_per_s, found.estimate.tpot_s
+    traffic = request.traffic
+    words = [
+        f"{flags} ({found.tried} settings planned, {found.gain:.2f}x the first that fits)",
+        f"expected with {traffic.concurrency} requests at once: {rate.mid:.1f} output tokens/s"
+        f" ({rate.low:.1f} to {rate.high:.1f}), {each.mid * 1e3:.0f} ms for each",
+    ]
+    sys.stdout.buffer.write(msgspec.json.encode(Tuned(engine=found.engine, words=words)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

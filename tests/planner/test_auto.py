@@ -1,0 +1,84 @@
+"""`serve --auto`: settings from a search in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from moeserve import __version__
+from moeserve.cli import main
+from moeserve.config import EngineConfig, ExpertConfig, SchedulerConfig
+from moeserve.core import ConfigError
+from moeserve.experts.schedule.profile import encode_profile, shipped_profile
+from moeserve.planner.auto import tune
+from moeserve.planner.hardware import default_profile_path, this_hardware
+from moeserve.planner.plan_types import Traffic
+
+TRAFFIC = Traffic(concurrency=2, prompt_tokens=100, output_tokens=8)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def calibrated(cache: Path) -> Path:
+    """This machine, by the rates of a data sheet."""
+    sheet = shipped_profile("rtx4090-pcie4")
+    profile = structs.replace(
+        sheet,
+        source="measured",
+        hardware=this_hardware(),
+        moeserve=__version__,
+        device=None,
+        link=[],
+    )
+    path = default_profile_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_profile(profile))
+    return path
+
+
+def test_what_is_found_is_served_and_what_is_given_stays(calibrated: Path) -> None:
+    asked = EngineConfig(
+        scheduler=SchedulerConfig(max_batch_tokens=16, max_running=5),
+        experts=ExpertConfig(cpu_backend="native", num_threads=1),
+    )
+    tuned = tune(asked, TRAFFIC)
+    assert tuned.engine.model == asked.model
+    assert tuned.engine.scheduler.max_running == 5
+    assert tuned.engine.experts.cpu_backend == "native"
+    assert tuned.engine.experts.num_threads == 1
+    assert "settings planned" in tuned.words[0]
+    assert "expected with 2 requests at once" in tuned.words[1]
+
+
+def test_without_calibration_it_is_said_what_to_do(cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"auto: .*not calibrated.*moeserve calibrate"):
+        tune(EngineConfig(), TRAFFIC)
+
+
+def test_a_profile_of_another_machine_is_refused(
+    calibrated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = shipped_profile("rtx4090-pcie4")
+    other = structs.replace(sheet, source="measured", moeserve=__version__)
+    calibrated.write_bytes(encode_profile(other))
+    assert main(["serve", "--auto"]) == 2
+    assert "is of another machine" in capsys.readouterr().err
+
+
+def test_expectations_are_for_auto_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--expect-concurrency", "3"]) == 2
+    assert "expect_concurrency: it is for --auto" in capsys.readouterr().err
+
+
+def test_a_gateway_that_searches_imports_no_torch() -> None:
+    code = "import sys, moeserve.planner.auto; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
