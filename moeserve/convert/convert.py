@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from moeserve.convert.run_layers import LayerRunner, product
 from moeserve.convert.settings import ConvertSettings, MoeShape
 from moeserve.convert.shards import write_safetensors
 from moeserve.convert.workplace import State, Workplace
+from moeserve.core import ModelError
 from moeserve.models.packed_model import config_sha256
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -122,6 +124,11 @@ def _convert_layer(
     runner = LayerRunner(model, index, text.window_tokens)
     after, normed = runner.attend(state.hidden["dense"])
     activations = runner.ffn.activations(normed)
+    if not torch.isfinite(activations).all():
+        raise ModelError(
+            f"{model.path}: layer {index}: activations that are not finite",
+            hint="the checkpoint is damaged; fetch it again",
+        )
     rows = text.learnt_rows
     sample = LayerSample.of(runner.ffn, normed[rows], activations[rows])
     split = split_layer(sample, settings, shape, index)

@@ -76,6 +76,15 @@ def test_missing_and_misshapen_weights(dense: Path, tmp_path: Path, text: Path) 
     refused(dense, tmp_path / "out", text, r"missing .*up_proj.*misshapen .*model\.norm")
 
 
+def test_weights_that_are_not_finite(dense: Path, tmp_path: Path, text: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+
+    change_weights(dense, spoil)
+    with pytest.raises(ModelError, match="layer 1: activations that are not finite"):
+        run(dense, tmp_path / "out", text)
+
+
 def test_what_glm4_moe_cannot_express(tmp_path: Path, text: Path, seed: int) -> None:
     save_dense(tmp_path / "dense", "llama", seed, attention_bias=True)
     refused(tmp_path / "dense", tmp_path / "out", text, "attention_bias with a bias after")
