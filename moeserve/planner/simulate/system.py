@@ -55,7 +55,7 @@ def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
 
 def simulate_quickly(deployment: Deployment, seed: int = 0) -> Estimate:
     """The likeliest case alone and fewer requests: to compare many deployments with each other."""
-    routings = choose_routing(deployment, seed)
+    routings = choose_routing(deployment, seed, alone=True)
     return _estimate(deployment, routings, [steady_run(deployment, routings.mid, LEAST_ROUNDS)])
 
 
@@ -92,21 +92,23 @@ class Routings:
         return (self.mid, *self.others)
 
 
-def choose_routing(deployment: Deployment, seed: int) -> Routings:
-    """The trace that the request names, else a popularity that is stated, and a wider range."""
+def choose_routing(deployment: Deployment, seed: int, alone: bool = False) -> Routings:
+    """alone: the likeliest one is enough.
+
+    The trace that the request names, else a popularity that is stated, and a wider range."""
     model, trace_path = deployment.shape, deployment.request.trace
     if not model.num_experts:
         return Routings(None, (), "a dense model")
     if trace_path is not None:
         trace = load_trace(trace_path)
-        halves = [recorded(half, model) for half in _halves(trace)]
+        halves = [] if alone else [recorded(half, model) for half in _halves(trace)]
         return Routings(
             recorded(trace, model), tuple(halves), f"experts as {trace_path.name} chose them"
         )
-    low, mid, high = (drawn(skew, model, seed) for skew in (LOW_SKEW, MID_SKEW, HIGH_SKEW))
+    skews = () if alone else (LOW_SKEW, HIGH_SKEW)
     return Routings(
-        mid,
-        (low, high),
+        drawn(MID_SKEW, model, seed),
+        tuple(drawn(skew, model, seed) for skew in skews),
         "no routing is known: experts are assumed as unlike in use as between nearly even and"
         " gpt-oss (name a recorded one with --trace)",
     )

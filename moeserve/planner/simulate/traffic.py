@@ -62,7 +62,7 @@ def simulate_traffic(
 ) -> TrafficEstimate:
     """Raises ConfigError where a request is longer than the model's context or the kv pool."""
     check_lengths(deployment, workload)
-    routings = choose_routing(deployment, seed)
+    routings = choose_routing(deployment, seed, alone=True)
     error, confidence = error_of(deployment.profile)
     clock = make_clock(deployment, routings.mid)
     warm_up(deployment, clock)
