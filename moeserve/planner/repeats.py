@@ -1,7 +1,7 @@
 """Measuring until the spread is known, also where other work comes and goes.
 
-What else runs only makes times longer, and it comes in bursts. So a time is the first quartile of
-its samples, a rate the third, and figures of one kind take turns: a burst meets some samples of
+What else runs only makes times longer, and it comes in bursts. So a time is the first decile of
+its samples, a rate the last, and figures of one kind take turns: a burst meets some samples of
 all of them and not all samples of one.
 """
 
@@ -17,7 +17,7 @@ from moeserve.core import ErrorCode, MoeserveError
 from moeserve.experts.schedule.profile import Figure
 
 #: which part of the samples is shorter than a time, and longer than a rate
-UNDISTURBED = 0.25
+UNDISTURBED = 0.1
 #: deviations of a normal distribution that hold 95 % of it
 CONFIDENCE_95 = 1.96
 #: times as many samples are taken of a difference that has not shown yet
@@ -124,7 +124,7 @@ class _Job:
 
 
 def summarise(samples: Sequence[float], is_rate: bool = False) -> Figure:
-    """The quartile that is disturbed least, the distance of the quartiles as a share of it, and the
+    """The decile that is disturbed least, the distance of the quartiles as a share of it, and the
     half of its 95 % confidence interval likewise.
 
     The interval is that of order statistics, which needs no distribution: of n samples, the rank of
@@ -155,7 +155,7 @@ def _difference(more: list[float], less: list[float], count: int) -> Figure:
     if difference <= 0:
         return Figure(value=0.0)
     spread = math.hypot(_quartiles(more), _quartiles(less)) / difference
-    # How far the shortest may be off: what lies between them and the next quarter of the samples.
+    # How far the shortest may be off: what lies between them and the next tenth of the samples.
     intervals = [_quantile(sorted(column), UNDISTURBED) - min(column) for column in (more, less)]
     return Figure(
         value=difference / count, spread=spread, interval=math.hypot(*intervals) / difference
