@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moeserve.convert.methods import LayerSample, Split
+from moeserve.convert.run_layers import STEP_TOKENS
 
 #: of the mean square of an input: what the regression takes for noise
 RIDGE = 1e-3
@@ -63,15 +64,19 @@ def mean_gate(sample: LayerSample, experts: Tensor, norms: Tensor) -> LinearRout
 
 
 def least_squares(sample: LayerSample, experts: Tensor, norms: Tensor) -> LinearRouter:
-    x, y = sample.normed.double(), norms.double()
     # What all experts share of a token's norm changes no choice, and is half of what there is
     # to explain.
-    y = y - y.mean(1, keepdim=True)
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y = x - x_mean, y - y_mean
-    gram = x.T @ x
+    targets = norms - norms.mean(1, keepdim=True)
+    x_mean = sample.normed.mean(0, dtype=torch.float64)
+    y_mean = targets.mean(0, dtype=torch.float64)
+    gram = torch.zeros(len(x_mean), len(x_mean), dtype=torch.float64)
+    cross = torch.zeros(len(x_mean), len(y_mean), dtype=torch.float64)
+    for rows in torch.arange(len(norms)).split(STEP_TOKENS):
+        x = sample.normed[rows].double() - x_mean
+        gram.addmm_(x.T, x)
+        cross.addmm_(x.T, targets[rows].double() - y_mean)
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    weight = torch.linalg.solve(gram, x.T @ y).T  # [C, H]
+    weight = torch.linalg.solve(gram, cross).T  # [C, H]
     return LinearRouter(weight.float(), (y_mean - weight @ x_mean).float())
 
 
