@@ -12,7 +12,7 @@ Predicted: by stage 2 of the plan from the profile that `moeserve calibrate` wro
 experts of another size (2048 x 768) and another small model, none of these. Hit rates follow from
 routing that is recorded of other prompts than the timed ones, as `moeserve trace` would.
 Measured: the engine in a process of its own, clients that send their next request when the last has
-ended; a round to warm up, then played until 5 s have passed, at least twice; medians.
+ended; a round to warm up, then played until 6 s have passed; medians.
 
 Every case is kept in --state as soon as it is measured, and a run goes on where the last one
 stopped; --again measures anew. Predictions are made anew in every run. Last line: one JSON object.

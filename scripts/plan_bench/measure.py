@@ -22,8 +22,8 @@ from moeserve.predictor_tools.trace import RoutingRecorder
 from plan_bench.cases import OUTPUT_TOKENS, SHAPES, Case, num_experts
 
 BLOCK_TOKENS = 16
-#: a case is played again until so much time has passed, and at least as often
-LEAST_S, LEAST_TIMES = 5.0, 2
+#: a case is played until so much time has passed, and at least so often
+LEAST_S, LEAST_TIMES = 6.0, 1
 #: sequences whose routing is recorded: other prompts than those that are timed
 TRACED, TRACED_PROMPT = 24, 64
 
