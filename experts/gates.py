@@ -6,23 +6,8 @@ import torch
 from torch import Tensor
 
 from moeserve.cpu_backend.linear import make_linear
-from moeserve.cpu_backend.native_linear import NativeLinear
-from moeserve.cpu_backend.native_runtime import NativeRuntime
-from moeserve.cpu_backend.packing import PackedWeight, PackFormat
 from moeserve.experts.router import Router
-from moeserve.predictors.gates import LayerGate, MakeProduct, RowProduct
-
-
-def native_products(native: NativeRuntime) -> MakeProduct:
-    """Products of gate predictors on the native kernels, in int8: their cost is that of reading
-    weights, and what rounding changes is less than what they are wrong by anyway."""
-
-    def make(weight: Tensor, bias: Tensor | None) -> RowProduct:
-        packed = PackedWeight(native.handle, tuple(weight.shape), PackFormat("int8"))
-        packed.put(torch.arange(len(weight)), weight.float())
-        return NativeLinear(packed, bias, torch.float32)
-
-    return make
+from moeserve.predictors.gates import LayerGate
 
 
 def layer_gate(layer: int, router: Router, norm_weight: Tensor) -> LayerGate:

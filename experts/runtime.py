@@ -22,8 +22,8 @@ from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import DiskTier, build_disk_tier, check_num_slots
-from moeserve.experts.gates import native_products
 from moeserve.experts.layer_use import CountUse, count_use, nobody_looks
+from moeserve.experts.native_predictors import native_gates
 from moeserve.experts.prefetch import PredictorInNeed, WatchedPrefetch
 from moeserve.experts.remote import LocalPredictor, LocalUse, UsedPlacement
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
@@ -35,9 +35,9 @@ from moeserve.experts.schedule.intra_layer import (
 from moeserve.experts.supply import ExpertSupply, ResidentSupply
 from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Predictor
-from moeserve.predictors.gates import LayerGate, plain_product
+from moeserve.predictors.gates import LayerGate
 from moeserve.predictors.none import NonePredictor
-from moeserve.predictors.registry import make_predictor
+from moeserve.predictors.registry import PLAIN_GATES, make_predictor
 from moeserve.stats import ExpertStats
 from moeserve.worker_messages import WorkerIdentity
 
@@ -100,7 +100,7 @@ class ExpertRuntime:
             gates,
             self.config.predictor_file or trained,
             config_sha256(),
-            plain_product if self.native is None else native_products(self.native),
+            PLAIN_GATES if self.native is None else native_gates(self.native),
         )
         if self.workers is not None:
             predictor = LocalPredictor(predictor, self.workers)

@@ -23,7 +23,8 @@ Chances = NDArray[np.float32]
 class Prediction:
     """For layers to come, the probability that each expert is wanted by any row of the batch.
 
-    probabilities: by layer, [E] float32 on the CPU. Layers it says nothing about are absent.
+    probabilities: by layer, [E] float32 on the CPU. Layers it says nothing about are absent. They
+    hold until the predictor is asked from the same layer again.
     """
 
     probabilities: Mapping[int, Tensor] = field(default_factory=dict)

@@ -18,6 +18,8 @@ HALF_LIFE_TOKENS = 2048
 #: observations' worth of belief in the first guess, per bin
 PRIOR = 8.0
 LEAST_CHANCE = 1e-4
+#: a bin hardly seen leans on its neighbours: the share of each in what is said of it
+NEIGHBOUR = 0.1
 #: score of an expert that the row cannot choose, instead of -inf, which has no margin to -inf
 OUT_OF_REACH = np.float32(-1e30)
 
@@ -76,8 +78,7 @@ class Calibration:
         self._refresh()
 
     def _refresh(self) -> None:
-        # A bin hardly seen leans on its neighbours.
-        kernel = np.array((0.1, 0.8, 0.1))
+        kernel = np.array((NEIGHBOUR, 1 - 2 * NEIGHBOUR, NEIGHBOUR))
         hits = np.convolve(np.pad(self.hits, 1, "edge"), kernel, "valid")
         counts = np.convolve(np.pad(self.counts, 1, "edge"), kernel, "valid")
         chances = np.clip(hits / np.maximum(counts, 1e-9), LEAST_CHANCE, 1 - LEAST_CHANCE)

@@ -110,7 +110,7 @@ class Evaluation:
             found = self.predictor.predict(layer, x, routing).probabilities
             for ahead, chances in found.items():
                 distance = (place_of[ahead] - place_of[layer] - 1) % len(self.layers) + 1
-                seen = _Pending(layer, distance, chances.numpy())
+                seen = _Pending(layer, distance, chances.numpy().copy())  # it will change
                 self._pending.setdefault(ahead, []).append(seen)
 
     def of_distance(self, distance: int, sources: Iterable[int]) -> Tally:

@@ -153,10 +153,15 @@ def lookahead_view(
     source: LayerGate, targets: Sequence[LayerGate], make_product: MakeProduct
 ) -> View:
     """What `source` sees of the layers after it through their own gates."""
-    weight = torch.cat([moved_weight(source, target) for target in targets])
-    bias = None
-    if any(target.bias is not None for target in targets):
-        none = torch.zeros(targets[0].num_experts)
-        bias = torch.cat([none if t.bias is None else t.bias.float() for t in targets])
     calibrations = tuple(Calibration.guessed() for _ in targets)
-    return View(tuple(targets), make_product(weight, bias), calibrations)
+    return View(tuple(targets), make_product(*gates_ahead(source, targets)), calibrations)
+
+
+def gates_ahead(source: LayerGate, targets: Sequence[LayerGate]) -> tuple[Tensor, Tensor | None]:
+    """The targets' gates one after the other, for inputs normed for the source: weights [D * E, H]
+    and biases [D * E], None where none has any."""
+    weight = torch.cat([moved_weight(source, target) for target in targets])
+    if all(target.bias is None for target in targets):
+        return weight, None
+    none = torch.zeros(targets[0].num_experts)
+    return weight, torch.cat([none if t.bias is None else t.bias.float() for t in targets])

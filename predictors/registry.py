@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moeserve.core import ConfigError
@@ -11,12 +12,24 @@ from moeserve.predictors.base import Predictor
 from moeserve.predictors.frequency import FrequencyPredictor
 from moeserve.predictors.gate_lookahead import GateLookahead
 from moeserve.predictors.gate_residual import GateResidual
-from moeserve.predictors.gates import LayerGate, MakeProduct, plain_product
+from moeserve.predictors.gates import LayerGate
 from moeserve.predictors.markov import MarkovPredictor
 from moeserve.predictors.none import NonePredictor
-from moeserve.predictors.residual_weights import load_trained
+from moeserve.predictors.residual_weights import TrainedPredictor, load_trained
 
 PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")
+
+
+@dataclass(frozen=True)
+class GatePredictors:
+    """How gate predictors are made, from all MoE layers' gates and the depth."""
+
+    lookahead: Callable[[Sequence[LayerGate], int], Predictor]
+    residual: Callable[[TrainedPredictor, Sequence[LayerGate], int], Predictor]
+
+
+#: by torch and numpy, wherever the model is
+PLAIN_GATES = GatePredictors(GateLookahead, GateResidual)
 
 
 def make_predictor(
@@ -26,7 +39,7 @@ def make_predictor(
     gates: Sequence[LayerGate] = (),
     trained: Path | None = None,
     config_sha256: str = "",
-    make_product: MakeProduct = plain_product,
+    gate_predictors: GatePredictors = PLAIN_GATES,
 ) -> Predictor:
     """num_experts: experts per MoE layer, by the layer's index. depth: layers to look ahead.
     gates: of all MoE layers, for gate predictors. trained: the file of gate_residual, which must
@@ -42,7 +55,7 @@ def make_predictor(
     if name == "markov":
         return MarkovPredictor(num_experts, depth)
     if name == "gate_lookahead":
-        return GateLookahead(gates, depth, make_product)
+        return gate_predictors.lookahead(gates, depth)
     if name == "gate_residual":
         if trained is None:
             raise ConfigError(
@@ -51,7 +64,7 @@ def make_predictor(
                 hint="make a file with `moeserve predictors train`, or choose gate_lookahead",
             )
         found = load_trained(trained, config_sha256, {gate.layer: gate for gate in gates})
-        return GateResidual(found, gates, depth, make_product)
+        return gate_predictors.residual(found, gates, depth)
     close = difflib.get_close_matches(name, PREDICTORS, n=1)
     raise ConfigError(
         f"predictor: {name!r} is not one of {', '.join(PREDICTORS)}",

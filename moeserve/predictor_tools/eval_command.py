@@ -15,7 +15,7 @@ from rich.table import Table
 from moeserve.cli_options import read_flags
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
-from moeserve.experts.gates import native_products
+from moeserve.experts.native_predictors import native_gates
 from moeserve.models.gates import model_gates
 from moeserve.models.packed_model import config_sha256
 from moeserve.models.registry import LoadedModel
@@ -27,15 +27,14 @@ from moeserve.predictor_tools.evaluation import (
 )
 from moeserve.predictor_tools.model_runs import loaded_model
 from moeserve.predictor_tools.plots import check_plot, plot_recall
-from moeserve.text_windows import read_texts, token_windows
 from moeserve.predictor_tools.train_command import add_text_arguments, check_numbers
 from moeserve.predictor_tools.training import record_states
 from moeserve.predictors.base import Predictor
-from moeserve.predictors.gates import plain_product
-from moeserve.predictors.registry import PREDICTORS, make_predictor
+from moeserve.predictors.registry import PLAIN_GATES, PREDICTORS, make_predictor
 from moeserve.predictors.residual_weights import PREDICTORS_FILE
 from moeserve.progress import LoadingBar
 from moeserve.text.tokenizer import Tokenizer
+from moeserve.text_windows import read_texts, token_windows
 
 COST_ROWS = (1, 16)
 
@@ -123,13 +122,13 @@ def _evaluate_all(
     spec = next(iter(loaded.spec.moe_layers.values())).experts
     expert_bytes = expert_bytes_of(spec, loaded.dtype)
     native = loaded.runtime.native
-    make_product = plain_product if native is None else native_products(native)
+    gate_predictors = PLAIN_GATES if native is None else native_gates(native)
     results = []
     for name in args.predictors or _all_names(file):
 
         def make(name: str = name) -> Predictor:
             trained = file if name == "gate_residual" else None
-            return make_predictor(name, sizes, args.depth, gates, trained, sha256, make_product)
+            return make_predictor(name, sizes, args.depth, gates, trained, sha256, gate_predictors)
 
         def report(share: float, name: str = name) -> None:
             bar(name, share)

@@ -27,11 +27,11 @@ from moeserve.predictor_tools.model_runs import (
     loaded_model,
     observed,
 )
-from moeserve.text_windows import read_texts, token_windows
 from moeserve.predictor_tools.trace import RoutingRecorder
 from moeserve.predictor_tools.train_command import RUN_SETTINGS, check_numbers
 from moeserve.progress import LoadingBar
 from moeserve.text.tokenizer import Tokenizer
+from moeserve.text_windows import read_texts, token_windows
 from moeserve.timeline import Recording
 
 DEFAULT_TOKENS = 16_384

@@ -10,12 +10,12 @@ from moeserve.cli_options import add_flags, read_flags
 from moeserve.config import BUNDLED_MODEL, ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
 from moeserve.predictor_tools.model_runs import loaded_model
-from moeserve.text_windows import read_texts, token_windows
 from moeserve.predictor_tools.training import TrainingPlan, remove_work, train_residual
 from moeserve.predictors.residual_weights import PREDICTORS_FILE, ResidualShape
 from moeserve.predictors.train_residual import EPOCHS
 from moeserve.progress import LoadingBar
 from moeserve.text.tokenizer import Tokenizer
+from moeserve.text_windows import read_texts, token_windows
 
 #: settings of models and experts that matter to a run over text
 RUN_SETTINGS = frozenset(

@@ -14,10 +14,10 @@ from moeserve.config import BUNDLED_MODEL, ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
 from moeserve.models.registry import LoadedModel
 from moeserve.predictor_tools.model_runs import loaded_model
-from moeserve.text_windows import read_texts, token_windows
 from moeserve.predictor_tools.training import TrainingPlan, train_residual
 from moeserve.predictors.residual_weights import ResidualShape
 from moeserve.text.tokenizer import Tokenizer
+from moeserve.text_windows import read_texts, token_windows
 
 TEXT = Path(__file__)
 SHAPE = ResidualShape(depth=2, expert_rank=2, context_rank=2)
