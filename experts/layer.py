@@ -51,12 +51,15 @@ class MoELayer:
         self.inter = runtime.inter
         self.predictor = runtime.predictor
         self.observers = runtime.observers
+        self.watch = runtime.watch
         self.timeline = runtime.watch.timeline
 
     @property
-    def is_watched(self) -> bool:
-        """Whether somebody records its routing, or forces it: then it runs in its parts."""
-        return bool(self.observers) or not isinstance(self.router, Router)
+    def is_whole(self) -> bool:
+        """Whether router and experts may run in one call: nobody records the routing or forces it,
+        and there is nothing to be fetched, here or for later layers."""
+        watched = self.observers or not isinstance(self.router, Router)
+        return not watched and self.cache.is_settled(self.layer)
 
     def forward(self, x: Tensor, step: int) -> Tensor:
         """x [T, H] to the weighted sum of each row's experts, [T, H], same dtype.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from moeserve.cache.expert_cache import Tier
+from moeserve.core import LayerUse
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_linear import NativeLinear, NativeRmsNorm
 from moeserve.cpu_backend.native_runtime import NativeRuntime
@@ -19,7 +21,6 @@ from moeserve.experts.layer import MoELayer
 from moeserve.experts.router import Router
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.schedule.intra_layer import ResidentPlacement
-from moeserve.experts.watch import Watch
 from moeserve.models.attention import Attention
 from moeserve.models.attention_plan import NativeAttention
 from moeserve.models.kv_pool import KvLayer
@@ -50,17 +51,36 @@ class FusedExperts:
     """Adds the routed experts of the normed rows to x [T, H], in place."""
 
     def __init__(
-        self, runtime: NativeRuntime, layer: _native.ExpertLayer, index: int, watch: Watch
+        self, runtime: NativeRuntime, layer: _native.ExpertLayer, routed: MoELayer
     ) -> None:
-        """index: of the layer in the model."""
+        """routed: the same layer in its parts."""
         self._runtime = runtime.handle
         self._layer = layer
-        self._index = index
-        self._watch = watch
+        self._index = routed.layer
+        self._watch = routed.watch
 
     def __call__(self, x: Tensor) -> None:
+        """ValueError where an expert is absent: only for a layer that is whole (`MoELayer`)."""
         with self._watch.computing(self._index):
             self._layer.run(self._runtime, x)
+
+
+class CountedExperts(FusedExperts):
+    """The same over a tier that has come to hold everything: its cache still counts the uses."""
+
+    def __init__(
+        self, runtime: NativeRuntime, layer: _native.ExpertLayer, routed: MoELayer
+    ) -> None:
+        super().__init__(runtime, layer, routed)
+        num_experts = routed.router.spec.num_experts
+        rows, weights = np.zeros(num_experts, np.int32), np.zeros(num_experts, np.float32)
+        layer.count_into(rows, weights)
+        self._use = LayerUse(routed.layer, rows, weights)  # of the last run
+        self._cache = routed.cache
+
+    def __call__(self, x: Tensor) -> None:
+        super().__call__(x)
+        self._cache.observe(self._use)
 
 
 @dataclass(frozen=True)
@@ -107,18 +127,18 @@ def fuse_attention(
 def fuse_experts(
     runtime: ExpertRuntime, norm: RowFunction, routed: MoELayer, experts: object
 ) -> FusedExperts | None:
-    """Experts that are all in memory, with nobody to place, fetch or predict them; else None."""
+    """Packed experts that are all in memory, or may come to be; else None.
+
+    While some are absent, or somebody has to place or predict them, the layer runs in its parts.
+    """
     router = routed.router.native if isinstance(routed.router, Router) else None
-    resident = (
-        runtime.cache.tier is Tier.HOST
-        and runtime.workers is None
-        and isinstance(runtime.intra, ResidentPlacement)
-        and isinstance(runtime.predictor, NonePredictor)
-    )
+    resident = isinstance(runtime.intra, ResidentPlacement)
+    predicted = resident and not isinstance(runtime.predictor, NonePredictor)
+    local = runtime.cache.tier is Tier.HOST and runtime.workers is None
     native = runtime.native
-    if native is None or router is None or not resident:
+    if native is None or router is None or not local or predicted:
         return None
     if not isinstance(norm, NativeRmsNorm) or not isinstance(experts, PackedExperts):
         return None
     layer = _native.ExpertLayer(norm.weight.numpy(), norm.eps, router.handle, experts.native)
-    return FusedExperts(native, layer, routed.layer, runtime.watch)
+    return (FusedExperts if resident else CountedExperts)(native, layer, routed)

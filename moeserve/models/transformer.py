@@ -53,7 +53,7 @@ class DecoderLayer:
             x = x + self.attention(self.attention_norm(x), step, kv)
         self.timeline.lap("attention", layer=self.index)
         ffn = self.ffn
-        if fused.experts is not None and isinstance(ffn, MoeFfn) and not ffn.routed.is_watched:
+        if fused.experts is not None and isinstance(ffn, MoeFfn) and ffn.routed.is_whole:
             fused.experts(x)
         else:
             normed = self.ffn_norm(x)

@@ -70,8 +70,7 @@ def test_a_model_runs_the_experts_of_the_trace(tmp_path: Path) -> None:
     def observe(layer: int, x: torch.Tensor, routing: Routing) -> None:
         seen.append((layer, routing.ids.numpy()))
 
-    forced = layers[0].is_watched
-    assert forced
+    assert not layers[0].is_whole  # somebody forces it
     engine.loaded.runtime.observers.append(observe)
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
     engine.add(EngineRequest(request_id="r", token_ids=[1, 2, 3], params=params))
