@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from moeserve.convert.methods import LayerSample
-from moeserve.convert.run_layers import STEP_TOKENS
 
 #: of the mean square of a working neuron's activation: pulls towards the dense model's columns
 RIDGE = 1e-2
+#: tokens whose working activations are held at once
+REFIT_TOKENS = 1024
 #: neurons up to which the normal equations are held in float64
 EXACT_NEURONS = 4096
 
@@ -28,7 +29,7 @@ def refit_down(sample: LayerSample, weights: Tensor) -> Tensor:
     kind = torch.float64 if num_neurons <= EXACT_NEURONS else torch.float32
     gram = torch.zeros(num_neurons, num_neurons, dtype=kind)
     cross = torch.zeros(num_neurons, len(down), dtype=kind)
-    for rows in torch.arange(len(weights)).split(STEP_TOKENS):
+    for rows in torch.arange(len(weights)).split(REFIT_TOKENS):
         all_of_it = sample.activations[rows]
         working = all_of_it * weights[rows]
         missing = ((all_of_it - working) @ down.T).to(kind)  # [t, H]
@@ -36,5 +37,7 @@ def refit_down(sample: LayerSample, weights: Tensor) -> Tensor:
         gram.addmm_(working.T, working)
         cross.addmm_(working.T, missing)
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    change = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
-    return down + change.T.float()
+    # In place: for 8192 neurons every further copy of the matrix would be 256 MiB.
+    torch.linalg.cholesky_ex(gram, check_errors=True, out=(gram, torch.empty(0, dtype=torch.int32)))
+    torch.cholesky_solve(cross, gram, out=cross)
+    return down + cross.T.float()
