@@ -173,7 +173,7 @@ class Bound:
             times = {
                 Resource.CPU_MEMORY: num_bytes / rates.cpu_read,
                 Resource.CPU_COMPUTE: (rest_ops + expert_ops) / rates.cpu_peak(self._widest)
-                + attention_ops / rates.cpu_peak("float32"),
+                + attention_ops / rates.cpu_peak("bfloat16"),
             }
             missing = 1 - (1.0 if self.hit_rate is None else self.hit_rate)
             if missing:
