@@ -7,7 +7,9 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,11 +234,29 @@ def test_resizing_while_it_generates_changes_no_token(client: Client) -> None:
     assert sum(division[part] for part in parts) <= division["budget_bytes"]
 
 
-def test_the_commands(server: Server, client: Client, tmp_path: Path) -> None:
+@contextmanager
+def steps_go_on(server: Server) -> Iterator[None]:
+    """Somebody generates until the context is left, however long that takes."""
+
+    def generate() -> None:
+        with Client(server.zmq) as client:
+            while not over.is_set():
+                client.generate(PROMPT, **settings(50))
+
+    over = threading.Event()
+    thread = threading.Thread(target=generate)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_the_commands(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture, timeline = tmp_path / "use.png", tmp_path / "steps.json"
-    with client.stream(PROMPT, **settings(900)) as stream:
-        next(stream)
+    with steps_go_on(server):
         done = ctl(server, "heatmap", "-o", str(picture), "--steps", "3")
         assert done.returncode == 0, done.stderr
         done = ctl(server, "timeline", "-o", str(timeline), "--steps", "2")

