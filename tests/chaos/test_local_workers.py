@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ def pool(server: Server) -> dict[str, Any]:
 
 def child_of(server: Server, *words: str) -> psutil.Process:
     for child in psutil.Process(server.process.pid).children():
-        line = child.cmdline()
-        if all(word in line for word in words):
-            return child
+        with suppress(psutil.NoSuchProcess):  # one that has just ended, perhaps not yet waited for
+            if set(words).issubset(child.cmdline()):
+                return child
     raise AssertionError(f"the server has no child {words}")
 
 
