@@ -12,7 +12,7 @@ from moeserve.planner.simulate.experts import ExpertsClock, ExpertsTime
 from moeserve.planner.step_costs import LayerCosts
 
 #: a kind of step that was simulated so often is known: the times that it took are used in turn
-KNOWN_AFTER = 400
+KNOWN_AFTER = 200
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
     what the deployment needs. The same seed gives the same estimate.
     """
     routings = choose_routing(deployment, seed)
-    return _estimate(deployment, routings, [steady_run(deployment, r) for r in routings.all])
+    runs = [steady_run(deployment, routings.mid)]
+    runs += [steady_run(deployment, other, LEAST_ROUNDS) for other in routings.others]
+    return _estimate(deployment, routings, runs)
 
 
 def simulate_quickly(deployment: Deployment, seed: int = 0) -> Estimate:
@@ -86,10 +88,6 @@ class Routings:
     mid: SimulatedRouting | None
     others: tuple[SimulatedRouting, ...]
     basis: str
-
-    @property
-    def all(self) -> tuple[SimulatedRouting | None, ...]:
-        return (self.mid, *self.others)
 
 
 def choose_routing(deployment: Deployment, seed: int, alone: bool = False) -> Routings:
