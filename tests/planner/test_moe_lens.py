@@ -27,7 +27,7 @@ A40 = shipped_profile("a40-xeon8380")
 
 
 def test_mixtral_on_an_a40_needs_19200_tokens_at_once() -> None:
-    """The paper's section 5.1 rounds: 150 TFLOPS, and 32 GB/s as 31.25 of 10^9 bytes."""
+    """Their number follows from 150 TFLOPS and 32000 / 1024 GB/s, so we infer that they rounded so."""
     assert expert_tokens_to_saturate(150e12, 31.25e9, EXPERTS, TOP_K, BF16) == pytest.approx(19_200)
     peak = A40.device.ops_per_s["bf16"].value if A40.device is not None else 0.0
     exact = expert_tokens_to_saturate(peak, 32e9, EXPERTS, TOP_K, BF16)
@@ -43,7 +43,7 @@ def test_size_cancels_out_of_experts() -> None:
 
 
 def test_their_kv_takes_614_gb_at_256_tokens() -> None:
-    """A GB of 1000 MiB, as the paper has it."""
+    """Their number follows where a GB has 1000 MiB."""
     assert KV_TOKEN_BYTES == 128 * 1024
     kv_bytes = 19_200 * 256 * KV_TOKEN_BYTES
     assert round(kv_bytes / (1000 * 2**20)) == 614
