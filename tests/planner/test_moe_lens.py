@@ -27,7 +27,7 @@ A40 = shipped_profile("a40-xeon8380")
 
 
 def test_mixtral_on_an_a40_needs_19200_tokens_at_once() -> None:
-    """Their number follows from 150 TFLOPS and 32000 / 1024 GB/s, so we infer that they rounded so."""
+    """It follows from 150 TFLOPS and 32000 / 1024 GB/s; that they rounded so is inferred."""
     assert expert_tokens_to_saturate(150e12, 31.25e9, EXPERTS, TOP_K, BF16) == pytest.approx(19_200)
     peak = A40.device.ops_per_s["bf16"].value if A40.device is not None else 0.0
     exact = expert_tokens_to_saturate(peak, 32e9, EXPERTS, TOP_K, BF16)
