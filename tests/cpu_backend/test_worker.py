@@ -140,7 +140,9 @@ def test_results_are_the_bits_of_the_backend(
             room = memory.view(results_at, (len(rows), hidden), torch.float32)
             assert room is not None
             found = room
-        assert answer == WorkerResult(number=number)
+        assert isinstance(answer, WorkerResult)
+        assert answer.number == number
+        assert answer.busy_s > 0
         assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 
@@ -173,7 +175,8 @@ def test_jobs_that_make_no_sense_are_refused_and_the_worker_goes_on(
         assert isinstance(answer, WorkerRefusal)
         assert answer.number is None
     answer, raw_results = engine.ask(job, good)
-    assert answer == WorkerResult(number=7)
+    assert isinstance(answer, WorkerResult)
+    assert answer.number == 7
     assert len(raw_results[0]) == len(good)
 
 
