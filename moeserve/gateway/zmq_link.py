@@ -183,8 +183,9 @@ class ZmqEngineLink:
         status = self._status
         if status.stage != "ready" or not self._send(message):
             detail = f" ({status.detail})" if status.detail else ""
+            stage = "its process has just ended" if status.stage == "ready" else status.stage
             raise RequestError(
-                f"the engine is not ready: {status.stage}{detail}", code=ErrorCode.UNAVAILABLE
+                f"the engine is not ready: {stage}{detail}", code=ErrorCode.UNAVAILABLE
             )
 
     def _send(self, message: Message) -> bool:
