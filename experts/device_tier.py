@@ -76,7 +76,7 @@ def build_device_tier(
     clock: EmulatedClock = RealCpuClock()
     if config.emulate_cpu:
         clock = ModelledClock(rest_of_layer_us(sheet, rest_bytes // len(layers)))
-    policy = "score" if config.policy == "auto" else config.policy
+    policy = config.tier_policy
     slot_bytes = max(experts.record_bytes for experts in layers.values())
     num_experts = {layer: experts.spec.num_experts for layer, experts in layers.items()}
     total = sum(num_experts.values())

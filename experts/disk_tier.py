@@ -60,7 +60,7 @@ def build_disk_tier(
     slots = HostSlots(slot_bytes, num_slots)
     transfers = Transfers(store, slots.__getitem__, num_threads, CHUNK_BYTES, timeline)
     num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
-    policy = "score" if config.policy == "auto" else config.policy
+    policy = config.tier_policy
     cache = ExpertCache(Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts))
     read_rate = native.handle.measure_read_bandwidth(BANDWIDTH_BYTES)
     dot_rate = native.handle.measure_dot_peak("f32")

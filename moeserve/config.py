@@ -314,6 +314,11 @@ class ExpertConfig:
         return self.host_memory_bytes is not None or self.host_slots is not None
 
     @property
+    def tier_policy(self) -> str:
+        """Of a tier that holds fewer experts than there are."""
+        return "score" if self.policy == "auto" else self.policy
+
+    @property
     def has_device_slots(self) -> bool:
         """Whether some of the experts have copies on a device."""
         return self.device_memory_bytes is not None or self.device_slots is not None

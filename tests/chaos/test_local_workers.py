@@ -22,27 +22,18 @@ from support.workers import worker_process
 from moeserve.client import Client
 from moeserve.client.control import Control
 from moeserve.config import (
-    BUNDLED_MODEL,
     EngineConfig,
     ExpertConfig,
     GatewayConfig,
-    ModelConfig,
 )
 from moeserve.core import ConfigError
 from moeserve.gateway.local_workers import Place, places
 from moeserve.llm import LLM
-from moeserve.models.pack import pack_model
 
 PROMPT = "Once upon a time"
 SETTINGS = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
 #: a busy machine is no dead worker
 PATIENT = ("--worker-timeout-s", "60", "--worker-start-s", "120", "--num-threads", "1")
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,13 @@ from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 from support.workers import WorkerProcess, worker_process
 
-from moeserve.config import BUNDLED_MODEL, ModelConfig
 from moeserve.core import ConfigError, EngineRequest
 from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.engine.engine import Engine
 from moeserve.gateway.curve import write_keys
-from moeserve.models.pack import pack_model
 
 #: a busy machine is no dead worker
 PATIENT = {"worker_timeout_s": 60.0, "worker_start_s": 120.0}
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
 
 
 @pytest.fixture(scope="module")

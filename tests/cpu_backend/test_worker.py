@@ -25,7 +25,6 @@ from moeserve.cpu_backend.shared_rows import PAGE_BYTES, SharedRows
 from moeserve.cpu_backend.worker import HeldExperts
 from moeserve.cpu_backend.worker_wire import WORKER_VERSION, engine_side_wire
 from moeserve.messages import Message, Ping
-from moeserve.models.pack import pack_model
 from moeserve.models.shard import load_shard
 from moeserve.worker_messages import (
     SharedMemory,
@@ -40,20 +39,14 @@ SHARD = "1/2"
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int8"), out).path
-
-
-@pytest.fixture(scope="module")
 def native() -> NativeRuntime:
     return NativeRuntime(1)
 
 
 @pytest.fixture(scope="module")
-def held(packed: Path, native: NativeRuntime) -> HeldExperts:
+def held(packed_int8: Path, native: NativeRuntime) -> HeldExperts:
     """All experts, to compute what a worker should."""
-    return load_shard(ModelConfig(model=str(packed)), Shard.parse("0/1"), native, mapped=True)
+    return load_shard(ModelConfig(model=str(packed_int8)), Shard.parse("0/1"), native, mapped=True)
 
 
 class RawEngine:
@@ -77,11 +70,11 @@ class RawEngine:
 
 @pytest.fixture(scope="module")
 def engine(
-    packed: Path, held: HeldExperts, tmp_path_factory: pytest.TempPathFactory
+    packed_int8: Path, held: HeldExperts, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RawEngine]:
     endpoint = f"ipc://{tmp_path_factory.mktemp('worker')}/w"
     with (
-        worker_thread(packed, endpoint, SHARD),
+        worker_thread(packed_int8, endpoint, SHARD),
         zmq.Context() as context,
         context.socket(zmq.DEALER) as socket,
     ):
@@ -181,9 +174,9 @@ def test_jobs_that_make_no_sense_are_refused_and_the_worker_goes_on(
 
 
 def test_a_worker_reads_its_shard_and_nothing_else(
-    packed: Path, native: NativeRuntime, tmp_path: Path
+    packed_int8: Path, native: NativeRuntime, tmp_path: Path
 ) -> None:
-    config = ModelConfig(model=str(packed))
+    config = ModelConfig(model=str(packed_int8))
     copied = load_shard(config, Shard.parse("2-3"), native)
     for experts in copied.layers.values():
         hidden = experts.spec.hidden_size

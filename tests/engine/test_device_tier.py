@@ -12,23 +12,16 @@ from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 
 from moeserve.cache.policies import registry
-from moeserve.config import BUNDLED_MODEL, ExpertConfig, ModelConfig
+from moeserve.config import BUNDLED_MODEL, ExpertConfig
 from moeserve.core import ConfigError, ExpertKey
 from moeserve.engine.engine import Engine
 from moeserve.experts.device.slot_guard import SlotConflict
 from moeserve.experts.device_supply import DeviceSupply
 from moeserve.experts.schedule.profile import encode_profile, shipped_profile
-from moeserve.models.pack import pack_model
 
 POLICIES = sorted(set(registry.POLICIES) - {"resident"})
 PREDICTORS = ("none", "frequency", "markov", "gate_lookahead")
 PROFILE = "rtx4090-pcie4"
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from support.randomness import fresh_seed
 from moeserve.cache.policies import registry
 from moeserve.config import (
     BUNDLED_MODEL,
-    ModelConfig,
 )
 from moeserve.core import (
     ConfigError,
@@ -27,24 +25,10 @@ from moeserve.core import (
 )
 from moeserve.engine.engine import Engine
 from moeserve.experts.disk_supply import DiskSupply
-from moeserve.models.pack import pack_model
 from moeserve.models.packed_model import MANIFEST
 
 POLICIES = sorted(set(registry.POLICIES) - {"resident"})
 PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
-
-
-@pytest.fixture(scope="module")
-def resident(packed: Path) -> Iterator[Engine]:
-    engine = make_engine(packed)
-    yield engine
-    engine.close()
 
 
 def supply_of(engine: Engine) -> DiskSupply:

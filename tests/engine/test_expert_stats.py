@@ -12,18 +12,10 @@ import torch
 from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 
-from moeserve.config import BUNDLED_MODEL, ModelConfig
 from moeserve.core import ConfigError, ExpertKey, Routing
 from moeserve.engine import engine as engine_room
 from moeserve.experts import use_counts
 from moeserve.experts.use_counts import UseCounts
-from moeserve.models.pack import pack_model
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
 
 
 def test_counters_are_those_of_the_routing(packed: Path) -> None:

@@ -6,33 +6,24 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
-import pytest
 import torch
 from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 
-from moeserve.config import BUNDLED_MODEL, ModelConfig
 from moeserve.core import EngineRequest, ExpertKey, Routing
 from moeserve.engine.engine import Engine
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.layer import MoELayer
 from moeserve.models.native_layer import CountedExperts
-from moeserve.models.pack import pack_model
 from moeserve.models.transformer import MoeFfn
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int8"), out).path
-
-
-def make_tiered(packed: Path) -> Engine:
+def make_tiered(packed_int8: Path) -> Engine:
     """A slot for every expert, and all of them brought on a guess."""
-    probe = make_engine(packed, host_slots=2)
+    probe = make_engine(packed_int8, host_slots=2)
     total = probe.loaded.runtime.cache.numbers.total
     probe.close()
-    engine = make_engine(packed, host_slots=total, policy="lru", predictor="gate_lookahead")
+    engine = make_engine(packed_int8, host_slots=total, policy="lru", predictor="gate_lookahead")
     fill(engine)
     return engine
 
@@ -53,7 +44,7 @@ def layers_of(engine: Engine) -> list[MoELayer]:
     return [x.ffn.routed for x in engine.loaded.model.layers if isinstance(x.ffn, MoeFfn)]
 
 
-def test_a_settled_tier_counts_what_its_layers_use(packed: Path) -> None:
+def test_a_settled_tier_counts_what_its_layers_use(packed_int8: Path) -> None:
     rng = random.Random(fresh_seed())
     requests: list[EngineRequest] = []
     counts, found = [], []
@@ -63,7 +54,7 @@ def test_a_settled_tier_counts_what_its_layers_use(packed: Path) -> None:
         wanted[layer].update(routing.ids.flatten().tolist())
 
     for observers in ([], [observe]):  # in one call, and in parts, since somebody looks
-        engine = make_tiered(packed)
+        engine = make_tiered(packed_int8)
         requests = requests or make_requests(rng, engine.info.vocab_size)
         cache = engine.loaded.runtime.cache
         engine.loaded.runtime.observers.extend(observers)
@@ -80,9 +71,9 @@ def test_a_settled_tier_counts_what_its_layers_use(packed: Path) -> None:
         assert count["prefetches_useful"] == len(wanted[layer])
 
 
-def test_a_tier_made_smaller_runs_in_parts_again(packed: Path) -> None:
+def test_a_tier_made_smaller_runs_in_parts_again(packed_int8: Path) -> None:
     rng = random.Random(fresh_seed())
-    tiered = make_tiered(packed)
+    tiered = make_tiered(packed_int8)
     requests = make_requests(rng, tiered.info.vocab_size)
     first = answers(tiered, requests)
     supply = tiered.loaded.runtime.supply

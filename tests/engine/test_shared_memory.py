@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from support.engine_answers import answers, make_engine
 from support.randomness import fresh_seed
 
 from moeserve.config import (
-    BUNDLED_MODEL,
     EngineConfig,
     ExpertConfig,
     KvConfig,
@@ -24,23 +22,9 @@ from moeserve.config import (
 from moeserve.core import ConfigError, EngineRequest, SamplingParams
 from moeserve.engine.engine import Engine
 from moeserve.engine.host_memory import IDLE_SHARE, HostMemory, KvSizes
-from moeserve.models.pack import pack_model
 
 NUM_BLOCKS = 200
 BLOCK_TOKENS = 4
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
-
-
-@pytest.fixture(scope="module")
-def resident(packed: Path) -> Iterator[Engine]:
-    engine = make_engine(packed)
-    yield engine
-    engine.close()
 
 
 def sharing_engine(

@@ -7,7 +7,6 @@ import itertools
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from support.randomness import fresh_seed
 
 from moeserve.cache.policies import registry
 from moeserve.config import (
-    BUNDLED_MODEL,
     EngineConfig,
     ExpertConfig,
     KvConfig,
@@ -29,23 +27,9 @@ from moeserve.engine.engine import Engine
 from moeserve.experts.device_supply import DeviceSupply
 from moeserve.experts.host_over_disk import HostOverDisk
 from moeserve.experts.schedule.profile import encode_profile, shipped_profile
-from moeserve.models.pack import pack_model
 
 POLICIES = sorted(set(registry.POLICIES) - {"resident"})
 PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
-
-
-@pytest.fixture(scope="module")
-def resident(packed: Path) -> Iterator[Engine]:
-    engine = make_engine(packed)
-    yield engine
-    engine.close()
 
 
 def tiers_of(engine: Engine) -> tuple[DeviceSupply, HostOverDisk]:

@@ -32,12 +32,6 @@ PATIENT = {"worker_timeout_s": 60.0, "worker_start_s": 120.0}
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
-
-
-@pytest.fixture(scope="module")
 def alone(packed: Path) -> Iterator[Engine]:
     engine = make_engine(packed)
     yield engine

@@ -12,22 +12,14 @@ from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 from support.workers import fake_worker, worker_thread
 
-from moeserve.config import BUNDLED_MODEL, ModelConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.worker_wire import worker_side_wire
 from moeserve.engine.engine import Engine
 from moeserve.experts.device_supply import DeviceSupply
-from moeserve.models.pack import pack_model
 from moeserve.worker_messages import WorkerJob, WorkerRefusal
 
 #: a busy machine is no dead worker
 PATIENT = {"worker_timeout_s": 60.0, "worker_start_s": 120.0}
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed") / "tiny"
-    return pack_model(ModelConfig(model=str(BUNDLED_MODEL), quantize="int4"), out).path
 
 
 @pytest.fixture(scope="module")

@@ -8,47 +8,15 @@ from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
+from support.layer_schedules import random_costs, random_rows, residency_of, use_of
 from support.randomness import fresh_seed
 
 from moeserve.cache.expert_cache import Residency, Tier
-from moeserve.core import LayerUse, Placement
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.core import Placement
+from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.disk_fill import Active, fill_from_disk
 from moeserve.experts.schedule.over_disk import PlacementOverDisk, ReadsBelowDevice
 from moeserve.experts.schedule.timeline import fill
-
-
-def random_costs(rng: np.random.Generator) -> CostModel:
-    """A CPU slowed by rows, a device far faster, a link between, and a disk mostly slower."""
-    cpu_us = rng.uniform(50, 400)
-    device_us = cpu_us / rng.uniform(3, 40)
-    row_us = cpu_us / rng.choice([2, 4, 8, 16, 32])
-    return CostModel(
-        expert_bytes=10**6,
-        cpu=Curve([1, 2, 4096], [cpu_us, cpu_us + row_us, cpu_us + 4095 * row_us]),
-        cpu_start_us=rng.uniform(0, cpu_us / 3),
-        device=Curve([1, 64, 4096], [device_us, device_us * 1.2, device_us * rng.uniform(2, 20)]),
-        device_start_us=rng.uniform(0, device_us),
-        link=Curve([10**6], [cpu_us * rng.uniform(0.2, 4)]),
-        disk=Curve([10**6], [cpu_us * rng.uniform(0.5, 15)]),
-    )
-
-
-def random_rows(rng: np.random.Generator, num_active: int, num_experts: int) -> np.ndarray:
-    """[E] int32: a few experts with many rows, most with few, as batches have them."""
-    rows = np.zeros(num_experts, np.int32)
-    active = rng.permutation(num_experts)[:num_active]
-    rows[active] = np.minimum(1 + rng.pareto(0.9, num_active), 300).astype(np.int32)
-    return rows
-
-
-def use_of(rows: np.ndarray) -> LayerUse:
-    return LayerUse(0, rows, rows.astype(np.float32))
-
-
-def residency_of(rng: np.random.Generator, num_experts: int, tier: Tier) -> Residency:
-    ready = np.flatnonzero(rng.random(num_experts) < rng.choice([0.25, 0.5, 0.75]))
-    return Residency(0, tier, num_experts, frozenset(ready.tolist()))
 
 
 def simulated_us(
@@ -112,7 +80,7 @@ def test_placement_is_near_the_exhaustive_optimum() -> None:
     rng = np.random.default_rng(fresh_seed())
     shares = []
     for _ in range(80):
-        costs = random_costs(rng)
+        costs = random_costs(rng, link=(0.2, 4), disk=(0.5, 15))
         on_device, in_host = (residency_of(rng, 12, tier) for tier in (Tier.DEVICE, Tier.HOST))
         rows = random_rows(rng, int(rng.integers(1, 6)), 12)
         placement = scheduler(costs, in_host).place(use_of(rows), on_device)
@@ -127,7 +95,7 @@ def test_makespan_is_that_of_the_simulation() -> None:
     """Whatever stands where; and where nothing is on disk, it is the fill of two tiers."""
     rng = np.random.default_rng(fresh_seed())
     for _ in range(300):
-        costs = random_costs(rng)
+        costs = random_costs(rng, link=(0.2, 4), disk=(0.5, 15))
         kinds = [sorted(rng.integers(1, 60, rng.integers(0, 6)), reverse=True) for _ in range(4)]
         movable, staying, in_host, on_disk = ([int(n) for n in kind] for kind in kinds)
         loading_us = rng.uniform(0, costs.transfer_us(10**6), min(1, len(in_host))).tolist()
@@ -161,7 +129,9 @@ def test_every_active_expert_is_placed_once_and_runs_where_it_can() -> None:
     for _ in range(100):
         on_device, in_host = (residency_of(rng, 32, tier) for tier in (Tier.DEVICE, Tier.HOST))
         rows = random_rows(rng, int(rng.integers(0, 33)), 32)
-        placement = scheduler(random_costs(rng), in_host).place(use_of(rows), on_device)
+        placement = scheduler(random_costs(rng, link=(0.2, 4), disk=(0.5, 15)), in_host).place(
+            use_of(rows), on_device
+        )
         placed = placement.on_device + placement.fetch_first + placement.on_cpu
         assert sorted(placed) == np.flatnonzero(rows).tolist()
         assert on_device.ready.issuperset(placement.on_device)
@@ -171,7 +141,7 @@ def test_every_active_expert_is_placed_once_and_runs_where_it_can() -> None:
 
 
 def test_what_a_read_saves_is_what_the_layer_takes_longer_without_it() -> None:
-    costs = random_costs(np.random.default_rng(fresh_seed()))
+    costs = random_costs(np.random.default_rng(fresh_seed()), link=(0.2, 4), disk=(0.5, 15))
     reads = ReadsBelowDevice({0: costs})
     assert reads.fetch_us(0) == costs.disk_us(10**6)
     for num_absent in range(1, 5):

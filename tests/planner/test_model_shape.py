@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from support.known_configs import MIXTRAL_8X7B
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeserve.config import (
@@ -63,19 +64,6 @@ MORE: dict[str, dict[str, Any]] = {
     "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     | {"n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16, "n_group": 1}
     | {"topk_group": 1, "num_nextn_predict_layers": 0},
-}
-MIXTRAL_8X7B: dict[str, Any] = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 32768,
-    "torch_dtype": "bfloat16",
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec import structs
+from support.known_configs import MIXTRAL_8X7B
 
 from moeserve import __version__
 from moeserve.cli import main
@@ -22,26 +23,13 @@ from moeserve.experts.schedule.profile import (
 )
 from moeserve.planner.hardware import this_hardware
 
-MIXTRAL: dict[str, Any] = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 32768,
-    "torch_dtype": "bfloat16",
-}
 SHEET = "rtx4090-pcie4"
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("mixtral") / "config.json"
-    file.write_text(json.dumps(MIXTRAL))
+    file.write_text(json.dumps(MIXTRAL_8X7B))
     return str(file)
 
 
@@ -228,7 +216,7 @@ def test_models_that_cannot_be_served_are_named(
 ) -> None:
     hardware = ("--hardware", str(here))
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(MIXTRAL | {"model_type": "mamba"}))
+    file.write_text(json.dumps(MIXTRAL_8X7B | {"model_type": "mamba"}))
     assert "'mamba' is not one of" in refusal(capsys, str(file), *hardware)
     file.write_text("{")
     assert "not JSON" in refusal(capsys, str(file), *hardware)

@@ -114,8 +114,7 @@ class DiskClock(ExpertsClock):
         experts = deployment.request.engine.experts
         sizes = dict.fromkeys(self._layers, routing.num_experts)
         slots = max(2, round(deployment.host_slots * routing.share))
-        policy = "score" if experts.policy == "auto" else experts.policy
-        self._cache = ExpertCache(Tier.HOST, sizes, slots, build_policy(policy, sizes))
+        self._cache = ExpertCache(Tier.HOST, sizes, slots, build_policy(experts.tier_policy, sizes))
         self._order = FetchOrder(dict.fromkeys(self._layers, self._model))
         self._disk = deployment.profile.disk
         self._threads = experts.disk_threads
@@ -189,8 +188,9 @@ class DeviceClock(ExpertsClock):
         sizes = dict.fromkeys(self._layers, routing.num_experts)
         most = len(self._layers) * routing.num_experts
         slots = min(most, max(1, round(deployment.device_slots * routing.share)))
-        policy = "score" if experts.policy == "auto" else experts.policy
-        self._cache = ExpertCache(Tier.DEVICE, sizes, slots, build_policy(policy, sizes))
+        self._cache = ExpertCache(
+            Tier.DEVICE, sizes, slots, build_policy(experts.tier_policy, sizes)
+        )
         self._placement = TimelinePlacement(dict.fromkeys(self._layers, self._model))
         for key in [ExpertKey(layer, e) for e in range(routing.num_experts) for layer in sizes]:
             if not self._cache.num_free:
