@@ -18,7 +18,8 @@ from moeserve.models.builder import build_layer
 from moeserve.models.inputs import ForwardBatch, Span
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.rope import Rope
-from moeserve.models.step_context import StepContext
+from moeserve.models.spec import ModelSpec
+from moeserve.models.step_context import AttentionLayout, StepContext
 
 #: tokens that go through a product together
 STEP_TOKENS = 4096
@@ -45,46 +46,26 @@ class DenseFfn:
         return out
 
 
-class LayerRunner:
-    """One layer, loaded: its attention for windows of tokens, and its FFN."""
+class WindowSteps:
+    """Steps of whole windows of tokens, each from its first token, through one layer."""
 
-    def __init__(self, model: DenseModel, index: int, window_tokens: int) -> None:
-        spec = replace(model.spec, layers=(model.spec.layers[index],))
-        weights = model.layer(index)
-        runtime = build_expert_runtime(ExpertConfig(cpu_backend="torch"), {}, CPU, torch.float32)
-        self._layer = build_layer(spec, 0, spec.layers[0], weights, runtime)
-        attention = self._layer.attention
-        assert isinstance(attention, Attention), "checked when the model was opened"
-        self._attention = attention
+    def __init__(self, spec: ModelSpec, attention: Attention, window_tokens: int) -> None:
+        """spec: with this layer alone."""
         rope = attention.spec.rope
         self._ropes = {rope: Rope(rope, CPU)}
+        self._layouts: set[AttentionLayout] = {attention.layout}
         self._window_tokens = window_tokens
         self._together = max(1, STEP_TOKENS // window_tokens)
         blocks = -(-self._together * window_tokens // BLOCK_TOKENS)
         self._kv = KvPool(spec, blocks, BLOCK_TOKENS, torch.float32, CPU)
-        gate_up, down = weights["ffn.gate_up.weight"], weights["ffn.down.weight"]
-        assert isinstance(gate_up, Tensor)
-        assert isinstance(down, Tensor)
-        gate, up = gate_up.chunk(2)
-        self.ffn = DenseFfn(gate, up, down, model.ffn.activation)
+        self.kv = self._kv.layers[0]
 
-    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [T, H], whole windows. The stream after attention and its norm, both [T, H]."""
-        after, normed = torch.empty_like(x), torch.empty_like(x)
-        for rows in self._steps(len(x)):
-            part = x[rows]
-            step = self._context(len(part))
-            layer = self._layer
-            after[rows] = part + self._attention(
-                layer.attention_norm(part), step, self._kv.layers[0]
-            )
-            normed[rows] = layer.ffn_norm(after[rows])
-        return after, normed
-
-    def _steps(self, num_rows: int) -> Iterator[slice]:
+    def of(self, num_rows: int) -> Iterator[tuple[slice, StepContext]]:
+        """num_rows: of whole windows. The rows of each step."""
         size = self._together * self._window_tokens
         for start in range(0, num_rows, size):
-            yield slice(start, min(start + size, num_rows))
+            rows = slice(start, min(start + size, num_rows))
+            yield rows, self._context(rows.stop - rows.start)
 
     def _context(self, num_rows: int) -> StepContext:
         length = self._window_tokens
@@ -101,9 +82,37 @@ class LayerRunner:
             spans=spans,
             step=0,
         )
-        layouts = {self._attention.layout}
         plan = TorchAttention.plan
-        return StepContext.build(batch, self._kv, self._ropes, layouts, plan, torch.float32)
+        return StepContext.build(batch, self._kv, self._ropes, self._layouts, plan, torch.float32)
+
+
+class LayerRunner:
+    """One layer, loaded: its attention for windows of tokens, and its FFN."""
+
+    def __init__(self, model: DenseModel, index: int, window_tokens: int) -> None:
+        spec = replace(model.spec, layers=(model.spec.layers[index],))
+        weights = model.layer(index)
+        runtime = build_expert_runtime(ExpertConfig(cpu_backend="torch"), {}, CPU, torch.float32)
+        self._layer = build_layer(spec, 0, spec.layers[0], weights, runtime)
+        attention = self._layer.attention
+        assert isinstance(attention, Attention), "checked when the model was opened"
+        self._attention = attention
+        self._steps = WindowSteps(spec, attention, window_tokens)
+        gate_up, down = weights["ffn.gate_up.weight"], weights["ffn.down.weight"]
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        gate, up = gate_up.chunk(2)
+        self.ffn = DenseFfn(gate, up, down, model.ffn.activation)
+
+    def attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [T, H], whole windows. The stream after attention and its norm, both [T, H]."""
+        after, normed = torch.empty_like(x), torch.empty_like(x)
+        layer = self._layer
+        for rows, step in self._steps.of(len(x)):
+            part = x[rows]
+            after[rows] = part + self._attention(layer.attention_norm(part), step, self._steps.kv)
+            normed[rows] = layer.ffn_norm(after[rows])
+        return after, normed
 
 
 def product(activations: Tensor, down: Tensor) -> Tensor:
