@@ -103,7 +103,6 @@ class DeviceSupply(ExpertSupply):
             raise CacheError(f"{num_slots} slots on the device; at least 1")
         self.device.slots.grow(num_slots)
         change = self.cache.resize(num_slots)
-        self.device.slots.grow(1 + max(change.added, default=-1))
         for slot in change.added:
             self.device.slots.take_back(slot)
         for slot in change.given_up:

@@ -105,7 +105,6 @@ class DiskSupply(ExpertSupply):
             raise CacheError(f"{num_slots} slots; a step needs at least 2")
         self.slots.grow(num_slots)
         change = self.cache.resize(num_slots)
-        self.slots.grow(1 + max(change.added, default=-1))
         for slot in change.added:
             self.slots.take_back(slot)
         self._give_back(change.given_up)

@@ -81,16 +81,12 @@ def build_disk_tier(
     return DiskTier(cache, DiskSupply(cache, store, slots, transfers), FetchOrder(costs), notes)
 
 
-def check_num_slots(
-    num_slots: int, slot_bytes: int, budget_bytes: int | None, other_bytes: int = 0
-) -> None:
+def check_num_slots(num_slots: int, slot_bytes: int, budget_bytes: int | None) -> None:
     """ConfigError unless there is room for two experts, which is enough for any batch."""
     if num_slots >= 2:
         return
-    least = other_bytes + 2 * slot_bytes
     raise ConfigError(
-        f"host_memory: {budget_bytes} bytes; the weights of every token and kv take"
-        f" {other_bytes}, and two experts {2 * slot_bytes}: at least {least}",
+        f"host_memory: {budget_bytes} bytes; two experts alone take {2 * slot_bytes}",
         field="host_memory_bytes",
         hint="raise --host-memory, lower --kv-bytes, or pack the model with fewer bits",
     )

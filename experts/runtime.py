@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moeserve.cache.expert_cache import ExpertCache, Tier, resident_cache
 from moeserve.cache.policies.resident import ResidentPolicy
 from moeserve.cache.tiers.disk_store import DiskRecord
 from moeserve.config import ExpertConfig
-from moeserve.core import ConfigError, ExpertKey, ExpertSpec, Routing
+from moeserve.core import ConfigError, ExpertKey, ExpertSpec, Placement, Routing
 from moeserve.cpu_backend.backend import CpuBackend, Demands
 from moeserve.cpu_backend.choice import BackendChoice, choose_backend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
@@ -21,7 +23,7 @@ from moeserve.cpu_backend.torch_backend import TorchBackend
 from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
-from moeserve.experts.disk_tier import DiskTier, build_disk_tier, check_num_slots
+from moeserve.experts.disk_tier import DiskTier, build_disk_tier
 from moeserve.experts.layer_use import CountUse, count_use, nobody_looks
 from moeserve.experts.native_predictors import native_gates
 from moeserve.experts.prefetch import PredictorInNeed, WatchedPrefetch
@@ -37,7 +39,7 @@ from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.gates import LayerGate
 from moeserve.predictors.none import NonePredictor
-from moeserve.predictors.registry import PLAIN_GATES, make_predictor
+from moeserve.predictors.registry import PLAIN_GATES, TRAINED_FILES, make_predictor
 from moeserve.stats import ExpertStats
 from moeserve.worker_messages import WorkerIdentity
 
@@ -78,12 +80,12 @@ class ExpertRuntime:
     def with_predictor(
         self,
         read_gates: Callable[[], Sequence[LayerGate]],
-        trained: Path,
+        folder: Path,
         config_sha256: Callable[[], str],
     ) -> ExpertRuntime:
         """The runtime with the predictor that its config names. read_gates: of all MoE layers.
-        trained: file of gate_residual, where the config names no other. config_sha256: of the
-        model's config.json, which the file must be for.
+        folder: of the model, where what was trained for it is, unless the config names a file.
+        config_sha256: of the model's config.json, which the file must be for.
 
         Raises ModelError for a model that the predictor cannot serve, ConfigError for a trained
         file that is missing, broken or of another model.
@@ -93,18 +95,20 @@ class ExpertRuntime:
         gates = read_gates()
         num_experts = {gate.layer: gate.num_experts for gate in gates}
         depth = self.config.prefetch_depth
+        name = self.config.predictor
+        beside = folder / TRAINED_FILES[name] if name in TRAINED_FILES else None
         predictor = make_predictor(
-            self.config.predictor,
+            name,
             num_experts,
             depth,
             gates,
-            self.config.predictor_file or trained,
+            self.config.predictor_file or beside,
             config_sha256(),
             PLAIN_GATES if self.native is None else native_gates(self.native),
         )
         if self.workers is not None:
             predictor = LocalPredictor(predictor, self.workers)
-        self.notes["predictor"] = f"{self.config.predictor}, {depth} layers ahead at most"
+        self.notes["predictor"] = f"{name}, {depth} layers ahead at most"
         inter = self.inter
         if isinstance(self.supply, DiskSupply) and isinstance(self.intra, SimulatedPlacement):
             supply = self.supply
@@ -113,6 +117,23 @@ class ExpertRuntime:
                 self.cache, self.intra, supply.begin_prefetch, supply.busy_s, depth
             )
         return replace(self, predictor=predictor, inter=inter)
+
+    def begin_step(
+        self,
+        previous_rows: NDArray[np.int64],
+        recent_tokens: Callable[[int], NDArray[np.int64]],
+    ) -> None:
+        """Tells the predictor of a step that is about to run, and prefetches what it foresees.
+
+        previous_rows: as `Predictor.begin_step`. recent_tokens: so many last tokens of every row.
+        """
+        predictor = self.predictor
+        predictor.begin_step(previous_rows)
+        if predictor.recent_tokens:
+            foreseen = predictor.foresee(recent_tokens(predictor.recent_tokens))
+            if foreseen.probabilities:
+                # As if said in the last layer of the step before, whose experts nobody needs now.
+                self.inter.prefetch(foreseen, Placement(self.cache.numbers.layers[-1]))
 
     def with_device(self, layers: Mapping[int, PackedExperts], rest_bytes: int) -> ExpertRuntime:
         """The runtime with an emulated device over host memory, and over the disk where experts
@@ -176,25 +197,25 @@ class ExpertRuntime:
         if self.disk is not None:
             self.disk.supply.settle()
 
-    def resize_host_memory(self, budget_bytes: int, other_bytes: int) -> None:
-        """Makes the host tier as large as a budget allows; may be called between two steps.
+    def reserve_host_memory(self, num_bytes: int) -> None:
+        """Addresses for the slots that a host tier of so many bytes has. They are memory only when
+        experts are read into them.
 
-        budget_bytes: for experts and for `other_bytes`, which must be in memory besides. Raises
-        ConfigError where that leaves no room for two experts, or where all are resident anyway;
-        MemoryError where the system has no such memory.
+        Raises MemoryError where the system has none.
         """
-        if self.disk is None:
-            raise ConfigError(
-                "host_memory: all experts are resident, there is nothing to be resized",
-                field="host_memory_bytes",
-                hint="serve a model written by `moeserve pack` with --host-memory",
-            )
+        assert self.disk is not None, "all experts are resident"
+        self.disk.supply.slots.grow(self._host_slots(num_bytes))
+
+    def resize_host_memory(self, num_bytes: int) -> None:
+        """Makes the host tier as large as so many bytes allow; may be called between two steps.
+
+        Raises CacheError where they are too few for two experts; MemoryError where the system has
+        no such memory, unless it was reserved.
+        """
+        assert self.disk is not None, "all experts are resident"
         disk = self.disk.supply
-        slot_bytes = disk.slots.slot_bytes
-        num_slots = min((budget_bytes - other_bytes) // slot_bytes, self.cache.numbers.total)
-        check_num_slots(num_slots, slot_bytes, budget_bytes, other_bytes)
-        disk.resize(num_slots)
-        self.notes["experts"] = describe_slots(disk.cache, slot_bytes)
+        disk.resize(self._host_slots(num_bytes))
+        self.notes["experts"] = describe_slots(disk.cache, disk.slots.slot_bytes)
 
     def stats(self) -> ExpertStats:
         """What caches, transfers and experts have done so far."""
@@ -222,6 +243,10 @@ class ExpertRuntime:
         self.backend.close()
         if self.workers is not None:
             self.workers.close()
+
+    def _host_slots(self, num_bytes: int) -> int:
+        assert self.host_slot_bytes is not None
+        return min(num_bytes // self.host_slot_bytes, self.num_experts)
 
 
 def build_expert_runtime(

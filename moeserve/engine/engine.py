@@ -31,7 +31,7 @@ from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.kv_sizes import kv_sizes
 from moeserve.engine.model_runner import ModelRunner, StepOutput, chunk_rows
 from moeserve.engine.request_scheduler import RequestScheduler
-from moeserve.engine.row_links import LastRouting, RowLinks
+from moeserve.engine.row_links import LastRouting, RowLinks, recent_tokens
 from moeserve.engine.sampler import Sampler, SampleRow, score
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.registry import LoadedModel, load_model
@@ -160,7 +160,9 @@ class Engine:
         if batch is None:
             return self._ended(self.scheduler.drain_events())
         self.loaded.check_files()
-        self.loaded.runtime.predictor.begin_step(self._row_links.of(batch))
+        self.loaded.runtime.begin_step(
+            self._row_links.of(batch), lambda count: recent_tokens(batch, count)
+        )
         if self._last_routing is not None:
             self._last_routing.begin(batch)
         try:
@@ -204,19 +206,12 @@ class Engine:
     def resize_host_memory(self, budget_bytes: int) -> None:
         """One budget for weights of every token, kv and experts, from now on.
 
-        Between two steps; raises ConfigError where that is not enough, or experts need none.
+        Between two steps; raises ConfigError where that is not enough or more than the system has,
+        or experts need none.
         """
-        before = self.memory.budget_bytes
         self.memory.set_budget(budget_bytes)
-        try:
-            if not self._balance_memory():
-                self.memory.shrink(self.blocks.extent)
-        except MemoryError as error:
-            self.memory.budget_bytes = before
-            raise ConfigError(
-                f"host_memory: the system has no {budget_bytes} bytes: {error}",
-                field="host_memory_bytes",
-            ) from error
+        if not self._balance_memory():
+            self.memory.shrink(self.blocks.extent)
 
     def check_integrity(self) -> None:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""

@@ -37,7 +37,9 @@ class ExpertMemory(Protocol):
     @property
     def num_experts(self) -> int: ...
 
-    def resize_host_memory(self, budget_bytes: int, other_bytes: int) -> None: ...
+    def reserve_host_memory(self, num_bytes: int) -> None: ...
+
+    def resize_host_memory(self, num_bytes: int) -> None: ...
 
     def settle_host_memory(self) -> None: ...
 
@@ -88,7 +90,8 @@ class HostMemory:
 
     def set_budget(self, budget_bytes: int) -> None:
         """Between two steps; `shrink` comes next, to what kv should have of it, if only to what it
-        has. Raises ConfigError where it is too small, or experts need none."""
+        has. Raises ConfigError where it is too small or experts need none, and where the system
+        has no such memory: nothing was changed then, and later nothing can be lacking."""
         if not self._slot_bytes:
             raise ConfigError(
                 "host_memory: all experts are resident, there is nothing to be resized",
@@ -106,6 +109,13 @@ class HostMemory:
                 hint="raise --host-memory, lower --kv-bytes or --min-host-slots, or pack the model"
                 " with fewer bits",
             )
+        try:
+            self._experts.reserve_host_memory(budget_bytes - self._weights_bytes)
+        except MemoryError as error:
+            raise ConfigError(
+                f"host_memory: the system has no {budget_bytes} bytes: {error}",
+                field="host_memory_bytes",
+            ) from error
         self.budget_bytes = budget_bytes
 
     def grow(self, needed: int, preferred: int) -> None:
@@ -133,10 +143,7 @@ class HostMemory:
         return min(self.extent, self._whole_chunks(num_held + num_idle) + self._chunk)
 
     def shrink(self, extent: int) -> None:
-        """The memory of blocks beyond the extent was given back: experts get what there is.
-
-        Raises MemoryError where the system has none for them.
-        """
+        """The memory of blocks beyond the extent was given back: experts get what there is."""
         self._num_shrunk += extent < self.extent
         self._resize(extent)
 
@@ -158,10 +165,8 @@ class HostMemory:
     # Inside
 
     def _resize(self, extent: int) -> None:
-        assert self.budget_bytes is not None
         self.extent = extent
-        kv_bytes = extent * self.sizes.block_bytes
-        self._experts.resize_host_memory(self.budget_bytes, self._weights_bytes + kv_bytes)
+        self._experts.resize_host_memory(self._shared_bytes() - extent * self.sizes.block_bytes)
 
     def _shared_bytes(self) -> int:
         """For kv and experts."""

@@ -33,6 +33,18 @@ class RowLinks:
         return links
 
 
+def recent_tokens(batch: ScheduledBatch, count: int) -> NDArray[np.int64]:
+    """[T, count]: the last tokens of every row, its own last; -1 before its sequence."""
+    found = []
+    for chunk, _, _ in chunk_rows(batch):
+        stop = chunk.start + chunk.num_tokens
+        first = chunk.start - count + 1
+        known = chunk.sequence.token_ids[max(first, 0) : stop]
+        tokens = np.array([-1] * max(-first, 0) + known, np.int64)
+        found.append(np.lib.stride_tricks.sliding_window_view(tokens, count))
+    return np.concatenate(found)
+
+
 class LastRouting:
     """The experts that the last token of each sequence chose: what its next one is likely to want.
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +142,44 @@ def test_all_kv_can_be_had_at_the_least_budget(packed: Path, resident: Engine) -
         engine.close()
 
 
+def test_memory_that_the_system_has_not_is_refused_and_nothing_changes(
+    packed: Path, resident: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was kv's stays kv's."""
+    monkeypatch.setattr("moeserve.cache.tiers.host_slots.REGION_BYTES", 1)  # a region, one slot
+    rng = random.Random(fresh_seed())
+    whole = NUM_BLOCKS * BLOCK_TOKENS - 5
+    request = EngineRequest(
+        request_id="r",
+        token_ids=[rng.randrange(resident.info.vocab_size) for _ in range(whole)],
+        params=SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=0),
+    )
+    expected = answers(resident, [request])
+    engine = make_engine(packed, host_slots=4)
+    try:
+        with no_more_addresses(), pytest.raises(ConfigError, match="the system has no"):
+            engine.resize_host_memory(1 << 40)
+        assert engine.stats().memory is None
+        assert answers(engine, [request]) == expected
+        engine.resize_host_memory(1 << 40)
+        assert engine.loaded.runtime.cache.num_slots == engine.loaded.runtime.num_experts
+        assert answers(engine, [request]) == expected
+    finally:
+        engine.close()
+
+
+@contextmanager
+def no_more_addresses() -> Iterator[None]:
+    """This process can map a quarter of a MiB and no more."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 10), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def test_experts_keep_what_they_are_promised(packed: Path) -> None:
     least, slot_bytes = least_budget(packed)
     with pytest.raises(ConfigError, match=rf"20 experts \d+: at least {least + 18 * slot_bytes}"):
@@ -170,9 +212,11 @@ class Experts:
         self.num_misses = 0
         self.num_slots = 0
 
-    def resize_host_memory(self, budget_bytes: int, other_bytes: int) -> None:
-        left = (budget_bytes - other_bytes) // self.host_slot_bytes
-        self.num_slots = min(left, self.num_experts)
+    def reserve_host_memory(self, num_bytes: int) -> None:
+        """There is as much as anybody wants."""
+
+    def resize_host_memory(self, num_bytes: int) -> None:
+        self.num_slots = min(num_bytes // self.host_slot_bytes, self.num_experts)
 
     def settle_host_memory(self) -> None:
         """Nothing is under way."""
