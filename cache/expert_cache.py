@@ -134,20 +134,6 @@ class ExpertCache:
         """Slots that a fetch can have without taking what a lease or `protect` names."""
         return self.num_free + len(self._evictable(protect))
 
-    def worth_taking(self, layer: int, experts: Iterable[int]) -> tuple[int, ...]:
-        """Those absent experts of a step that the policy would give slots, most wanted first.
-
-        The others it holds for worth less than everything they could replace: where they can run
-        elsewhere, they need not enter.
-        """
-        wanted = self.numbers.of(layer, experts)
-        named = tuple((wanted - self.numbers.start_of[layer]).tolist())
-        absent = self.policy.by_preference(wanted[self._state[wanted] == _ABSENT])
-        protect = Placement(layer, on_device=named)
-        victims = self._victims(len(absent), protect=protect, incoming=absent)
-        taken = absent[: self.num_free + len(victims)] - self.numbers.start_of[layer]
-        return tuple(taken.tolist())
-
     # Use
 
     def observe(self, use: LayerUse) -> None:

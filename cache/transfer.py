@@ -43,7 +43,6 @@ class Arrival:
     """A record that is complete in its slot, or, with an error, will not be."""
 
     load: Load
-    urgency: Urgency
     error: StoreError | None = None
 
 
@@ -150,9 +149,6 @@ class Transfers:
         with self._lock:
             return self.stats.copy()
 
-    def is_active(self, key: ExpertKey) -> bool:
-        return key in self._active
-
     @property
     def num_active(self) -> int:
         return len(self._active)
@@ -229,7 +225,7 @@ class Transfers:
             return copy.take_piece()
         del self._active[copy.load.key]
         self.stats.num_failed += copy.error is not None
-        self._finished.append(Arrival(copy.load, copy.urgency, copy.error))
+        self._finished.append(Arrival(copy.load, copy.error))
         self._arrived.notify_all()
         return None
 

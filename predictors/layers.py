@@ -35,9 +35,3 @@ class LayerRing:
         place = self.place_of[layer]
         count = len(self.layers)
         return tuple(self.layers[(place + j) % count] for j in range(1, self.depth + 1))
-
-    def behind_around(self, layer: int) -> tuple[int, ...]:
-        """The layers from which `layer` is seen, the nearest first: inverse of `ahead_around`."""
-        place = self.place_of[layer]
-        count = len(self.layers)
-        return tuple(self.layers[(place - j) % count] for j in range(1, self.depth + 1))

@@ -24,7 +24,7 @@ from moeserve.predictors.row_links import RowLinks
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: memory for the weights: a model with more experts looks at fewer layers behind
+#: memory for the weights: a model with more experts looks at fewer layers behind and ahead
 MAX_WEIGHT_BYTES = 128 << 20
 
 
@@ -51,11 +51,14 @@ class MarkovPredictor(Predictor):
     name = "markov"
 
     def __init__(self, num_experts: Mapping[int, int], depth: int) -> None:
-        """num_experts: by the MoE layer's index in the model. depth: layers to look ahead."""
+        """num_experts: by the MoE layer's index in the model. depth: layers to look ahead, fewer
+        where MAX_WEIGHT_BYTES are not enough for them and one layer behind."""
+        count, self._widest = len(num_experts), max(num_experts.values())
+        num_layers = MAX_WEIGHT_BYTES // (4 * self._widest**2 * count)  # depth times context
+        while depth > 1 and depth * (depth + 1) > num_layers:
+            depth -= 1
         self._ring = ring = LayerRing(num_experts, depth)
-        count, self._widest = len(ring.layers), max(num_experts.values())
-        per_layer = 4 * self._widest**2 * ring.depth * count  # bytes, of one layer of context
-        behind = max(1, MAX_WEIGHT_BYTES // per_layer - ring.depth)
+        behind = max(1, num_layers // ring.depth - ring.depth)
         self._num_context = min(count, behind + ring.depth)
         self._models = [
             LogLinear(self._num_context * self._widest, ring.depth * self._widest)

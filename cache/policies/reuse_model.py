@@ -87,7 +87,8 @@ class ReuseModel:
             return ((slice(0, self.numbers.total), 0),)
         if first >= 0:
             return ((slice(starts[first], stop), 0),)
-        return (slice(0, stop), 0), (slice(starts[first], self.numbers.total), stop)
+        around = starts[first + len(self.numbers.layers)]
+        return (slice(0, stop), 0), (slice(around, self.numbers.total), stop)
 
     def learn(self, use: LayerUse) -> None:
         """The next use of a layer: corrects what was said of it and says what comes after."""

@@ -88,7 +88,9 @@ class EmulatedLink:
     def advance(self, to_us: float) -> None:
         """Moves prefetches up to that time."""
         for copy in list(self._waiting.values()):
-            moved_us = min(copy.left_us, to_us - self._now_us)
+            # by its end, as next_end_us says it: a difference would leave what is lost in rounding
+            ends = self._now_us + copy.left_us <= to_us
+            moved_us = copy.left_us if ends else to_us - self._now_us
             if moved_us <= 0:
                 break
             self._move(copy, moved_us)

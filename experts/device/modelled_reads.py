@@ -70,7 +70,7 @@ class ModelledReads:
 
     def finished(self) -> list[Arrival]:
         return [
-            Arrival(load, Urgency.DEMAND, self._errors.pop(load.key, None))
+            Arrival(load, self._errors.pop(load.key, None))
             for load in self._disk.finished(self._clock.now_us())
         ]
 

@@ -164,11 +164,3 @@ def disk_curve(points: Sequence[DiskPoint]) -> Curve:
         best[point.block_bytes] = max(best.get(point.block_bytes, 0.0), rate)
     blocks = sorted(best)
     return Curve(blocks, [block / best[block] * 1e6 for block in blocks])
-
-
-def best_queue_depth(points: Sequence[DiskPoint], block_bytes: int) -> int:
-    """Of the measured block size nearest to the given one: the depth of the highest rate."""
-    sizes = {point.block_bytes for point in points}
-    nearest = min(sizes, key=lambda size: max(size / block_bytes, block_bytes / size))
-    rates = {p.queue_depth: p.bytes_per_s.value for p in points if p.block_bytes == nearest}
-    return max(sorted(rates), key=rates.__getitem__)

@@ -13,7 +13,6 @@ import torch
 from moeserve.cache.tiers.source import StoreError
 from moeserve.config import EngineConfig
 from moeserve.core import (
-    ConfigError,
     EngineDelta,
     EngineRequest,
     EngineStats,

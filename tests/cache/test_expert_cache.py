@@ -406,32 +406,3 @@ def test_resident_policy_gives_nothing_up() -> None:
         raise AssertionError("five experts in no slot")
     cache.check_integrity()
     assert cache.residency(1).complete
-
-
-class HighestFirst(OldestFirst):
-    """An expert is worth its number; gives up only what is worth less than what comes in."""
-
-    def by_preference(self, numbers: Numbers) -> Numbers:
-        return np.sort(numbers)[::-1]
-
-    def victims(
-        self, candidates: Numbers, count: int, incoming: Numbers | None = None
-    ) -> list[int]:
-        chosen = sorted(candidates.tolist())[:count]
-        if incoming is None:
-            return chosen
-        pairs = zip(chosen, incoming.tolist(), strict=False)
-        return [number for number, other in pairs if other > number]
-
-
-def test_worth_taking_asks_the_policy_and_changes_nothing() -> None:
-    cache = ExpertCache(Tier.DEVICE, LAYERS, 3, HighestFirst())
-    assert cache.worth_taking(1, [0, 1, 2]) == (2, 1, 0), "there are free slots for all"
-    for key in (ExpertKey(1, 2), ExpertKey(4, 1), ExpertKey(4, 3)):
-        for load in cache.prefetch([key]):
-            cache.complete(load.key)
-    assert cache.worth_taking(1, [0, 1, 2]) == ()
-    assert cache.worth_taking(4, [0, 2, 3]) == (2,), "for (1, 2); (4, 0) is worth less than (4, 1)"
-    assert cache.worth_taking(4, [1, 3]) == ()
-    cache.check_integrity()
-    assert cache.counters.totals()["evictions"] == 0

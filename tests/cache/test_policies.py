@@ -208,7 +208,12 @@ def test_score_takes_in_by_choice_only_what_is_worth_more() -> None:
 
 def test_a_large_model_looks_at_fewer_layers() -> None:
     model = ReuseModel(ExpertNumbers(dict.fromkeys(range(40), 160)))
-    assert 0 < model.num_context_layers < 40
+    count = model.num_context_layers
+    assert 2 < count < 40
+    for rank, context in enumerate(model._context):
+        numbers = np.concatenate([np.arange(span.start, span.stop) for span, _ in context])
+        assert {int(number) // 160 for number in numbers} == {(rank - b) % 40 for b in range(count)}
+        assert len(model._weights[rank]) == len(numbers) == 160 * count
     rows = np.zeros(160, np.int32)
     rows[:8] = 1
     for layer in (*range(40), *range(40)):

@@ -70,7 +70,7 @@ def run(decode_group: int | None, rng: random.Random) -> dict[str, list[int]]:
             for sequence, _ in memory._rows:
                 bits = sum(1 << expert for expert in chosen[sequence.request_id])
                 assert memory.predicted([sequence]) == [bits]
-    for before, rows, found in zip([[], *steps], steps, links, strict=False):
+    for before, rows, found in zip([[], *steps[:-1]], steps, links, strict=True):
         for row, (name, position) in enumerate(rows):
             expected = before.index((name, position - 1)) if (name, position - 1) in before else -1
             assert found[row] == expected

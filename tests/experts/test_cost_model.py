@@ -13,7 +13,6 @@ from moeserve.core import ConfigError, ExpertSpec
 from moeserve.experts.schedule.cost_model import (
     CostModel,
     Curve,
-    best_queue_depth,
     expert_curve,
 )
 from moeserve.experts.schedule.profile import (
@@ -130,12 +129,6 @@ def test_a_format_without_figures_or_rates_is_refused_by_name() -> None:
     bare = msgspec.structs.replace(processor([curve("int8", 64, [1, 2, 3])]), ops_per_s={})
     with pytest.raises(ConfigError, match=r"no figures for mxfp4.*it has int8"):
         expert_curve(bare, SPEC, "mxfp4", 4096)
-
-
-def test_best_queue_depth_is_that_of_the_nearest_block() -> None:
-    points = profile().disk
-    assert best_queue_depth(points, 900_000) == 4
-    assert best_queue_depth(points, 64 << 20) == 1
 
 
 def test_a_profile_comes_back_as_written(tmp_path: Path) -> None:

@@ -44,15 +44,16 @@ SPEC = ExpertSpec(num_experts=NUM_EXPERTS, hidden_size=32, intermediate_size=32)
 TOTAL = len(LAYERS) * NUM_EXPERTS
 KEYS = [ExpertKey(layer, e) for layer in LAYERS for e in range(NUM_EXPERTS)]
 KEY = st.sampled_from(KEYS)
-#: on the device 3 us, on the CPU 7 us, over the link 10 us, from disk 40 us
+#: on the device 3 us, on the CPU 7 us, over the link 10.3 us, from disk 40.7 us: sums
+#: that are rounded
 COSTS = CostModel(
     expert_bytes=1000,
     cpu=Curve([1], [7.0]),
     cpu_start_us=1.0,
     device=Curve([1], [3.0]),
     device_start_us=2.0,
-    link=Curve([1], [10.0]),
-    disk=Curve([1], [40.0]),
+    link=Curve([1], [10.3]),
+    disk=Curve([1], [40.7]),
 )
 
 
@@ -97,7 +98,7 @@ class Tiers:
         if modelled:
             self.disk.read_with(
                 lambda source, slot: ModelledReads(
-                    source, slot, self.clock, lambda key: 40.0, Watch().timeline
+                    source, slot, self.clock, lambda key: 40.7, Watch().timeline
                 )
             )
         tiered = {layer: self._packed(None) for layer in LAYERS}
@@ -235,7 +236,7 @@ def test_a_host_slot_is_not_given_away_while_a_copy_reads_it() -> None:
         made.supply.prefetch(made.supply.cache.prefetch([KEYS[0]]))
         with pytest.raises(CacheError, match="or in use"):
             made.disk.cache.evict(KEYS[0])
-        made.clock.wait_until(made.clock.now_us() + 10)
+        made.clock.wait_until(made.clock.now_us() + 10.4)
         made.supply.collect()
         made.disk.cache.evict(KEYS[0])
         assert made.supply.cache.residency(0).ready == {0}
@@ -247,7 +248,7 @@ def test_overwriting_a_host_slot_that_a_copy_reads_raises() -> None:
         brought(made, KEYS[0])
         slot = made.disk.cache.slots(0).slots[0]
         made.supply.prefetch(made.supply.cache.prefetch([KEYS[0]]))
-        made.clock.wait_until(made.clock.now_us() + 4)  # of 10
+        made.clock.wait_until(made.clock.now_us() + 4)  # of 10.3
         made.supply.collect()
         made.host.unpin(KEYS[0])
         made.disk.cache.evict(KEYS[0])

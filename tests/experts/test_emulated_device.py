@@ -256,3 +256,21 @@ def test_a_modelled_clock_takes_the_times_of_the_model() -> None:
     assert clock.now_us() == 7
     clock.end_layer()
     assert clock.now_us() == 47
+
+
+def test_waiting_for_the_next_end_gets_there_whatever_is_rounded() -> None:
+    rng = random.Random(fresh_seed())
+    for _ in range(200):
+        link = EmulatedLink(lambda load, us: None, lambda load, us: None)
+        for expert in range(5):
+            link.prefetch(Load(key(expert), expert), 1, rng.uniform(0.1, 90))
+        now_us, told = rng.uniform(0, 1e6), []
+        link.advance(now_us)
+        while (end_us := link.next_end_us(now_us)) is not None:
+            now_us += max(0.0, rng.uniform(0, end_us - now_us)) if rng.random() < 0.5 else 0.0
+            link.advance(now_us)
+            now_us = max(now_us, end_us)
+            arrived = link.finished(now_us)
+            assert arrived
+            told += arrived
+        assert [load.key.expert for load in told] == list(range(5))

@@ -14,7 +14,7 @@ from support.randomness import fresh_generators
 
 from moeserve.core import Routing
 from moeserve.predictors import log_linear
-from moeserve.predictors.markov import MarkovPredictor
+from moeserve.predictors.markov import MAX_WEIGHT_BYTES, MarkovPredictor
 
 NO_HIDDEN_STATE = torch.zeros(0, 1)  # it looks at the routing alone
 Ids = NDArray[np.int64]
@@ -187,3 +187,12 @@ def test_many_experts_look_at_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(5):
         for layer in sizes:
             predictor.predict(layer, NO_HIDDEN_STATE, routing(random_rows(rng, 1, 8, 2)))
+
+
+def test_a_very_large_model_looks_fewer_layers_ahead() -> None:
+    sizes = dict.fromkeys(range(48), 512)
+    predictor = MarkovPredictor(sizes, 6)
+    weights = [model.weights for model in predictor._models]
+    assert sum(array.nbytes for array in weights) <= MAX_WEIGHT_BYTES
+    found = predictor.predict(0, NO_HIDDEN_STATE, routing(np.array([[3, 7]])))
+    assert list(found.probabilities) == [1]
