@@ -116,11 +116,15 @@ class PredictorInNeed(Predictor):
 
     def __init__(self, predictor: Predictor, cache: ExpertCache) -> None:
         self.name = predictor.name
+        self.recent_tokens = predictor.recent_tokens
         self._predictor = predictor
         self._cache = cache
 
     def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
         self._predictor.begin_step(previous_rows)
+
+    def foresee(self, recent: NDArray[np.int64]) -> Prediction:
+        return NOTHING if self._cache.holds_everything else self._predictor.foresee(recent)
 
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         if self._cache.holds_everything:

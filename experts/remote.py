@@ -55,14 +55,20 @@ class LocalPredictor(Predictor):
 
     def __init__(self, predictor: Predictor, pool: WorkerPool) -> None:
         self.name = predictor.name
+        self.recent_tokens = predictor.recent_tokens
         self._predictor = predictor
         self._pool = pool
 
     def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
         self._predictor.begin_step(previous_rows)
 
+    def foresee(self, recent: NDArray[np.int64]) -> Prediction:
+        return self._without_held(self._predictor.foresee(recent))
+
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
-        prediction = self._predictor.predict(layer, x, routing)
+        return self._without_held(self._predictor.predict(layer, x, routing))
+
+    def _without_held(self, prediction: Prediction) -> Prediction:
         return Prediction(
             {later: self._local(chances) for later, chances in prediction.probabilities.items()}
         )

@@ -17,7 +17,8 @@ from moeserve.endpoints import is_loopback, tcp_host
 
 CPU_BACKENDS = ("auto", "native", "torch", "ipex")
 POLICIES = ("auto", "resident", "lru", "lfu", "mrs", "least_stale", "score")
-PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")
+PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual", "pregate")
+TRAINED_PREDICTORS = ("gate_residual", "pregate")
 QUANTIZE_GROUPS = (32, 64, 128, "auto")
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "tiny-moe"
 
@@ -198,12 +199,14 @@ class ExpertConfig:
     )
     predictor: str = setting(
         "none",
-        "which experts to read ahead: none, frequency, markov, gate_lookahead or gate_residual",
+        "which experts to read ahead: none, frequency, markov, gate_lookahead, gate_residual or "
+        "pregate",
     )
     predictor_file: Path | None = setting(
         None,
-        "what `moeserve predictors train` wrote, for gate_residual; default: "
-        "predictors.safetensors beside the model",
+        "what `moeserve predictors train` wrote, for gate_residual, or `moeserve convert "
+        "--pregate`, for pregate; default: predictors.safetensors or pregate.safetensors, beside "
+        "the model",
     )
     prefetch_depth: int = setting(2, "layers that a predictor looks ahead, at most")
     disk_threads: int | None = setting(
@@ -259,11 +262,11 @@ class ExpertConfig:
         _one_of("cpu_backend", self.cpu_backend, CPU_BACKENDS)
         _one_of("policy", self.policy, POLICIES)
         _one_of("predictor", self.predictor, PREDICTORS)
-        if self.predictor_file is not None and self.predictor != "gate_residual":
+        if self.predictor_file is not None and self.predictor not in TRAINED_PREDICTORS:
             raise ConfigError(
                 f"predictor_file: {self.predictor!r} takes none",
                 field="predictor_file",
-                hint="choose --predictor gate_residual, or leave it out",
+                hint="choose --predictor gate_residual or pregate, or leave it out",
             )
         if self.host_memory_bytes is not None and self.host_slots is not None:
             raise ConfigError("host_memory_bytes and host_slots contradict each other; give one")

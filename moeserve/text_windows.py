@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moeserve.core import ConfigError
 from moeserve.text.tokenizer import Tokenizer
@@ -35,6 +36,12 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
             hint=f"give files, or directories with {', '.join(SUFFIXES)} in them",
         )
     return texts
+
+
+def recent_tokens(windows: Tensor, count: int) -> Tensor:
+    """windows: [N, L]. [N, L, count]: the last tokens at every place, its own last, -1 before the
+    window."""
+    return pad(windows, (count - 1, 0), value=-1).unfold(1, count, 1)
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -70,7 +77,10 @@ def token_windows(
             hint="give more text, or a smaller --window",
         )
     windows = tokens[: count * window_tokens].view(count, window_tokens)
-    wanted = count if max_tokens is None else max(1, max_tokens // window_tokens)
-    if wanted >= count:
-        return windows
-    return windows[torch.arange(wanted) * count // wanted]
+    return windows if max_tokens is None else windows[evenly(count, max_tokens // window_tokens)]
+
+
+def evenly(count: int, wanted: int) -> Tensor:
+    """That many numbers below `count` (one at least, all at most), as far apart as can be."""
+    wanted = min(max(1, wanted), count)
+    return torch.arange(wanted) * count // wanted

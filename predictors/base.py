@@ -35,9 +35,13 @@ class Predictor(ABC):
     layer's experts run: they are what prefetching has time beside.
 
     Layers come in rising order; a layer that does not rise begins another step.
+
+    recent_tokens: how many of the last tokens of each row `foresee` wants, the row's own included;
+    0 for a predictor that does not look at tokens.
     """
 
     name: str
+    recent_tokens: int = 0
 
     def begin_step(self, previous_rows: NDArray[np.int64]) -> None:  # noqa: B027 - optional
         """previous_rows: [T], for every row of the step to come the row of the step before it that
@@ -47,6 +51,14 @@ class Predictor(ABC):
         number of rows are of the same sequences in the same order, and others have nothing in
         common. Wrong rows make a prediction worse, not wrong.
         """
+
+    def foresee(self, recent: NDArray[np.int64]) -> Prediction:
+        """What a step will want, from its tokens alone, before its first layer runs.
+
+        recent: [T, recent_tokens] token ids of every row of the step to come, the row's own last,
+        -1 before the text. To be called after `begin_step`, if tokens are wanted.
+        """
+        return Prediction()
 
     @abstractmethod
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.core import Routing
-from moeserve.predictors.base import Chances, Predictor
+from moeserve.predictors.base import Chances, Prediction, Predictor
 
 EXTRA = 2
+#: the "layer" that a step's tokens stand for, from which all layers may be seen
+BEFORE = -1
 Figures = dict[str, float | None]
 
 
@@ -26,11 +28,13 @@ Figures = dict[str, float | None]
 class RecordedStep:
     """One step of a model. layers: by MoE layer in rising order, its input [T, H] and routing.
 
-    previous_rows: [T] as in `Predictor.begin_step`; all -1 where a text begins.
+    previous_rows: [T] as in `Predictor.begin_step`; all -1 where a text begins. recent: [T, W] as
+    in `Predictor.foresee`, the last tokens of each row; None where they are not known.
     """
 
     layers: Mapping[int, tuple[Tensor, Routing]]
     previous_rows: NDArray[np.int64]
+    recent: NDArray[np.int64] | None = None
 
 
 @dataclass
@@ -100,18 +104,22 @@ class Evaluation:
         if (step.previous_rows < 0).any():
             self._pending.clear()  # what was foreseen of the next token was of another text
         self.predictor.begin_step(step.previous_rows)
-        place_of = {layer: place for place, layer in enumerate(self.layers)}
+        place_of = {layer: place for place, layer in enumerate(self.layers)} | {BEFORE: -1}
+        if step.recent is not None:
+            self._note(BEFORE, self.predictor.foresee(step.recent), place_of)
         for layer, (x, routing) in step.layers.items():
             chosen = np.unique(routing.ids.numpy())
             for seen in self._pending.pop(layer, ()):
                 if counts:
                     tally = self.tallies.setdefault((seen.source, seen.distance), Tally())
                     tally.add(seen.chances, chosen, self.threshold)
-            found = self.predictor.predict(layer, x, routing).probabilities
-            for ahead, chances in found.items():
-                distance = (place_of[ahead] - place_of[layer] - 1) % len(self.layers) + 1
-                seen = _Pending(layer, distance, chances.numpy().copy())  # it will change
-                self._pending.setdefault(ahead, []).append(seen)
+            self._note(layer, self.predictor.predict(layer, x, routing), place_of)
+
+    def _note(self, source: int, prediction: Prediction, place_of: Mapping[int, int]) -> None:
+        for ahead, chances in prediction.probabilities.items():
+            distance = (place_of[ahead] - place_of[source] - 1) % len(self.layers) + 1
+            seen = _Pending(source, distance, chances.numpy().copy())  # it will change
+            self._pending.setdefault(ahead, []).append(seen)
 
     def of_distance(self, distance: int, sources: Iterable[int]) -> Tally:
         """All of these layers together."""

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from moeserve.core import ConfigError
 from moeserve.predictors.base import Predictor
@@ -15,9 +16,19 @@ from moeserve.predictors.gate_residual import GateResidual
 from moeserve.predictors.gates import LayerGate
 from moeserve.predictors.markov import MarkovPredictor
 from moeserve.predictors.none import NonePredictor
-from moeserve.predictors.residual_weights import TrainedPredictor, load_trained
+from moeserve.predictors.pregate import PregatePredictor
+from moeserve.predictors.pregate_file import PREGATE_FILE, load_pregate
+from moeserve.predictors.residual_weights import (
+    PREDICTORS_FILE,
+    TrainedPredictor,
+    load_trained,
+)
 
-PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")
+PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual", "pregate")
+#: what those that are trained for a model are kept in, beside it
+TRAINED_FILES: Mapping[str, str] = MappingProxyType(
+    {"gate_residual": PREDICTORS_FILE, "pregate": PREGATE_FILE}
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,8 @@ def make_predictor(
     gate_predictors: GatePredictors = PLAIN_GATES,
 ) -> Predictor:
     """num_experts: experts per MoE layer, by the layer's index. depth: layers to look ahead.
-    gates: of all MoE layers, for gate predictors. trained: the file of gate_residual, which must
-    have been made for a model whose config.json has this sha256.
+    gates: of all MoE layers, for predictors that look at them or were trained on them. trained: the
+    file of gate_residual or pregate, made for a model whose config.json has this sha256.
 
     Raises ConfigError for a name that is none and a file that is not for this model, ModelError for
     a model that the predictor cannot serve.
@@ -65,6 +76,15 @@ def make_predictor(
             )
         found = load_trained(trained, config_sha256, {gate.layer: gate for gate in gates})
         return gate_predictors.residual(found, gates, depth)
+    if name == "pregate":
+        if trained is None:
+            raise ConfigError(
+                "predictor: pregate has to be trained for the model",
+                field="predictor_file",
+                hint="convert the model with --pregate, or choose gate_lookahead",
+            )
+        block = load_pregate(trained, config_sha256, gates)
+        return PregatePredictor(block.weights, block.layers, depth)
     close = difflib.get_close_matches(name, PREDICTORS, n=1)
     raise ConfigError(
         f"predictor: {name!r} is not one of {', '.join(PREDICTORS)}",

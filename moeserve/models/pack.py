@@ -45,7 +45,7 @@ RELEASE_BYTES = 256 << 20
 #: everything that belongs to a model besides its weights
 COPIED = (
     "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README*",
-    "predictors.safetensors",
+    "predictors.safetensors", "pregate.safetensors",
 )  # fmt: skip
 NOT_COPIED = ("model.safetensors.index.json", MANIFEST)
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -44,7 +44,6 @@ from moeserve.models.resident_part import ResidentPart
 from moeserve.models.spec import ModelSpec
 from moeserve.models.stores import HeapMemory
 from moeserve.models.transformer import Transformer
-from moeserve.predictors.residual_weights import PREDICTORS_FILE
 
 Progress = Callable[[str, float], None]
 
@@ -148,7 +147,7 @@ def load_model(
         runtime = runtime.with_device(routed_experts(spec, read.weights), rest_bytes(read.weights))
     runtime = runtime.with_predictor(
         lambda: expert_gates(spec, read.weights),
-        found.path / PREDICTORS_FILE,
+        found.path,
         lambda: config_sha256(found.path),
     )
     notes = runtime.notes | found.notes | read.notes

@@ -16,6 +16,7 @@ from moeserve.models.kv_pool import KvPool
 from moeserve.models.registry import LoadedModel
 from moeserve.predictor_tools.model_runs import BLOCK_TOKENS, observed
 from moeserve.predictors.base import Predictor
+from moeserve.text_windows import recent_tokens
 
 WARM_UP_STEPS = 20
 
@@ -43,6 +44,7 @@ def measure_cost(loaded: LoadedModel, predictor: Predictor, windows: Tensor) -> 
     blocks = -(-rows * length // BLOCK_TOKENS)
     kv = KvPool(loaded.spec, blocks, BLOCK_TOKENS, loaded.dtype, loaded.device)
     slots = torch.arange(rows * length).view(rows, length).to(loaded.device)
+    recent = recent_tokens(windows, max(predictor.recent_tokens, 1))
     spent_s = 0.0
 
     def predict(layer: int, x: Tensor, routing: Routing) -> None:
@@ -59,6 +61,11 @@ def measure_cost(loaded: LoadedModel, predictor: Predictor, windows: Tensor) -> 
             previous = np.arange(rows) if position else np.full(rows, -1)
             started_s = time.perf_counter()
             predictor.begin_step(previous)
+            if predictor.recent_tokens:
+                tokens = recent[:, position].numpy()
+                foreseen_s = time.perf_counter()
+                predictor.foresee(tokens)
+                spent_s += time.perf_counter() - foreseen_s
             loaded.model.logits(loaded.model.forward(batch, kv))
             took_s = time.perf_counter() - started_s
             steps_us.append((took_s - spent_s) * 1e6)

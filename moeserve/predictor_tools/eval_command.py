@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ from moeserve.predictor_tools.plots import check_plot, plot_recall
 from moeserve.predictor_tools.train_command import add_text_arguments, check_numbers
 from moeserve.predictor_tools.training import record_states
 from moeserve.predictors.base import Predictor
-from moeserve.predictors.registry import PLAIN_GATES, PREDICTORS, make_predictor
-from moeserve.predictors.residual_weights import PREDICTORS_FILE
+from moeserve.predictors.evaluate import BEFORE
+from moeserve.predictors.registry import PLAIN_GATES, PREDICTORS, TRAINED_FILES, make_predictor
 from moeserve.progress import LoadingBar
 from moeserve.text.tokenizer import Tokenizer
 from moeserve.text_windows import read_texts, token_windows
@@ -47,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="predictors",
         action="append",
         choices=names,
-        help="repeatable (default: all, gate_residual where it has been trained)",
+        help="repeatable (default: all, gate_residual and pregate where they have been trained)",
     )
     parser.add_argument(
         "--file",
         type=Path,
-        help=f"trained predictors (default: {PREDICTORS_FILE} beside the model)",
+        help="what the one that --predictor names was trained to, else gate_residual (default: "
+        f"{' and '.join(TRAINED_FILES.values())} beside the model)",
     )
     parser.add_argument("--depth", type=int, default=2, help="layers ahead (default: 2)")
     parser.add_argument(
@@ -91,6 +92,13 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.plot is not None:
         check_plot(args.plot)
+    trained = [name for name in args.predictors or () if name in TRAINED_FILES]
+    if args.file is not None and len(trained) > 1:
+        raise ConfigError(
+            f"file: {args.file} cannot be for {' and for '.join(trained)}",
+            field="file",
+            hint="evaluate them one after the other",
+        )
     check_numbers(args, tokens=1, window=2, depth=1, streams=1)
     if not 0 < args.threshold < 1:
         raise ConfigError(
@@ -117,18 +125,19 @@ def _evaluate_all(
         )
     recording = record_states(loaded, gates, windows, folder, bar)
     sizes = {gate.layer: gate.num_experts for gate in gates}
-    file = args.file or loaded.path / PREDICTORS_FILE
+    files = _trained_files(args, loaded.path)
     sha256 = config_sha256(loaded.path)
     spec = next(iter(loaded.spec.moe_layers.values())).experts
     expert_bytes = expert_bytes_of(spec, loaded.dtype)
     native = loaded.runtime.native
     gate_predictors = PLAIN_GATES if native is None else native_gates(native)
     results = []
-    for name in args.predictors or _all_names(file):
+    for name in args.predictors or _all_names(files):
 
         def make(name: str = name) -> Predictor:
-            trained = file if name == "gate_residual" else None
-            return make_predictor(name, sizes, args.depth, gates, trained, sha256, gate_predictors)
+            return make_predictor(
+                name, sizes, args.depth, gates, files.get(name), sha256, gate_predictors
+            )
 
         def report(share: float, name: str = name) -> None:
             bar(name, share)
@@ -151,10 +160,19 @@ def _evaluate_all(
     return about, results
 
 
-def _all_names(file: Path) -> list[str]:
+def _trained_files(args: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """By name of predictor, the file it is in, be it there or not."""
+    files = {name: folder / file for name, file in TRAINED_FILES.items()}
+    if args.file is not None:
+        named = [name for name in args.predictors or () if name in TRAINED_FILES]
+        files[named[0] if named else "gate_residual"] = args.file
+    return files
+
+
+def _all_names(files: Mapping[str, Path]) -> list[str]:
     """Every predictor there is something to say of."""
-    trained = file.exists()
-    return [n for n in PREDICTORS if n != "none" and (trained or n != "gate_residual")]
+    missing = {name for name, file in files.items() if not file.exists()}
+    return [name for name in PREDICTORS if name != "none" and name not in missing]
 
 
 def _print(console: Console, result: PredictorReport) -> None:
@@ -162,7 +180,10 @@ def _print(console: Console, result: PredictorReport) -> None:
     for name in ("from layer", "ahead", "recall@k", "recall@k+2", "precision", "coverage"):
         table.add_column(name, justify="right")
     table.add_column("wasted KiB per step", justify="right")
-    rows = [(str(layer), far, each) for (layer, far), each in sorted(result.by_layer.items())]
+    rows = [
+        ("tokens" if layer == BEFORE else str(layer), far, each)
+        for (layer, far), each in sorted(result.by_layer.items())
+    ]
     rows += [("mean", far, each) for far, each in result.mean.items()]
     rows += [
         (f"{layer}, next token", far, each) for (layer, far), each in sorted(result.wrapped.items())

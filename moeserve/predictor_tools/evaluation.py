@@ -14,7 +14,8 @@ from moeserve.models.registry import LoadedModel
 from moeserve.predictor_tools.costs import Cost, measure_cost
 from moeserve.predictor_tools.recording import Recording
 from moeserve.predictors.base import Predictor
-from moeserve.predictors.evaluate import Evaluation, Figures, RecordedStep
+from moeserve.predictors.evaluate import BEFORE, Evaluation, Figures, RecordedStep
+from moeserve.text_windows import recent_tokens
 
 #: tokens per sequence of the cost measurement
 COST_TOKENS = 120
@@ -23,8 +24,8 @@ COST_TOKENS = 120
 @dataclass(frozen=True)
 class PredictorReport:
     """by_layer: by (layer seen from, distance in MoE layers), what `Tally.figures` gives; distances
-    that go on into the next token are in `wrapped`. mean: by distance, all layers that see so far
-    inside the token."""
+    that go on into the next token are in `wrapped`. What is said before the first layer is seen
+    from layer -1. mean: by distance, all layers that see so far inside the token."""
 
     name: str
     by_layer: dict[tuple[int, int], Figures]
@@ -50,8 +51,13 @@ class PredictorReport:
         }
 
 
-def recorded_steps(recording: Recording, streams: int) -> Iterator[RecordedStep]:
-    """The recording as decode steps of `streams` windows side by side, one token of each a step."""
+def recorded_steps(
+    recording: Recording, streams: int, num_recent: int = 0
+) -> Iterator[RecordedStep]:
+    """The recording as decode steps of `streams` windows side by side, one token of each a step.
+
+    num_recent: tokens of each row that are told besides.
+    """
     plan = recording.plan
     count, length = plan.windows.shape
     layers = {
@@ -59,6 +65,7 @@ def recorded_steps(recording: Recording, streams: int) -> Iterator[RecordedStep]
         for layer in plan.layers
     }
     weights = {layer: recording.weights(layer) for layer in plan.layers}
+    recent = recent_tokens(plan.windows, max(num_recent, 1))
     for first in range(0, count - count % streams, streams):
         for position in range(length):
             rows = torch.arange(first, first + streams) * length + position
@@ -67,7 +74,8 @@ def recorded_steps(recording: Recording, streams: int) -> Iterator[RecordedStep]
                 x = states[rows].float() * sizes[rows]
                 step[layer] = (x, Routing(ids[rows].long(), weights[layer][rows]))
             previous = np.arange(streams) if position else np.full(streams, -1)
-            yield RecordedStep(step, previous)
+            tokens = recent[first : first + streams, position].numpy() if num_recent else None
+            yield RecordedStep(step, previous, tokens)
 
 
 def evaluate(
@@ -84,7 +92,7 @@ def evaluate(
     total = count // streams * length
 
     def steps() -> Iterator[RecordedStep]:
-        for number, step in enumerate(recorded_steps(recording, streams)):
+        for number, step in enumerate(recorded_steps(recording, streams, predictor.recent_tokens)):
             if number % 100 == 0:
                 progress(number / total)
             yield step
@@ -92,7 +100,7 @@ def evaluate(
     evaluation = Evaluation(predictor, layers, threshold)
     # What learns while serving has, at the start, nothing to speak from.
     evaluation.run(steps(), warm_up_steps=total // 10)
-    place_of = {layer: place for place, layer in enumerate(layers)}
+    place_of = {layer: place for place, layer in enumerate(layers)} | {BEFORE: -1}
     inside: dict[tuple[int, int], Figures] = {}
     wrapped: dict[tuple[int, int], Figures] = {}
     for (layer, distance), tally in evaluation.tallies.items():
@@ -100,9 +108,9 @@ def evaluate(
         into[layer, distance] = tally.figures(expert_bytes)
     mean = {
         distance: evaluation.of_distance(
-            distance, [layer for layer, far in inside if far == distance]
+            distance, [layer for layer, far in inside if far == distance and layer != BEFORE]
         ).figures(expert_bytes)
-        for distance in sorted({far for _, far in inside})
+        for distance in sorted({far for layer, far in inside if layer != BEFORE})
     }
     return PredictorReport(predictor.name, inside, wrapped, mean, [])
 

@@ -1,0 +1,113 @@
+"""Runs a converted model over text, layer by layer from the files that were just written.
+
+What its routers choose is what pregate learns from. The model is read as anybody else would read
+it, but one layer at a time, in float32; nothing of the layers before stays but the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moeserve.config import ExpertConfig
+from moeserve.convert.dense import CPU
+from moeserve.convert.run_layers import WindowSteps
+from moeserve.core import Routing
+from moeserve.experts.layer import Routes
+from moeserve.experts.runtime import build_expert_runtime
+from moeserve.models.attention import Attention
+from moeserve.models.builder import build_layer
+from moeserve.models.checkpoint import Checkpoint
+from moeserve.models.families import FAMILIES
+from moeserve.models.gates import gate_of
+from moeserve.models.loader import load_weights
+from moeserve.models.safetensors_file import SafetensorsFile
+from moeserve.models.spec import ModelSpec
+from moeserve.models.transformer import DecoderLayer, MoeFfn
+from moeserve.models.weight_map import WeightRule
+from moeserve.predictors.gates import LayerGate
+
+EMBEDDING = "model.embed_tokens.weight"
+
+#: the router of a layer, by its index, to what routes instead
+Reroute = Callable[[int, Routes], Routes]
+
+
+@dataclass(frozen=True)
+class WrittenModel:
+    """The shards of a conversion, which has no index yet."""
+
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    rules: Sequence[WeightRule]
+
+    @staticmethod
+    @contextmanager
+    def open(
+        path: Path, config: Mapping[str, Any], shards: Sequence[Path]
+    ) -> Iterator[WrittenModel]:
+        """config: what config.json will say. Raises ModelError."""
+        family = FAMILIES[config["model_type"]]
+        spec = family.spec(config, str(path))
+        checkpoint = Checkpoint(path, [SafetensorsFile(shard) for shard in shards])
+        try:
+            rules = family.weight_rules(spec, checkpoint.names(), torch.float32)
+            yield WrittenModel(spec, checkpoint, rules)
+        finally:
+            checkpoint.close()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] to [T, H] float32."""
+        states = F.embedding(token_ids, self.checkpoint.read(EMBEDDING)).float()
+        self.checkpoint.release(EMBEDDING)
+        return states
+
+    def run_layer(
+        self, index: int, x: Tensor, window_tokens: int, reroute: Reroute | None = None
+    ) -> LayerRun:
+        """x: [T, H], whole windows; becomes the stream after the layer."""
+        layer = self._build(index)
+        ffn = layer.ffn
+        assert isinstance(ffn, MoeFfn), "every layer of a conversion has experts"
+        assert isinstance(layer.attention, Attention), "glm4_moe has grouped attention"
+        gate = gate_of(index, layer)
+        if reroute is not None:
+            ffn.routed.router = reroute(index, ffn.routed.router)
+        found: list[Tensor] = []
+
+        def observe(layer: int, x: Tensor, routing: Routing) -> None:
+            found.append(routing.ids.to(torch.int16))
+
+        ffn.routed.observers.append(observe)
+        spec = replace(self.spec, layers=(self.spec.layers[index],))
+        steps = WindowSteps(spec, layer.attention, window_tokens)
+        for rows, step in steps.of(len(x)):
+            x[rows] = layer(x[rows].clone(), step, steps.kv)
+        return LayerRun(gate, torch.cat(found))
+
+    def _build(self, index: int) -> DecoderLayer:
+        prefix = f"layers.{index}."
+        rules = [rule for rule in self.rules if rule.target.startswith(prefix)]
+        loaded = load_weights(
+            self.checkpoint, rules, ignore=(".*",), dtype=torch.float32, device=CPU
+        )
+        weights = {name.removeprefix(prefix): weight for name, weight in loaded.items()}
+        experts = {index: self.spec.moe_layers[index].experts}
+        config = ExpertConfig(cpu_backend="torch")
+        runtime = build_expert_runtime(config, experts, CPU, torch.float32)
+        return build_layer(self.spec, index, self.spec.layers[index], weights, runtime)
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """What a layer was and did. choices: [T, K] int16 expert ids."""
+
+    gate: LayerGate
+    choices: Tensor
