@@ -37,6 +37,26 @@ def pin_this_thread(cpu: int) -> None:
 def allocate(num_bytes: int) -> npt.NDArray[np.uint8]:
     """Zeroed bytes, in huge pages where the system allows: [num_bytes] uint8."""
 
+def is_huge(pages: _Array) -> bool | None:
+    """Maps what is not mapped yet, as reading it would, and says whether all of it lies in huge
+    pages. pages: [num_bytes] uint8, whole pages. None: this system does not tell (Linux 6.7 does).
+    """
+
+def move_pages(source: _Array, target: _Array) -> None:
+    """Puts the pages of one mapping in the place of another's, in one step for all threads: who
+    reads the target sees its old pages or the new ones. The source, anonymous memory, is empty
+    then. Huge pages stay huge where both begin on one.
+
+    Both [num_bytes] uint8, whole pages. Raises ValueError for others, OSError where the system
+    refuses.
+    """
+
+def drop_pages(pages: _Array) -> None:
+    """Gives pages of anonymous memory back; they are zeros then. pages: [num_bytes] uint8, whole.
+
+    Raises OSError where the system refuses.
+    """
+
 class Ticket:
     """The handle of submitted work."""
 

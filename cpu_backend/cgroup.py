@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 PROC_CGROUP = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 #: version 1 writes the largest number of pages for "no limit"
 _NO_LIMIT_BYTES = 1 << 60
+
+T = TypeVar("T")
 
 
 def cgroup_cores(proc_cgroup: Path = PROC_CGROUP, root: Path = CGROUP_ROOT) -> float | None:
@@ -29,21 +32,40 @@ def cgroup_memory_bytes(proc_cgroup: Path = PROC_CGROUP, root: Path = CGROUP_ROO
     return None if limit_bytes is None else int(limit_bytes)
 
 
+def cgroup_memory_left(
+    proc_cgroup: Path = PROC_CGROUP, root: Path = CGROUP_ROOT
+) -> tuple[int, int] | None:
+    """(available, free) bytes that the process may still take until its cgroup or an ancestor is at
+    its limit: with files that the system only keeps for later making room, and without.
+
+    None: no limit. Reads memory.current and memory.stat, or memory.usage_in_bytes and memory.stat.
+    """
+    found = list(_by_directory("memory", _memory_left, proc_cgroup, root))
+    if not found:
+        return None
+    return min(available for available, _ in found), min(free for _, free in found)
+
+
 def _tightest(
     controller: str, limit: Callable[[Path], float | None], proc_cgroup: Path, root: Path
 ) -> float | None:
+    return min(_by_directory(controller, limit, proc_cgroup, root), default=None)
+
+
+def _by_directory(
+    controller: str, read: Callable[[Path], T | None], proc_cgroup: Path, root: Path
+) -> Iterator[T]:
+    """What `read` finds in the directories of the process's group and its ancestors."""
     if not proc_cgroup.is_file():
-        return None
-    limits = []
+        return
     for line in proc_cgroup.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         for directory in _ancestors(root / controllers if controllers else root, path):
-            found = limit(directory)
+            found = read(directory)
             if found is not None:
-                limits.append(found)
-    return min(limits, default=None)
+                yield found
 
 
 def _ancestors(mount: Path, path: str) -> list[Path]:
@@ -76,3 +98,17 @@ def _memory_bytes(directory: Path) -> float | None:
         limit_bytes = int(version_1.read_text())
         return None if limit_bytes >= _NO_LIMIT_BYTES else limit_bytes
     return None
+
+
+def _memory_left(directory: Path) -> tuple[int, int] | None:
+    limit_bytes = _memory_bytes(directory)
+    if limit_bytes is None:
+        return None
+    used = directory / "memory.current"
+    prefix = ""
+    if not used.is_file():
+        used, prefix = directory / "memory.usage_in_bytes", "total_"  # of the groups below, too
+    counts = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+    kept = sum(int(counts[f"{prefix}{kind}"]) for kind in ("active_file", "inactive_file"))
+    free = max(0, int(limit_bytes) - int(used.read_text()))
+    return free + kept, free

@@ -76,8 +76,20 @@ def huge_page_mode(sys: Path = SYS) -> str | None:
 
 def memory_bytes(proc: Path = PROC) -> tuple[int, int] | None:
     """(total, available without swapping), None where the OS does not say."""
+    kib = _meminfo_kib(proc)
+    return None if kib is None else (kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024)
+
+
+def memory_left(proc: Path = PROC) -> tuple[int, int] | None:
+    """(available without swapping, free without taking it from the page cache) bytes, None where
+    the OS does not say."""
+    kib = _meminfo_kib(proc)
+    return None if kib is None else (kib["MemAvailable"] * 1024, kib["MemFree"] * 1024)
+
+
+def _meminfo_kib(proc: Path) -> dict[str, int] | None:
     meminfo = proc / "meminfo"
     if not meminfo.is_file():
         return None
-    kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
-    return int(kib["MemTotal"]) * 1024, int(kib["MemAvailable"]) * 1024
+    found = re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+    return {name: int(value) for name, value in found}

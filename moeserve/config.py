@@ -234,6 +234,11 @@ class ExpertConfig:
     spin_us: int = setting(
         100, "microseconds that a compute thread without work looks for more before it sleeps"
     )
+    huge_pages: bool = setting(
+        True,
+        "move the weights of a packed model from the page cache into huge pages of memory, piece "
+        "by piece after the start, where the cache has them in small ones and memory is free",
+    )
 
     workers: tuple[str, ...] = setting(
         (),

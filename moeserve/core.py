@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from moeserve.stats import ExpertStats, MemoryStats
+from moeserve.stats import ExpertStats, MemoryStats, PageStats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -294,6 +294,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     extra: dict[str, float] = {}
     experts: ExpertStats | None = None
     memory: MemoryStats | None = None  # None: kv and experts share none
+    pages: PageStats | None = None  # None: no weights are mapped
 
 
 def unknown_fields(given: Mapping[str, object], known: set[str]) -> list[str]:

@@ -61,6 +61,22 @@ class MemoryStats(msgspec.Struct, frozen=True, kw_only=True):
     num_kv_shrunk: int  # and gave some back
 
 
+class PageStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The pages that mapped weights stand in.
+
+    cached_huge_bytes: the page cache has them in huge pages. moved_bytes: moved from small pages
+    into huge ones of this process. moving: that goes on. seconds: it took, or has taken so far.
+    problem: why the rest stays as the page cache has it, "" where nothing prevents it.
+    """
+
+    mapped_bytes: int
+    cached_huge_bytes: int
+    moved_bytes: int
+    moving: bool
+    seconds: float
+    problem: str
+
+
 class WorkerStats(msgspec.Struct, frozen=True, kw_only=True):
     """One expert worker, as its engine sees it.
 

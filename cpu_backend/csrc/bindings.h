@@ -19,6 +19,7 @@ void bind_products(nanobind::module_ &m);
 void bind_attention(nanobind::module_ &m);
 void bind_decoder(nanobind::module_ &m);
 void bind_predictor(nanobind::module_ &m);
+void bind_huge_pages(nanobind::module_ &m);
 
 using Array = nanobind::ndarray<nanobind::device::cpu>;
 using ConstArray = nanobind::ndarray<nanobind::ro, nanobind::device::cpu>;

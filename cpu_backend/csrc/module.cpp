@@ -15,4 +15,5 @@ NB_MODULE(_native, m) {
   moeserve::bind_attention(m);
   moeserve::bind_decoder(m);
   moeserve::bind_predictor(m);
+  moeserve::bind_huge_pages(m);
 }

@@ -38,6 +38,8 @@ def describe(stats: Stats) -> str:
             f" kv took from experts {memory['num_kv_grown']} times and gave back"
             f" {memory['num_kv_shrunk']} times"
         )
+    if (pages := engine["pages"]) is not None:
+        lines.append(_pages(pages))
     experts = engine["experts"]
     if experts is not None:
         lines += _totals(experts)
@@ -46,6 +48,17 @@ def describe(stats: Stats) -> str:
         if experts["caches"]:
             lines += ["", *_by_layer(experts)]
     return "\n".join(lines)
+
+
+def _pages(pages: Stats) -> str:
+    text = (
+        f"weights: {size(pages['mapped_bytes'])} mapped; in huge pages"
+        f" {size(pages['cached_huge_bytes'])} of the page cache and"
+        f" {size(pages['moved_bytes'])} moved in {pages['seconds']:.1f} s"
+    )
+    if pages["moving"]:
+        return f"{text} so far"
+    return text + (f"; the rest stays: {pages['problem']}" if pages["problem"] else "")
 
 
 def _totals(experts: Stats) -> list[str]:

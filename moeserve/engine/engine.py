@@ -33,6 +33,7 @@ from moeserve.engine.request_scheduler import RequestScheduler
 from moeserve.engine.row_links import LastRouting, RowLinks, recent_tokens
 from moeserve.engine.sampler import Sampler, SampleRow, score
 from moeserve.models.kv_pool import KvPool
+from moeserve.models.page_mover import PageMover
 from moeserve.models.registry import LoadedModel, load_model
 from moeserve.stats import ExpertStats
 
@@ -44,6 +45,8 @@ Progress = Callable[[str, float], None]
 
 class Engine:
     """One model and the requests that run on it. One thread calls all methods.
+
+    page_mover: may still be at work when the engine is ready; who measures waits for it.
 
     Errors of a request (a context too long, a full queue) raise RequestError in `add`; whatever
     happens later arrives as a delta with a finish_reason.
@@ -86,6 +89,13 @@ class Engine:
         self.timeline = loaded.runtime.watch.timeline
         self._num_steps = 0
         self._step_s = 0.0
+        # Beside workers most of what is mapped is theirs to read.
+        moves = config.experts.huge_pages and not config.experts.workers
+        self.page_mover = PageMover(
+            loaded.mapped if moves else (),
+            keep_bytes=self.memory.limit_bytes,
+            is_busy=lambda: self.has_work,
+        )
         self._expert_stats: ExpertStats | None = None
         self._expert_stats_due_s = 0.0
 
@@ -103,7 +113,9 @@ class Engine:
             # take the cores from them.
             torch.set_num_threads(1)
         loaded.notes["isa"] = ", ".join(usable_isa_extensions()) or "no vector extension known"
-        return cls(config, loaded)
+        engine = cls(config, loaded)
+        engine.page_mover.start()
+        return engine
 
     @property
     def info(self) -> ModelInfo:
@@ -195,6 +207,7 @@ class Engine:
             kv_bytes=self.kv_bytes,
             experts=self._expert_stats,
             memory=self.memory.stats(),
+            pages=self.page_mover.stats(),
         )
 
     @property
@@ -218,7 +231,8 @@ class Engine:
         self.loaded.runtime.check_integrity()
 
     def close(self) -> None:
-        """Ends the threads that compute experts. Nothing may be called after it."""
+        """Ends the threads of the engine. Nothing may be called after it."""
+        self.page_mover.close()
         self.loaded.close()
 
     def _balance_memory(self) -> bool:

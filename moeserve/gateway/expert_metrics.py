@@ -9,7 +9,7 @@ from typing import Final
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from moeserve.stats import CacheStats, ExpertStats, LinkStats, MemoryStats, PoolStats
+from moeserve.stats import CacheStats, ExpertStats, LinkStats, MemoryStats, PageStats, PoolStats
 
 #: field of CacheStats -> name and help
 CACHE_COUNTERS: Final = MappingProxyType(
@@ -70,6 +70,18 @@ def memory_metrics(stats: MemoryStats) -> Iterator[Metric]:
     changes.add_metric(("from_experts",), stats.num_kv_grown)
     changes.add_metric(("to_experts",), stats.num_kv_shrunk)
     yield changes
+
+
+def page_metrics(stats: PageStats) -> Iterator[Metric]:
+    """How much of the mapped weights stands in huge pages."""
+    pages = GaugeMetricFamily(
+        "moeserve_weight_pages_bytes",
+        "Weights in the page cache (mapped); in huge pages there; moved into huge pages since.",
+        labels=("pages",),
+    )
+    for kind in ("mapped", "cached_huge", "moved"):
+        pages.add_metric((kind,), getattr(stats, f"{kind}_bytes"))
+    yield pages
 
 
 def _of_caches(layers: Sequence[int], caches: Sequence[CacheStats]) -> Iterator[Metric]:

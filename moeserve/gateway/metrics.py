@@ -21,7 +21,7 @@ from prometheus_client.samples import Sample
 
 from moeserve import __version__
 from moeserve.core import EngineStats, ErrorCode, FinishReason, ModelInfo
-from moeserve.gateway.expert_metrics import expert_metrics, memory_metrics
+from moeserve.gateway.expert_metrics import expert_metrics, memory_metrics, page_metrics
 from moeserve.gateway.service import AnswerRecord
 from moeserve.messages import EngineStatus, Timing, Usage
 
@@ -265,6 +265,8 @@ def _stats_metrics(stats: EngineStats) -> list[Metric]:
         result.append(extra)
     if stats.memory is not None:
         result += memory_metrics(stats.memory)
+    if stats.pages is not None:
+        result += page_metrics(stats.pages)
     if stats.experts is not None:
         result += expert_metrics(stats.experts)
     return result

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moeserve.core import ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class OpenFile:
@@ -41,6 +46,19 @@ class OpenFile:
             return os.pread(self.handle, num_bytes, start)
         except OSError as error:
             raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def read_into(self, start: int, buffer: NDArray[np.uint8]) -> None:
+        """Fills all of a buffer. Raises ModelError where the system cannot read, and where the
+        file ends before."""
+        try:
+            found = os.preadv(self.handle, [buffer.data], start)
+        except OSError as error:
+            raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if found != buffer.nbytes:
+            raise ModelError(
+                f"{self.path}: expected {buffer.nbytes} bytes from {start} on, found {found}",
+                hint="fetch or pack the model again, under a new name, and start again",
+            )
 
     def check_unchanged(self) -> None:
         """Raises ModelError if it was written to since it was opened; one system call."""

@@ -26,8 +26,7 @@ from moeserve.cache.tiers.disk_store import DiskRecord
 from moeserve.core import ModelError
 from moeserve.cpu_backend.machine import huge_page_mode
 from moeserve.cpu_backend.packing import LAYOUT_VERSION, FormatName, PackFormat
-from moeserve.models.open_file import OpenFile
-from moeserve.models.safetensors_file import SafetensorsFile
+from moeserve.models.safetensors_file import MappedFile, SafetensorsFile
 from moeserve.models.stores import Store, store_of
 from moeserve.models.weight_map import Use, WeightRule
 from moeserve.worker_messages import WorkerIdentity
@@ -185,9 +184,10 @@ class PackedModel:
         ]
 
     @property
-    def files(self) -> tuple[OpenFile, ...]:
-        """What the mapped weights lie in."""
-        return tuple(file.file for file in self._files.values())
+    def mapped(self) -> tuple[MappedFile, ...]:
+        """What the weights that were reserved lie in."""
+        found = (file.mapped for file in self._files.values())
+        return tuple(mapped for mapped in found if mapped is not None)
 
     def release(self, name: str) -> None:
         """Unmaps the pages of a weight until it is read again: while they are mapped they count as

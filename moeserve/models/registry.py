@@ -24,7 +24,6 @@ from moeserve.models.builder import (
 from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_model_config
 from moeserve.models.families import FAMILIES
 from moeserve.models.hub import resolve_model
-from moeserve.models.open_file import OpenFile
 from moeserve.models.packed_model import (
     PackedModel,
     config_sha256,
@@ -41,6 +40,7 @@ from moeserve.models.read_weights import (
     read_packed,
 )
 from moeserve.models.resident_part import ResidentPart
+from moeserve.models.safetensors_file import MappedFile
 from moeserve.models.spec import ModelSpec
 from moeserve.models.stores import HeapMemory
 from moeserve.models.transformer import Transformer
@@ -54,7 +54,7 @@ class LoadedModel:
 
     context_tokens: the longest sequence it may be given. notes: what was chosen, and why.
     resident_bytes: weights that every token needs, where experts' memory is limited.
-    files: what weights are mapped from while the model runs.
+    mapped: the files that weights are used from where they lie in the page cache.
     """
 
     model: Transformer
@@ -68,12 +68,12 @@ class LoadedModel:
     notes: dict[str, str]
     runtime: ExpertRuntime
     resident_bytes: int = 0
-    files: tuple[OpenFile, ...] = ()
+    mapped: tuple[MappedFile, ...] = ()
 
     def check_files(self) -> None:
         """Raises ModelError if a file that weights are mapped from was written to meanwhile."""
-        for file in self.files:
-            file.check_unchanged()
+        for mapped in self.mapped:
+            mapped.file.check_unchanged()
 
     def close(self) -> None:
         """Ends the threads that compute experts."""
@@ -104,7 +104,7 @@ def load_model(
         expert_config = replace(expert_config, cpu_backend="native")
     experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
     resident_bytes = 0
-    files: tuple[OpenFile, ...] = ()
+    mapped: tuple[MappedFile, ...] = ()
     if expert_config.workers:
         _check_workers(config, expert_config.emulate_cpu, is_packed(found.path))
     if is_packed(found.path):
@@ -119,7 +119,6 @@ def load_model(
         advice = mmap.MADV_SEQUENTIAL if tiered else mapped_advice()
         with closing(PackedModel(found.path, advice)) as packed:
             dtype = DTYPES[packed.manifest.dtype]
-            files = () if tiered else packed.files  # else copied, and read with checksums
             memory: PackedModel | ResidentPart = ResidentPart(packed) if tiered else packed
             on_disk = memory.records if isinstance(memory, ResidentPart) else None
             runtime = build_expert_runtime(expert_config, experts, device, dtype, True, on_disk)
@@ -128,6 +127,7 @@ def load_model(
                 integers, isa = config.quantize_activations, runtime.native.isa
                 runtime = runtime.with_workers(worker_identity(packed, integers, isa))
             resident_bytes = memory.num_bytes if isinstance(memory, ResidentPart) else 0
+            mapped = () if tiered else packed.mapped  # else copied, and read with checksums
     else:
         if expert_config.is_tiered:
             raise ConfigError(
@@ -164,7 +164,7 @@ def load_model(
         notes=notes,
         runtime=runtime,
         resident_bytes=resident_bytes,
-        files=files,
+        mapped=mapped,
     )
 
 

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.core import ModelError
@@ -69,6 +71,14 @@ class TensorEntry:
         return self.stop - self.start
 
 
+@dataclass(frozen=True)
+class MappedFile:
+    """A file and the whole of it in memory, for as long as anybody refers to this."""
+
+    file: OpenFile
+    memory: NDArray[np.uint8]
+
+
 class SafetensorsFile:
     """The tensors of one file. Opening reads and checks the header only.
 
@@ -107,6 +117,13 @@ class SafetensorsFile:
     def leave_page_cache(self) -> None:
         """Asks the system to forget the file's pages, as far as no mapping uses them."""
         os.posix_fadvise(self.file.handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @property
+    def mapped(self) -> MappedFile | None:
+        """None: nothing was read yet, or the mapping was dropped."""
+        if self._mapping is None:
+            return None
+        return MappedFile(self.file, np.frombuffer(self._mapping, dtype=np.uint8))
 
     def close(self) -> None:
         """Drops the mapping; tensors that are still held keep it alive."""

@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moeserve.cpu_backend.cgroup import cgroup_memory_bytes
+from moeserve.cpu_backend.cgroup import cgroup_memory_bytes, cgroup_memory_left
 from moeserve.cpu_backend.machine import (
     allowed_cores,
     cpu_model,
     huge_page_mode,
     memory_bytes,
+    memory_left,
     node_first,
     numa_nodes,
     parse_core_list,
 )
+from moeserve.cpu_backend.memory_room import memory_room
 
 
 def write(path: Path, text: str) -> None:
@@ -106,6 +108,38 @@ def test_memory(tmp_path: Path) -> None:
     assert memory_bytes(tmp_path) == (16000 * 1024, 8000 * 1024)
 
 
+def test_memory_left(tmp_path: Path) -> None:
+    """The least of what the machine and the groups leave, by both ways of counting."""
+    no_group = tmp_path / "none"
+    assert memory_left(tmp_path) is None
+    assert memory_room(tmp_path, no_group, tmp_path) == (0, 0), "nobody says that there is any"
+    write(tmp_path / "meminfo", "MemTotal: 9000 kB\nMemFree: 5 kB\nMemAvailable: 8000 kB\n")
+    assert memory_room(tmp_path, no_group, tmp_path) == (8000 * 1024, 5 * 1024)
+    root = tmp_path / "fs"
+    stat = "anon 7\nfile 1000000\nactive_file {active}\ninactive_file 24\n"
+    for group, limit, used, active in (("a/b", 5000, 4000, 300), ("a", 6000, 5500, 7000)):
+        write(root / group / "memory.max", f"{limit}\n")
+        write(root / group / "memory.current", f"{used}\n")
+        write(root / group / "memory.stat", stat.format(active=active))
+    write(tmp_path / "self", "0::/a/b\n")
+    assert memory_room(tmp_path, tmp_path / "self", root) == (1000 + 324, 500)
+    write(root / "a/b" / "memory.current", "5001\n")  # the kernel lets a group exceed it a little
+    assert memory_room(tmp_path, tmp_path / "self", root) == (324, 0)
+
+
+def test_memory_left_of_cgroup_1(tmp_path: Path) -> None:
+    write(tmp_path / "self", "5:memory:/docker/x\n")
+    root = tmp_path / "fs"
+    write(root / "memory" / "memory.limit_in_bytes", "9223372036854771712\n")
+    assert cgroup_memory_left(tmp_path / "self", root) is None
+    group = root / "memory" / "docker" / "x"
+    write(group / "memory.limit_in_bytes", "4096000\n")
+    write(group / "memory.usage_in_bytes", "4000000\n")
+    stat = "cache 5\nactive_file 1\ninactive_file 2\ntotal_active_file 30\ntotal_inactive_file 4\n"
+    write(group / "memory.stat", stat)
+    assert cgroup_memory_left(tmp_path / "self", root) == (96000 + 34, 96000)
+
+
 def test_the_processors_name(tmp_path: Path) -> None:
     assert cpu_model(tmp_path)  # from the platform
     write(tmp_path / "cpuinfo", "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nflags\t: x\n")
@@ -136,6 +170,7 @@ def test_memory_of_cgroup_1(tmp_path: Path) -> None:
 def test_this_machine() -> None:
     found = memory_bytes()
     assert found is not None
+    assert 0 < memory_room().available_bytes <= found[0]
     assert 0 < found[1] <= found[0] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     nodes = numa_nodes()
     if nodes:

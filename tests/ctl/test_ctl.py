@@ -20,6 +20,7 @@ from moeserve.stats import (
     ExpertStats,
     LinkStats,
     MemoryStats,
+    PageStats,
     PoolStats,
     WorkerStats,
 )
@@ -136,6 +137,25 @@ def test_report_says_who_has_memory_and_what_workers_did() -> None:
     assert "workers: 68 rows, 3 of them computed by somebody else; steps waited 1.5 s" in lines
     assert "tcp://node:5570 0/2 rows in frames 3.0 0.2 12 34 2 1 0" in lines
     assert "ipc:///w ? does not answer 3.0 0.2 12 34 2 1 0" in lines
+
+
+@pytest.mark.parametrize(
+    ("moving", "problem", "end"),
+    [
+        (True, "", "moved in 2.5 s so far"),
+        (False, "", "moved in 2.5 s"),
+        (False, "no memory", "moved in 2.5 s; the rest stays: no memory"),
+    ],
+)
+def test_report_says_what_pages_weights_stand_in(moving: bool, problem: str, end: str) -> None:
+    pages = PageStats(
+        mapped_bytes=5 << 20, cached_huge_bytes=1 << 20, moved_bytes=3 << 20, moving=moving,
+        seconds=2.5, problem=problem,
+    )  # fmt: skip
+    engine = msgspec.to_builtins(EngineStats(pages=pages))
+    lines = describe({"model": "m", "uptime_s": 1.0, "engine": engine}).splitlines()
+    start = "weights: 5,120.0 KiB mapped; in huge pages 1,024.0 KiB of the page cache and"
+    assert f"{start} 3,072.0 KiB {end}" in lines
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from moeserve.stats import (
     ExpertStats,
     LinkStats,
     MemoryStats,
+    PageStats,
     PoolStats,
     WorkerStats,
 )
@@ -31,8 +32,10 @@ class Series:
         return self.values[(name, tuple(sorted((k, str(v)) for k, v in labels.items())))]
 
 
-def scrape(experts: ExpertStats, memory: MemoryStats | None = None) -> Series:
-    stats = EngineStats(kv_bytes=77, experts=experts, memory=memory)
+def scrape(
+    experts: ExpertStats, memory: MemoryStats | None = None, pages: PageStats | None = None
+) -> Series:
+    stats = EngineStats(kv_bytes=77, experts=experts, memory=memory, pages=pages)
     status = EngineStatus(epoch="e", stage="ready", stats=stats)
     text = Metrics(lambda: status).text().decode()
     found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
@@ -125,6 +128,15 @@ def test_every_layer_and_tier() -> None:
             assert seconds is not None
             busy = value("moeserve_expert_busy_seconds_total", layer=layer, unit=unit)
             assert busy == seconds[place]
+
+
+def test_pages_of_weights() -> None:
+    pages = PageStats(
+        mapped_bytes=30, cached_huge_bytes=10, moved_bytes=19, moving=True, seconds=1.0, problem=""
+    )
+    value = scrape(ExpertStats(layers=[], num_experts=[], cpu_busy_s=[]), pages=pages)
+    for kind, num_bytes in (("mapped", 30), ("cached_huge", 10), ("moved", 19)):
+        assert value("moeserve_weight_pages_bytes", pages=kind) == num_bytes
 
 
 def test_how_memory_is_divided_and_what_workers_did() -> None:
