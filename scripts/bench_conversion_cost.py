@@ -3,9 +3,10 @@
     python scripts/random_dense.py /tmp/dense1b
     python scripts/bench_conversion_cost.py /tmp/dense1b --text TEXT [--tokens 4096] [--threads 1]
 
-The conversion runs as a process of its own, as a user starts it; the kernel says how much memory it
-had at most (ru_maxrss), and samples every 20 ms how much of that were pages of mapped files, which
-it may take back at any time. `import` is the same for a process that only imports what a conversion
+The conversion runs as a process of its own, as a user starts it. The kernel keeps how much memory
+it had at most (VmHWM; not ru_maxrss, which begins with that of the process it was started from),
+and is asked every 20 ms, also how much of it are pages of mapped files, which it may take back at
+any time. `import` is the same for a process that only imports what a conversion
 imports. One layer is its weights in float32. Activations are those that a layer needs for the text:
 four of [T, I] and eight of [T, H] in float32, T tokens, I neurons, H the hidden size. What is left
 of the peak must be below 1 GiB.
@@ -74,12 +75,13 @@ def run(command: list[str], environment: dict[str, str]) -> Use:
     """Raises CalledProcessError."""
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment)
-    anonymous = files = 0
+    peak = anonymous = files = 0
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
         now = memory_of(process.pid)
+        peak = max(peak, now.get("VmHWM", 0))
         anonymous = max(anonymous, now.get("RssAnon", 0))
         files = max(files, now.get("RssFile", 0))
         time.sleep(SAMPLE_S)
@@ -89,7 +91,7 @@ def run(command: list[str], environment: dict[str, str]) -> Use:
     return Use(
         wall_s=time.monotonic() - started,
         cpu_s=usage.ru_utime + usage.ru_stime,
-        peak_bytes=usage.ru_maxrss * 1024,
+        peak_bytes=peak,
         anonymous_bytes=anonymous,
         files_bytes=files,
     )
@@ -101,7 +103,7 @@ def memory_of(pid: int) -> dict[str, int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return {}
-    pairs = (line.split(":", 1) for line in lines if line.startswith("Rss"))
+    pairs = (line.split(":", 1) for line in lines if line.startswith(("Rss", "VmHWM")))
     return {name: int(value.split()[0]) * 1024 for name, value in pairs}
 
 

@@ -62,7 +62,7 @@ same for a choice by dice, the share of the FFN's output (mean square) that is l
 for the best choice, and the error of what the converted FFN gives instead.
 
 {_table(conversion.reports)}
-
+{_pregate(conversion)}
 ## Recipe
 
 | | |
@@ -70,6 +70,21 @@ for the best choice, and the error of what the converted FFN gives instead.
 {told}
 
 Converted in {conversion.seconds:.0f} s.
+"""
+
+
+def _pregate(conversion: Conversion) -> str:
+    recall, reports, shape = conversion.pregate_recall, conversion.reports, conversion.shape
+    if not recall:
+        return ""
+    by_layer = ", ".join(f"{share:.3f}" for share in recall)
+    always = sum(report["always_on"] - shape.num_shared for report in reports) / len(reports)
+    open_k, open_experts = shape.top_k - always, shape.num_routed - always
+    chance = (always + (open_k**2 / open_experts if open_experts else 0)) / shape.top_k
+    return f"""
+`pregate.safetensors` foresees the experts of all layers from the last tokens alone, before the
+model runs (`--predictor pregate`); it decides nothing. Of the experts that the routers choose on
+text it was not trained on, it names by layer: {by_layer}; dice would name {chance:.3f}.
 """
 
 

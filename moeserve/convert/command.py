@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)")  # fmt: skip
     add("--refit", action=argparse.BooleanOptionalAction, default=default.refit,
         help="fit the second product to what is left (default: %(default)s)")  # fmt: skip
+    add("--pregate", action="store_true",
+        help="train a block that foresees the experts of all layers from the tokens, for "
+        "--predictor pregate")  # fmt: skip
     add("--tokens", type=int, default=default.max_tokens,
         help="most tokens of the text, taken evenly (default: %(default)s)")  # fmt: skip
     add("--window", type=int, default=default.window_tokens,
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         active=args.active,
         shared_share=_share(args.shared_share),
         refit=args.refit,
+        pregate=args.pregate,
         max_tokens=args.tokens,
         window_tokens=args.window,
         seed=args.seed,
@@ -78,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
         f"({quality.perplexity / quality.dense_perplexity:.3f} ×); "
         f"router agreement {quality.agreement:.3f}"
     )
+    if made.pregate_recall:
+        mean = sum(made.pregate_recall) / len(made.pregate_recall)
+        print(f"pregate names {mean:.3f} of the experts that tokens choose")
     print("README.md there has the figures of each layer", file=sys.stderr)
     return 0
 

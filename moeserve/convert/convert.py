@@ -42,13 +42,14 @@ class Quality:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came of it. reports: per layer."""
+    """What came of it. reports: per layer. pregate_recall: by layer, where it was asked for."""
 
     shape: MoeShape
     quality: Quality
     reports: list[dict[str, float]]
     seconds: float
     num_bytes: int
+    pregate_recall: tuple[float, ...] = ()
 
 
 def recipe(model: DenseModel, settings: ConvertSettings, text: Calibration) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,6 @@ def train(
     progress: Progress,
 ) -> TrainedPregate:
     """On the part of the text that is to be learnt from. out: has the model's config.json."""
-    started = time.monotonic()
     shape = PregateShape()
     learnt = PregateText(
         text.learnt_from,
@@ -86,7 +84,7 @@ def train(
         routed.gates[0].num_experts,
     )
     weights = train_pregate(learnt, shape, seed, lambda share: progress("pregate", share))
-    facts = {"tokens": text.learnt_from.numel(), "seconds": round(time.monotonic() - started, 1)}
+    facts = {"tokens": text.learnt_from.numel()}
     layers = tuple(gate.layer for gate in routed.gates)
     norms = gate_norms(routed.gates)
     return TrainedPregate(config_sha256(out), shape, layers, norms, weights, facts)

@@ -14,6 +14,7 @@ from moeserve.convert.card import model_card
 from moeserve.convert.convert import Conversion, convert_layers, recipe
 from moeserve.convert.dense import DenseModel, open_dense
 from moeserve.convert.glm import glm_config
+from moeserve.convert.pregate import write_pregate
 from moeserve.convert.settings import ConvertSettings, MoeShape
 from moeserve.convert.shards import write_text
 from moeserve.convert.workplace import Workplace
@@ -54,13 +55,16 @@ def convert(
                     workplace.copy(file)
         described = glm_config(model, conversion.shape)
         write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
+        total = model.spec.num_layers + 1
+        shards = [workplace.shard(number, total) for number in range(1, total + 1)]
+        if settings.pregate:
+            recall = write_pregate(out, described, shards, text, settings.seed, progress)
+            conversion = replace(conversion, pregate_recall=tuple(recall))
         card = model_card(model, made_of, conversion, __version__)
         write_text(out / "README.md", card)
         weight_map: dict[str, str] = {}
         num_bytes = 0
-        total = model.spec.num_layers + 1
-        for number in range(1, total + 1):
-            file = workplace.shard(number, total)
+        for file in shards:
             entries = SafetensorsFile(file).entries
             weight_map |= dict.fromkeys(entries, file.name)
             num_bytes += sum(entry.num_bytes for entry in entries.values())

@@ -16,7 +16,7 @@ class ConvertSettings:
 
     experts: equal parts that every FFN is cut into. active: parts that work on a token, those that
     always do included. shared_share: of the parts, always on; None: by each layer's activations.
-    refit: fit the second product to what is left.
+    refit: fit the second product to what is left. pregate: train a predictor of the experts.
     max_tokens: of the calibration text. window_tokens: run together.
     """
 
@@ -26,6 +26,7 @@ class ConvertSettings:
     active: int = 12
     shared_share: float | None = 0.25
     refit: bool = True
+    pregate: bool = False
     max_tokens: int = 32_768
     window_tokens: int = 512
     seed: int = 0
