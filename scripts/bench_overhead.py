@@ -131,13 +131,15 @@ def measure_model(model: Path, rounds: int, threads: int) -> dict[str, Any]:
 
 
 def start(model: Path, threads: int, **experts: Any) -> Engine:
-    return Engine.from_config(
+    engine = Engine.from_config(
         EngineConfig(
             model=ModelConfig(model=str(model), context_tokens=1024),
             kv=KvConfig(num_blocks=64),
             experts=ExpertConfig(cpu_backend="native", num_threads=threads, **experts),
         )
     )
+    engine.page_mover.wait()
+    return engine
 
 
 def beside(resident: Engine, model: Path, case: Case, rounds: int, threads: int) -> Result:

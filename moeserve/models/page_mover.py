@@ -119,13 +119,13 @@ class PageMover:
             log.warning("weights are not moved into huge pages: %s", self._problem)
         if not self._problem and self._num_refused:
             refused_bytes = self._num_refused * HUGE_PAGE_BYTES
-            self._problem = f"the system had no huge page for {refused_bytes / 1e9:.2f} GB"
+            self._problem = f"the system had no huge page for {refused_bytes / 1e6:.0f} MB"
         log.info(
-            "weights: of %.2f GB mapped, the page cache has %.2f in huge pages, and %.2f were moved"
+            "weights: of %.0f MB mapped, the page cache has %.0f in huge pages, and %.0f were moved"
             " into such in %.1f s%s",
-            self._mapped_bytes / 1e9,
-            self._cached_huge_bytes / 1e9,
-            self._moved_bytes / 1e9,
+            self._mapped_bytes / 1e6,
+            self._cached_huge_bytes / 1e6,
+            self._moved_bytes / 1e6,
             self._seconds,
             f"; the rest stays: {self._problem}" if self._problem else "",
         )
@@ -192,9 +192,9 @@ class PageMover:
         needed_bytes = self._left_bytes + self._keep_bytes + SPARE_BYTES
         if available_bytes < needed_bytes:
             raise _Stop(
-                f"{available_bytes / 1e9:.2f} GB of memory are available, and must have room for"
-                f" {self._left_bytes / 1e9:.2f} of weights, {self._keep_bytes / 1e9:.2f} of kv and"
-                f" {SPARE_BYTES / 1e9:.2f} to spare"
+                f"{available_bytes / 1e6:.0f} MB of memory are available, and must have room for"
+                f" {self._left_bytes / 1e6:.0f} of weights, {self._keep_bytes / 1e6:.0f} of kv and"
+                f" {SPARE_BYTES / 1e6:.0f} to spare"
             )
         self._drops = free_bytes < needed_bytes
 

@@ -178,6 +178,7 @@ def step_points(model: Path, num_threads: int, slots: int | None) -> Iterator[St
             experts=ExpertConfig(cpu_backend="native", num_threads=num_threads, host_slots=slots),
         )
     )
+    engine.page_mover.wait()
     rng = np.random.default_rng(0)
     make = partial(_point, slots is not None)
     for streams in DECODES:

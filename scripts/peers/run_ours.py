@@ -22,7 +22,14 @@ from moeserve.cpu_backend.packing import PackFormat  # noqa: E402
 from moeserve.engine.engine import Engine  # noqa: E402
 from moeserve.models.weight_formats import weight_formats  # noqa: E402
 from peers.layer_work import Experts, LayerShape, time_layer  # noqa: E402
-from peers.measure import DecodeRun, Skip, Workload, measure, read_into_page_cache  # noqa: E402
+from peers.measure import (  # noqa: E402
+    FIRST_PROMPT_TOKENS,
+    DecodeRun,
+    Skip,
+    Workload,
+    measure,
+    read_into_page_cache,
+)
 
 SECTIONS = {
     "model": ModelConfig,
@@ -38,12 +45,15 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     started_s = time.perf_counter()
     engine = Engine.from_config(engine_config(settings["config"]))
     load_s = time.perf_counter() - started_s
-    touch_experts(engine)
+    ours, work = Ours(engine), Workload(**settings["workload"])
     try:
-        ours = Ours(engine)
-        result = measure(ours, Workload(**settings["workload"]))
+        # Before pages are touched or have moved: a start waits for neither.
+        first_token_s = ours.prefill(*work.prompts("start", 1, FIRST_PROMPT_TOKENS))
+        in_huge_pages = huge_pages(engine)
+        touch_experts(engine)
+        result = {**measure(ours, work), "first_token_s": first_token_s}
         notes = {**engine.info.notes, "read_files_s": round(read_s, 2)}
-        notes["mapped in huge pages"] = f"{huge_page_share():.0%} of the files"
+        notes["mapped in huge pages"] = in_huge_pages
         return {
             "load_s": load_s,
             **result,
@@ -59,6 +69,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 def run_rows(settings: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of one MoE layer by number of rows. settings: config, rows."""
     engine = Engine.from_config(engine_config(settings["config"]))
+    engine.page_mover.wait()
     touch_experts(engine)
     try:
         return {"rows": layer_times(engine, settings["rows"]), "notes": engine.info.notes}
@@ -88,21 +99,15 @@ def engine_config(sections: dict[str, dict[str, Any]]) -> EngineConfig:
     return EngineConfig(**built)
 
 
-def huge_page_share() -> float:
-    """How much of the mapped model stands in huge pages in this process's page table: 4 KiB ones
-    cost a tenth of the speed of decoding and more (proc(5), smaps)."""
-    mapped = huge = 0
-    of_model = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, *values = line.split()
-        if not name.endswith(":"):
-            of_model = line.endswith(".safetensors")
-        elif of_model and name in ("Rss:", "FilePmdMapped:"):
-            if name == "Rss:":
-                mapped += int(values[0])
-            else:
-                huge += int(values[0])
-    return huge / mapped if mapped else 0.0
+def huge_pages(engine: Engine) -> str:
+    """How much of a mapped model stands in huge pages, once what moves has moved."""
+    engine.page_mover.wait()
+    pages = engine.stats().pages
+    if pages is None:
+        return "not mapped"
+    huge = (pages.cached_huge_bytes + pages.moved_bytes) / pages.mapped_bytes
+    moved = pages.moved_bytes / pages.mapped_bytes
+    return f"{huge:.0%} of the files, {moved:.0%} moved there in {pages.seconds:.1f} s"
 
 
 class Ours:

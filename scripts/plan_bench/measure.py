@@ -43,6 +43,7 @@ def engine_settings(model: Path, case: Case) -> EngineConfig:
 def measure(model: Path, case: Case) -> dict[str, Any]:
     """Medians over the times that the case is played, after a round that warms caches up."""
     engine = Engine.from_config(engine_settings(model, case))
+    engine.page_mover.wait()
     traffic = Traffic(
         concurrency=case.num_streams,
         prompt_tokens=case.context_tokens,

@@ -241,7 +241,7 @@ def test_nothing_moves_without_room_for_all(tmp_path: Path, rng: np.random.Gener
     stats = mover.stats()
     assert stats is not None
     assert stats.moved_bytes == stats.cached_huge_bytes == 0
-    assert "0.01 of kv and 1.07 to spare" in stats.problem
+    assert "of 8 of weights, 5 of kv and 1074 to spare" in stats.problem
     assert counted(mapped.memory, "Rss") == 0, "what does not move is not read either"
     enough = PageMover([mapped], kv, room=lambda: no_room(8 * MIB + kv, missing=0))
     enough.start()
@@ -264,7 +264,7 @@ def test_it_ends_where_others_take_the_memory(
     mover.wait()
     stats = mover.stats()
     assert stats is not None
-    assert "1.07 GB of memory are available" in stats.problem
+    assert "1074 MB of memory are available" in stats.problem
     assert stats.moved_bytes <= 8 * HUGE_PAGE_BYTES
     assert np.array_equal(mapped.memory, content)
 
