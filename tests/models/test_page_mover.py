@@ -241,7 +241,7 @@ def test_nothing_moves_without_room_for_all(tmp_path: Path, rng: np.random.Gener
     stats = mover.stats()
     assert stats is not None
     assert stats.moved_bytes == stats.cached_huge_bytes == 0
-    assert "of 8 of weights, 5 of kv and 1074 to spare" in stats.problem
+    assert "for 8 of weights, 5 of kv and 1074 to spare" in stats.problem
     assert counted(mapped.memory, "Rss") == 0, "what does not move is not read either"
     enough = PageMover([mapped], kv, room=lambda: no_room(8 * MIB + kv, missing=0))
     enough.start()
