@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeserve.core import ConfigError
+from moeserve.text_windows import evenly
 
 #: one window in so many is kept back
 HELD_BACK = 5
@@ -17,17 +18,22 @@ MIN_WINDOWS = 5
 
 @dataclass(frozen=True)
 class Calibration:
-    """learnt_from, held_back: [N, W] token ids. Rows of tokens come in that order."""
+    """learnt_from, held_back: [N, W] token ids. Rows of tokens come in that order. tuned_on: all of
+    the text but what is held back."""
 
     learnt_from: Tensor
     held_back: Tensor
+    tuned_on: Tensor
 
     @staticmethod
-    def of(windows: Tensor) -> Calibration:
-        """windows: [N, W], of which every HELD_BACK-th is kept back.
+    def of(text: Tensor, max_tokens: int) -> Calibration:
+        """text: [N, W]. Of its windows as many as are wanted, taken evenly; every HELD_BACK-th of
+        those is kept back.
 
         Raises ConfigError where there are too few.
         """
+        taken = evenly(len(text), max_tokens // text.shape[1])
+        windows = text[taken]
         count, length = windows.shape
         if count < MIN_WINDOWS:
             raise ConfigError(
@@ -36,7 +42,9 @@ class Calibration:
                 hint="give more text, or a smaller --window",
             )
         kept = torch.arange(count) % HELD_BACK == HELD_BACK - 1
-        return Calibration(windows[~kept], windows[kept])
+        rest = torch.ones(len(text), dtype=torch.bool)
+        rest[taken[kept]] = False
+        return Calibration(windows[~kept], windows[kept], text[rest])
 
     @property
     def window_tokens(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from moeserve.convert.convert import Conversion
 from moeserve.convert.dense import DenseModel
+from moeserve.convert.tune_plot import PICTURE
 
 COLUMNS = {
     "agreement": "agreement",
@@ -36,7 +37,7 @@ tags: [glm4_moe, mixture-of-experts, dense-to-moe]
 # {model.path.name} as a Mixture-of-Experts
 
 `{model.name}` ({model.spec.model_type}, dense), its FFNs cut into experts by `moeserve convert`
-{version}, without training. The licence is that of the dense model.
+{version}, {_training(conversion)}. The licence is that of the dense model.
 
 | | |
 | --- | --- |
@@ -57,12 +58,12 @@ On calibration text that nothing was fitted to, in float32, windows of
 | dense | {quality.dense_perplexity:.4f} |
 | converted | {quality.perplexity:.4f} ({ratio:.4f} ×) |
 
-By layer: the share of the best experts (those with the largest outputs) that the router names, the
-same for a choice by dice, the share of the FFN's output (mean square) that is left out, the same
-for the best choice, and the error of what the converted FFN gives instead.
+By layer{_before(conversion)}: the share of the best experts (those with the largest outputs) that
+the router names, the same for a choice by dice, the share of the FFN's output (mean square) that is
+left out, the same for the best choice, and the error of what the converted FFN gives instead.
 
 {_table(conversion.reports)}
-{_pregate(conversion)}
+{_tuning(conversion)}{_pregate(conversion)}
 ## Recipe
 
 | | |
@@ -70,6 +71,42 @@ for the best choice, and the error of what the converted FFN gives instead.
 {told}
 
 Converted in {conversion.seconds:.0f} s.
+"""
+
+
+def _training(conversion: Conversion) -> str:
+    return "without training" if conversion.tuning is None else "then tuned"
+
+
+def _before(conversion: Conversion) -> str:
+    return "" if conversion.tuning is None else ", before tuning"
+
+
+def _tuning(conversion: Conversion) -> str:
+    tuning = conversion.tuning
+    if tuning is None:
+        return ""
+    dense = conversion.quality.dense_perplexity
+    before, after = tuning.divergences
+    by_layer = ", ".join(f"{share:.3f}" for share in tuning.agreement)
+    return f"""
+## Tuning
+
+Routers and a low-rank correction of every part of the FFNs, distilled from the dense model: the
+Kullback-Leibler divergence of the next tokens, and FactorLLM's prior-approximate loss
+(arXiv:2408.11855) for the routers. The corrections are added to the weights, so with all experts
+active a tuned model is *not* the dense one; without tuning it would be.
+
+| | |
+| --- | --- |
+| steps, tokens | {tuning.num_steps}, {tuning.num_tokens:,} |
+| minutes | {tuning.seconds / 60:.1f} |
+| perplexity before | {tuning.untuned_perplexity:.4f} ({tuning.untuned_perplexity / dense:.4f} ×) |
+| divergence from the dense model, nats per token, text that was kept back | {before:.4f}, then \
+{after:.4f} |
+| best experts that the router names, by layer | {by_layer} |
+
+![divergence over steps]({PICTURE})
 """
 
 

@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pregate", action="store_true",
         help="train a block that foresees the experts of all layers from the tokens, for "
         "--predictor pregate")  # fmt: skip
+    add("--tune-minutes", type=float, metavar="N",
+        help="distil the dense model's outputs into router and experts for so long")  # fmt: skip
+    add("--tune-steps", type=int, metavar="N",
+        help="instead of minutes, a number of steps: the same bits again")  # fmt: skip
     add("--tokens", type=int, default=default.max_tokens,
         help="most tokens of the text, taken evenly (default: %(default)s)")  # fmt: skip
     add("--window", type=int, default=default.window_tokens,
@@ -62,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         shared_share=_share(args.shared_share),
         refit=args.refit,
         pregate=args.pregate,
+        tune_minutes=args.tune_minutes,
+        tune_steps=args.tune_steps,
         max_tokens=args.tokens,
         window_tokens=args.window,
         seed=args.seed,
@@ -82,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
         f"({quality.perplexity / quality.dense_perplexity:.3f} ×); "
         f"router agreement {quality.agreement:.3f}"
     )
+    if made.tuning is not None:
+        tuning = made.tuning
+        print(
+            f"tuned for {tuning.seconds / 60:.1f} min, {tuning.num_steps} steps; perplexity before "
+            f"{tuning.untuned_perplexity:.3f}"
+        )
     if made.pregate_recall:
         mean = sum(made.pregate_recall) / len(made.pregate_recall)
         print(f"pregate names {mean:.3f} of the experts that tokens choose")

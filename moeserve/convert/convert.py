@@ -22,6 +22,7 @@ from moeserve.convert.routers import ROUTERS, LinearRouter, chosen_experts, expe
 from moeserve.convert.run_layers import LayerRunner, product
 from moeserve.convert.settings import ConvertSettings, MoeShape
 from moeserve.convert.shards import write_safetensors
+from moeserve.convert.tune import Tuning
 from moeserve.convert.workplace import State, Workplace
 from moeserve.core import ModelError
 from moeserve.models.packed_model import config_sha256
@@ -42,7 +43,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came of it. reports: per layer. pregate_recall: by layer, where it was asked for."""
+    """What came of it. reports: per layer. pregate_recall: by layer, where it was asked for.
+    tuning: where it was tuned; quality is that of the tuned model then, reports are from before."""
 
     shape: MoeShape
     quality: Quality
@@ -50,6 +52,7 @@ class Conversion:
     seconds: float
     num_bytes: int
     pregate_recall: tuple[float, ...] = ()
+    tuning: Tuning | None = None
 
 
 def recipe(model: DenseModel, settings: ConvertSettings, text: Calibration) -> dict[str, Any]:
@@ -135,7 +138,8 @@ def _convert_layer(
     split = split_layer(sample, settings, shape, index)
     dtype = model.checkpoint.dtype(f"model.layers.{index}.mlp.gate_proj.weight")
     router = _fit(settings, shape, split, sample)
-    layer = ConvertedLayer(shape, split, make_gate(router, split, sample.normed, dtype), None)
+    gate = make_gate(router, shape.num_routed, split.always_on, sample.normed, dtype)
+    layer = ConvertedLayer(shape, split, gate, None)
     if settings.refit and not shape.all_active:
         fitted = refit_down(sample, layer.weights(sample.normed)).to(dtype)
         layer = replace(layer, down=fitted)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from moeserve.convert.dense import DenseModel
-from moeserve.convert.methods import Split
 from moeserve.convert.routers import LinearRouter
 from moeserve.convert.settings import MoeShape
 from moeserve.experts.router import RouterSpec
@@ -43,14 +42,17 @@ class Gate:
 
 
 def make_gate(
-    router: LinearRouter | None, split: Split, normed: Tensor, dtype: torch.dtype
+    router: LinearRouter | None,
+    num_experts: int,
+    always_on: int,
+    normed: Tensor,
+    dtype: torch.dtype,
 ) -> Gate:
     """The router in glm4_moe's terms, its weight in the dtype of the checkpoint.
 
-    router: None where every expert is active and nothing is to be chosen.
-    normed: [T, H], over which the spread is meant.
+    router: of the experts after those always on; None where every expert is active and nothing is
+    to be chosen. normed: [T, H], over which the spread is meant.
     """
-    num_experts = len(split.experts)
     weight = torch.zeros(num_experts, normed.shape[1])
     correction = torch.zeros(num_experts)
     if router is not None:
@@ -59,9 +61,9 @@ def make_gate(
         bias = router.bias - router.bias.mean()
         # sigmoid(z) is 1/2 + z/4 for small z, so a weight is 1 + z/2 and a bias counts a quarter.
         scale = 2 * SPREAD / (normed @ rows.T).std().clamp_min(1e-30)
-        weight[split.always_on :] = rows * scale
-        correction[split.always_on :] = bias * scale / 4
-        correction[: split.always_on] = ALWAYS_CHOSEN
+        weight[always_on:] = rows * scale
+        correction[always_on:] = bias * scale / 4
+        correction[:always_on] = ALWAYS_CHOSEN
     return Gate(weight.to(dtype), correction)
 
 

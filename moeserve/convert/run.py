@@ -17,6 +17,9 @@ from moeserve.convert.glm import glm_config
 from moeserve.convert.pregate import write_pregate
 from moeserve.convert.settings import ConvertSettings, MoeShape
 from moeserve.convert.shards import write_text
+from moeserve.convert.tune import TuningText
+from moeserve.convert.tune_plot import check_plot
+from moeserve.convert.tune_run import tune_conversion
 from moeserve.convert.workplace import Workplace
 from moeserve.core import ConfigError, ModelError
 from moeserve.models.checkpoint import read_generation_config
@@ -43,6 +46,8 @@ def convert(
     """Raises ConfigError, ModelError. Whatever ends it, the same call goes on from there."""
     with open_dense(config) as model:
         MoeShape.of(settings, model.ffn.intermediate_size)
+        if settings.tunes:
+            check_plot()
         if out.exists() and out.resolve() == model.path.resolve():
             raise ConfigError(f"out: {out} is the dense model", field="out")
         text = read_calibration(model, texts, settings)
@@ -57,6 +62,10 @@ def convert(
         write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
         total = model.spec.num_layers + 1
         shards = [workplace.shard(number, total) for number in range(1, total + 1)]
+        if settings.tunes:
+            conversion = tune_conversion(
+                model, settings, described, conversion, text, workplace, progress
+            )
         if settings.pregate:
             recall = write_pregate(out, described, shards, text, settings.seed, progress)
             conversion = replace(conversion, pregate_recall=tuple(recall))
@@ -82,11 +91,14 @@ def read_calibration(
     if isinstance(end, list):
         end = end[0] if end else None
     window = min(settings.window_tokens, model.context_tokens)
-    windows = token_windows(tokenizer, read_texts(texts), end, window, settings.max_tokens)
+    windows = token_windows(tokenizer, read_texts(texts), end, window, None)
     if int(windows.max()) >= model.spec.vocab_size:
         raise ModelError(
             f"{model.path}: the tokeniser gives token {int(windows.max())}, the model knows "
             f"{model.spec.vocab_size}",
             hint="the tokeniser belongs to another model",
         )
-    return Calibration.of(windows)
+    text = Calibration.of(windows, settings.max_tokens)
+    if settings.tunes:
+        TuningText.of(text).check()
+    return text

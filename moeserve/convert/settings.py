@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moeserve.core import ConfigError
@@ -17,6 +18,8 @@ class ConvertSettings:
     experts: equal parts that every FFN is cut into. active: parts that work on a token, those that
     always do included. shared_share: of the parts, always on; None: by each layer's activations.
     refit: fit the second product to what is left. pregate: train a predictor of the experts.
+    tune_minutes: of distillation from the dense model, by the clock; tune_steps: the same by a
+    number of steps, which gives the same bits again.
     max_tokens: of the calibration text. window_tokens: run together.
     """
 
@@ -27,6 +30,8 @@ class ConvertSettings:
     shared_share: float | None = 0.25
     refit: bool = True
     pregate: bool = False
+    tune_minutes: float | None = None
+    tune_steps: int | None = None
     max_tokens: int = 32_768
     window_tokens: int = 512
     seed: int = 0
@@ -46,8 +51,24 @@ class ConvertSettings:
             good = parts < self.active and parts <= self.experts - 2
             limit = f"fewer parts than active ({self.active}) and than experts - 1"
             _check("shared_share", f"{share} ({parts} of {self.experts} parts)", good, limit)
+        self._check_tuning()
         _check("tokens", self.max_tokens, self.max_tokens >= 1, "1 or more")
         _check("window", self.window_tokens, self.window_tokens >= 2, "2 or more")
+
+    def _check_tuning(self) -> None:
+        minutes, steps = self.tune_minutes, self.tune_steps
+        if minutes is not None:
+            _check("tune_minutes", minutes, 0 < minutes < math.inf, "above 0, finite")
+            _check("tune_steps", steps, steps is None, "only without tune_minutes")
+        if steps is not None:
+            _check("tune_steps", steps, steps >= 1, "1 or more")
+        if self.tunes:
+            limit = f"fewer than experts ({self.experts}): otherwise there is nothing to tune"
+            _check("active", self.active, self.active < self.experts, limit)
+
+    @property
+    def tunes(self) -> bool:
+        return self.tune_minutes is not None or self.tune_steps is not None
 
     @property
     def num_shared(self) -> int:

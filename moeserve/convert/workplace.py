@@ -3,6 +3,8 @@
     OUT/model-00001-of-00007.safetensors   layers that are done, and the ends of the model
     OUT/.moeserve-convert/recipe.json      what makes the result what it is
     OUT/.moeserve-convert/state-3.safetensors   hidden states after three layers, their reports
+    OUT/.moeserve-convert/tuning-40.safetensors   what is tuned after 40 steps, and how that went
+    OUT/.moeserve-convert/tuned.json, model-…     tuned shards, all there once the former is
 
 A state counts a layer as done, and is renamed into place after the layer's shard. The index is
 written last, before the work directory goes; without it nothing takes OUT for a model.
@@ -33,8 +35,17 @@ class State:
     """How far a conversion has come. hidden: by name, what the next layer reads."""
 
     num_layers: int
-    hidden: dict[str, Tensor]
+    hidden: Mapping[str, Tensor]
     reports: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One of a series of files, of which the last counts. notes: JSON values by name."""
+
+    number: int
+    tensors: Mapping[str, Tensor]
+    notes: Mapping[str, Any]
 
 
 class Workplace:
@@ -66,27 +77,58 @@ class Workplace:
 
     def load(self) -> State | None:
         """The last state, None where nothing is done."""
-        states = {int(p.stem.partition("-")[2]): p for p in self._work.glob("state-*.safetensors")}
-        if not states:
+        saved = self.load_last("state")
+        if saved is None:
             return None
-        number = max(states)
-        with safe_open(states[number], framework="pt") as file:
-            hidden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            reports = json.loads(file.metadata()["reports"])
-        return State(number, hidden, reports)
+        return State(saved.number, saved.tensors, saved.notes["reports"])
 
     def save(self, state: State) -> None:
         """Raises ConfigError where the disk is full; the state before is kept then."""
-        path = self._work / f"state-{state.num_layers}.safetensors"
-        sources = {name: Source.of(tensor) for name, tensor in state.hidden.items()}
-        write_safetensors(path, sources, {"reports": json.dumps(state.reports)})
-        for old in self._work.glob("state-*.safetensors"):
+        notes = {"reports": state.reports}
+        self.save_last("state", Saved(state.num_layers, state.hidden, notes))
+
+    def load_last(self, kind: str) -> Saved | None:
+        files = {
+            int(path.stem.rpartition("-")[2]): path
+            for path in self._work.glob(f"{kind}-*.safetensors")
+        }
+        if not files:
+            return None
+        number = max(files)
+        with safe_open(files[number], framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = json.loads(file.metadata()["notes"])
+        return Saved(number, tensors, notes)
+
+    def save_last(self, kind: str, saved: Saved) -> None:
+        """Instead of the one before. Raises ConfigError where the disk is full."""
+        path = self._work / f"{kind}-{saved.number}.safetensors"
+        sources = {name: Source.of(tensor) for name, tensor in saved.tensors.items()}
+        write_safetensors(path, sources, {"notes": json.dumps(saved.notes)})
+        for old in self._work.glob(f"{kind}-*.safetensors"):
             if old != path:
                 old.unlink()
+
+    def load_note(self, name: str) -> Any:
+        """None where it was not written."""
+        path = self._work / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def save_note(self, name: str, note: Any) -> None:
+        write_text(self._work / name, json.dumps(note, indent=1) + "\n")
 
     def shard(self, number: int, total: int) -> Path:
         """number: from 1."""
         return self.out / f"model-{number:05}-of-{total:05}.safetensors"
+
+    def next_shard(self, number: int, total: int) -> Path:
+        """Where a shard lies that is to take the place of another one."""
+        return self._work / self.shard(number, total).name
+
+    def take_next_shards(self) -> None:
+        """Puts those that are there in their places."""
+        for path in self._work.glob("model-*.safetensors"):
+            path.replace(self.out / path.name)
 
     def copy(self, file: Path) -> None:
         with whole_file(self.out / file.name) as copy, file.open("rb") as source:

@@ -1,0 +1,314 @@
+"""Tuning: nearer to the dense model, the same bits after a kill, equal logits in transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_models import LAYERS, save_dense
+from support.model_runner import Runner, load_native
+from support.settled import is_settled, reference_logits, relative_error
+from test_convert import load_converted, prompt, run
+from test_resume import KilledError, files
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moeserve.config import ModelConfig
+from moeserve.convert import shards, tune
+from moeserve.convert.calibration import Calibration
+from moeserve.convert.convert import Conversion
+from moeserve.convert.dense import open_dense
+from moeserve.convert.routers import LinearRouter
+from moeserve.convert.settings import ConvertSettings
+from moeserve.convert.tune import TuningText
+from moeserve.convert.tune_ffn import CutFfn, TunedFfn
+from moeserve.convert.tune_model import TunedModel
+from moeserve.convert.tune_plot import PICTURE
+from moeserve.core import ConfigError
+from moeserve.text.tokenizer import Tokenizer
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "STEP_TOKENS", 512)
+    monkeypatch.setattr(tune, "CHECK_TOKENS", 512)
+
+
+@pytest.fixture(scope="session")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Words, enough of them to tune on."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(words(2, 2500)))
+    return path
+
+
+def words(seed: int, count: int) -> list[str]:
+    """Of thirty that are always the same."""
+    rng = random.Random(1)
+    known = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(30)]
+    return random.Random(seed).choices(known, k=count)
+
+
+@pytest.fixture
+def dense(tmp_path: Path, seed: int) -> Path:
+    family = random.Random(seed).choice(["llama", "qwen2", "qwen3"])
+    save_dense(tmp_path / "dense", family, seed)
+    return tmp_path / "dense"
+
+
+def tune_for(dense: Path, out: Path, text: Path, steps: int = STEPS, **more: Any) -> Conversion:
+    return run(dense, out, text, active=4, tune_steps=steps, **more)
+
+
+def test_the_tuned_model_is_nearer_to_the_dense_one(
+    dense: Path, tmp_path: Path, long_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By transformers, on text that nothing was fitted to."""
+    monkeypatch.setattr(tune, "WARM_UP_STEPS", 1)
+    run(dense, tmp_path / "plain", long_text, active=4)
+    made = tune_for(dense, tmp_path / "tuned", long_text, steps=15)
+    ids = Tokenizer.load(dense).encode(" ".join(words(3, 400)))
+    tokens = torch.tensor(ids[: 20 * 48]).view(20, 48)
+    teacher = AutoModelForCausalLM.from_pretrained(dense).eval()
+    plain, tuned = load_converted(tmp_path / "plain"), load_converted(tmp_path / "tuned")
+    before, after = (divergence(teacher, model, tokens) for model in (plain, tuned))
+    assert after < 0.9 * before
+    assert made.tuning is not None
+    assert made.tuning.divergences[1] < 0.9 * made.tuning.divergences[0]
+    assert made.tuning.num_steps == 15
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert f"![divergence over steps]({PICTURE})" in card
+    assert "active a tuned model is *not* the dense one" in card
+    assert (tmp_path / "tuned" / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def divergence(teacher: Any, student: Any, tokens: Tensor) -> float:
+    with torch.inference_mode():
+        wanted, found = (model(tokens).logits.double().log_softmax(-1) for model in
+                         (teacher, student))  # fmt: skip
+    return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_and_moeserve_agree_on_a_tuned_model(
+    dtype: torch.dtype, tmp_path: Path, long_text: Path, seed: int
+) -> None:
+    save_dense(tmp_path / "dense", "qwen3", seed, dtype)
+    made = tune_for(tmp_path / "dense", tmp_path / "out", long_text, shared_share=None)
+    reference = load_converted(tmp_path / "out").float()
+    runner = Runner(load_native(tmp_path / "out", dtype="float32"))
+    compared = 0
+    for number in range(6):
+        tokens = prompt(seed + number, 40)
+        expected = reference_logits(reference, tokens)
+        if is_settled(reference, tokens, expected):
+            assert relative_error(runner.logits(tokens), expected) < 1e-4
+            compared += 1
+    assert compared, "no prompt on which rounding decides nothing"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "glm4_moe"
+    assert made.tuning is not None
+    assert 0 < made.quality.agreement <= 1
+
+
+def test_what_is_tuned_is_what_was_written(dense: Path, tmp_path: Path, long_text: Path) -> None:
+    """Before the first step: the dense model exactly, and the written one in transformers but for
+    the weights of chosen experts, which are one here. That may turn a choice on the edge, in few
+    rows."""
+    made = run(dense, tmp_path / "out", long_text, active=4)
+    tokens = torch.tensor([prompt(1, 48), prompt(2, 48)])
+    with open_dense(ModelConfig(model=str(dense))) as model, torch.no_grad():
+        shape = made.shape
+        paths = [
+            tmp_path / "out" / f"model-{n + 1:05}-of-{LAYERS + 1:05}.safetensors"
+            for n in range(LAYERS)
+        ]
+        own = TunedModel(model, shape, paths, [0] * LAYERS, 48, 0)
+        stream, _, _ = own.tuned(tokens)
+        found = own._log_probabilities(stream)
+        found_dense = own._log_probabilities(own.dense(tokens))
+        teacher = AutoModelForCausalLM.from_pretrained(dense).eval()
+        expected_dense = teacher(tokens).logits.log_softmax(-1)
+        expected = load_converted(tmp_path / "out")(tokens).logits.log_softmax(-1)
+    assert relative_error(found_dense, expected_dense) < 1e-4
+    errors = (found - expected).flatten(0, 1).norm(dim=1) / expected.flatten(0, 1).norm(dim=1)
+    assert errors.median() < 0.02
+    assert relative_error(expected, expected_dense) > 0.1, "nothing is left out"
+
+
+def test_killed_at_any_file_tuning_goes_on(
+    dense: Path, tmp_path: Path, long_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "SAVE_S", 0.0)
+    sync = shards.os.fsync
+    left = 0
+
+    def die(handle: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KilledError
+        sync(handle)
+
+    monkeypatch.setattr(shards.os, "fsync", die)
+    tune_for(dense, tmp_path / "whole", long_text, steps=3)
+    expected, written = files(tmp_path / "whole"), -left
+    # Each layer has a shard and a state before; what comes after them is new here.
+    for number in random.sample(range(2 * LAYERS + 3, written + 1), 4):
+        out = tmp_path / f"cut-{number}"
+        left = number
+        with pytest.raises(KilledError):
+            tune_for(dense, out, long_text, steps=3)
+        left = 0
+        tune_for(dense, out, long_text, steps=3)
+        assert files(out) == expected, f"cut at file {number}"
+
+
+def test_killed_while_shards_take_their_places(
+    dense: Path, tmp_path: Path, long_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune_for(dense, tmp_path / "whole", long_text, steps=2)
+    replace = Path.replace
+
+    def die(path: Path, target: Path) -> Path:
+        if path.parent != target.parent and path.name.startswith("model-00002"):
+            raise KilledError
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(KilledError):
+            tune_for(dense, tmp_path / "cut", long_text, steps=2)
+    tune_for(dense, tmp_path / "cut", long_text, steps=2)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_minutes_count_over_all_runs(
+    dense: Path, tmp_path: Path, long_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off after its last step was saved, a run has no minutes left and makes no other one."""
+
+    def die(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moeserve.convert.tune_run.draw_history", die)
+        with pytest.raises(KilledError):
+            run(dense, tmp_path / "out", long_text, tune_minutes=0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr("moeserve.convert.tune.Tuner._step", die)
+        made = run(dense, tmp_path / "out", long_text, tune_minutes=0.01)
+    assert made.tuning is not None
+    assert made.tuning.seconds >= 0.6
+    assert made.tuning.num_steps >= 1
+
+
+def test_other_settings_do_not_go_on(
+    dense: Path, tmp_path: Path, long_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moeserve.convert.tune.Tuner.run", die)
+        with pytest.raises(KilledError):
+            tune_for(dense, tmp_path / "out", long_text)
+    match = "unfinished conversion of another kind: tune_steps was 6, is 7"
+    with pytest.raises(ConfigError, match=match):
+        tune_for(dense, tmp_path / "out", long_text, steps=7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"tune_minutes": 0.0}, "tune_minutes: 0.0; allowed: above 0"),
+        ({"tune_minutes": -1.0}, "tune_minutes: -1.0; allowed: above 0"),
+        ({"tune_minutes": float("nan")}, "tune_minutes: nan; allowed: above 0"),
+        ({"tune_minutes": float("inf")}, "tune_minutes: inf; allowed: above 0, finite"),
+        ({"tune_steps": 0}, "tune_steps: 0; allowed: 1 or more"),
+        ({"tune_minutes": 1.0, "tune_steps": 5}, "tune_steps: 5; allowed: only without"),
+        ({"tune_minutes": 1.0, "active": 8}, "active: 8; allowed: fewer than experts"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        ConvertSettings(**{"experts": 8, "active": 6, **settings})
+
+
+def test_too_little_text(dense: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(" ".join(words(4, 200)))
+    with pytest.raises(ConfigError, match=r"text: \d+ tokens to tune on; 2048 or more .*more text"):
+        tune_for(dense, tmp_path / "out", short)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_kept_back_is_tuned_on(seed: int) -> None:
+    """Every other window once before any comes again."""
+    rng = random.Random(seed)
+    count, length = rng.randint(130, 200), 128
+    windows = torch.arange(count * length).view(count, length)
+    text = Calibration.of(windows, rng.randint(20, count) * length)
+    assert not set(text.held_back.flatten().tolist()) & set(text.tuned_on.flatten().tolist())
+    assert len(text.held_back) + len(text.tuned_on) == count
+    own = TuningText.of(text)
+    steps = -(-2 * len(text.tuned_on) // own.windows_per_step)
+    seen = torch.cat([own.batch(seed, step)[:, 0] for step in range(steps)])
+    for turn in range(2):
+        part = seen[turn * len(text.tuned_on) : (turn + 1) * len(text.tuned_on)]
+        assert sorted(part.tolist()) == sorted(text.tuned_on[:, 0].tolist())
+    first, second = seen[: len(text.tuned_on)], seen[len(text.tuned_on) :]
+    assert not torch.equal(first, second[: len(first)])
+
+
+def test_the_choice_has_the_derivative_of_its_relaxation(seed: int) -> None:
+    """Against a difference quotient of the soft choice, at the output that the hard one gives."""
+    torch.manual_seed(seed)
+    written = CutFfn(
+        torch.randn(5, 3, 6), torch.randn(5, 3, 6), torch.randn(5, 6, 3),
+        LinearRouter(torch.randn(4, 6), torch.randn(4)), 1,
+    )  # fmt: skip
+    ffn = TunedFfn(written, 3, torch.nn.functional.silu, torch.Generator().manual_seed(seed))
+    normed, toward = torch.randn(7, 6), torch.randn(7, 6)
+    worked = ffn(normed)
+    (worked.output * toward).sum().backward()
+    bias = ffn.parameters["router.bias"]
+    hidden = torch.nn.functional.silu(normed @ written.gate.flatten(0, 1).T)
+    hidden = (hidden * (normed @ written.up.flatten(0, 1).T)).view(7, 5, 3)
+    given = torch.einsum("tpm,phm->tph", hidden, written.down)  # [T, P, H]
+    chosen = torch.cat((torch.ones(7, 1), (worked.margin > 0).float()), 1)
+    assert chosen.sum(1).tolist() == [3.0] * 7
+    expected = (given * chosen[:, :, None]).sum(1)
+    assert torch.allclose(worked.output, expected, atol=1e-5)
+    worth = (given[:, 1:] * toward[:, None]).sum(2)
+    slope = worked.margin.sigmoid() * (1 - worked.margin.sigmoid())
+    assert bias.grad is not None
+    assert torch.allclose(bias.grad, (worth * slope).sum(0), atol=1e-4)
+    assert torch.allclose(worked.norms, given[:, 1:].norm(dim=2), atol=1e-4)
+
+
+def test_the_prior_names_the_experts_with_the_largest_outputs(seed: int) -> None:
+    """By hand, over all experts of one token after the other."""
+    torch.manual_seed(seed)
+    written = CutFfn(
+        torch.randn(4, 3, 6), torch.randn(4, 3, 6), torch.randn(4, 6, 3),
+        LinearRouter(torch.randn(3, 6), torch.randn(3)), 1,
+    )  # fmt: skip
+    ffn = TunedFfn(written, 2, torch.nn.functional.silu, torch.Generator().manual_seed(seed))
+    worked = ffn(torch.randn(9, 6))
+    total, agreed = 0.0, 0
+    for margin, norms in zip(worked.margin.tolist(), worked.norms.tolist(), strict=True):
+        best = max(range(3), key=lambda expert: norms[expert])
+        for expert in range(3):
+            sign = 1 if expert == best else -1
+            total += math.log1p(math.exp(-sign * margin[expert]))
+        agreed += margin[best] > 0
+    assert float(ffn.prior_loss(worked).detach()) == pytest.approx(total / 27, rel=1e-4)
+    assert ffn.agreement(worked) == pytest.approx(agreed / 9)
