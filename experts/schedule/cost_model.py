@@ -129,7 +129,7 @@ def _roofline(processor: Processor, spec: ExpertSpec, weights: str, expert_bytes
     Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009.
     """
     rate = processor.best_read(weights) or processor.best_read()
-    peak = max((figure.value for figure in processor.ops_per_s.values()), default=0.0)
+    peak = processor.peak(weights)
     if rate is None or not rate.bytes_per_s.value or not peak:
         known = sorted({curve.weights for curve in processor.expert_curves}) or ["none"]
         raise ConfigError(

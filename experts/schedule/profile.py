@@ -8,9 +8,10 @@ the same form, and say so (`source`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import msgspec
@@ -98,6 +99,20 @@ class ProductCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ps: list[Figure]
 
 
+#: what numbers of a format are multiplied as, best first: a key of `Processor.ops_per_s`
+MULTIPLIED_AS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "float32": ("f32",),
+        "bfloat16": ("bf16", "f32"),
+        "float16": ("fp16", "bf16", "f32"),
+        "int8": ("int8", "bf16", "f32"),
+        "int4": ("int8", "bf16", "f32"),
+        "mxfp4": ("int8", "bf16", "f32"),
+        "fp8": ("bf16", "f32"),
+    }
+)
+
+
 class Processor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What computes experts: the CPU threads together, or a device.
 
@@ -119,6 +134,17 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """The highest rate of a kernel over the numbers of threads."""
         rates = [rate for rate in self.read if rate.kernel == kernel]
         return max(rates, key=lambda rate: rate.bytes_per_s.value, default=None)
+
+    def peak(self, weights: str) -> float | None:
+        """Operations per second on weights of a format (`PackFormat.describe()`), as what they are
+        multiplied as; None: not known."""
+        name = weights.split("/")[0].split("+")[0].split(" ")[0]
+        best_first = sorted(self.ops_per_s, key=lambda kind: -self.ops_per_s[kind].value)
+        wanted = MULTIPLIED_AS.get(name, tuple(best_first))
+        if "weight-only" in weights:
+            wanted = wanted[1:] or wanted
+        found = [self.ops_per_s[kind].value for kind in wanted if kind in self.ops_per_s]
+        return found[0] if found else None
 
     def curve(self, weights: str, spec: ExpertSpec) -> ExpertCurve | None:
         """The curve of a format whose experts are nearest in size; None: no curve of it."""

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import Processor, ReadRate
 from moeserve.planner.plan_types import Deployment
-
-#: what numbers of a format are multiplied as: a key of Processor.ops_per_s, best first
-MULTIPLIED_AS: Mapping[str, tuple[str, ...]] = {
-    "float32": ("f32",),
-    "bfloat16": ("bf16", "f32"),
-    "float16": ("fp16", "bf16", "f32"),
-    "int8": ("int8", "bf16", "f32"),
-    "int4": ("int8", "bf16", "f32"),
-    "mxfp4": ("int8", "bf16", "f32"),
-    "fp8": ("bf16", "f32"),
-}
 
 
 @dataclass(frozen=True)
@@ -94,18 +82,13 @@ class Rates:
 
 def peak_of(processor: Processor, form: str) -> float:
     """form: a `PackFormat.describe()`. Raises ConfigError."""
-    peaks = {name: figure.value for name, figure in processor.ops_per_s.items()}
-    name = form.split("/")[0].split("+")[0].split(" ")[0]
-    wanted = MULTIPLIED_AS.get(name, ("f32",))
-    if "weight-only" in form:
-        wanted = wanted[1:] or wanted
-    found = [peaks[kind] for kind in wanted if kind in peaks]
-    if not found:
+    found = processor.peak(form)
+    if found is None:
         raise ConfigError(
             f"hardware: the profile has no peak of {processor.name} for {form} weights",
             field="hardware",
         )
-    return found[0]
+    return found
 
 
 def _best_read(processor: Processor, rates: list[ReadRate]) -> float:
