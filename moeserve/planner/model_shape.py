@@ -8,9 +8,10 @@ checkpoints is assumed then (`published_names`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,45 @@ def read_shape(config: ModelConfig, path: Path, native: bool = True) -> ModelSha
             names = checkpoint.names()
             num_bytes = sum(checkpoint.num_bytes(name) for name in names)
     else:
-        dtype = _stated_dtype(config, raw)
-        names, num_bytes = published_names(family, spec, dtype), 0
+        return _from_config(config, path, spec, family, _stated_dtype(config, raw), native)
     rules = family.weight_rules(spec, names, dtype)
     choose = weight_formats(config, dtype) if native else None
     return _shape(config, _Source(path, spec, dtype, rules, choose, False, num_bytes))
+
+
+def _from_config(
+    config: ModelConfig,
+    path: Path,
+    spec: ModelSpec,
+    family: Family,
+    dtype: torch.dtype,
+    native: bool,
+) -> ModelShape:
+    """Without any weights: one layer of each kind is looked at, and the others are like it. (The
+    tensors of 58 layers of 256 experts take seconds to be named.)"""
+    kinds = {layer: place for place, layer in enumerate(dict.fromkeys(spec.layers))}
+    few = replace(spec, layers=tuple(kinds))
+    rules = family.weight_rules(few, published_names(family, few, dtype), dtype)
+    choose = weight_formats(config, dtype) if native else None
+    found = _shape(config, _Source(path, few, dtype, rules, choose))
+    places = [kinds[layer] for layer in spec.layers]
+    layers = tuple(replace(found.layers[place], index=index) for index, place in enumerate(places))
+    sizes: Counter[int] = Counter()
+    rest = 0
+    for rule in rules:
+        place, size = place_of(rule.target), torch.Size(rule.shape).numel()
+        if place is None:
+            rest += size
+        else:
+            sizes[place] += size
+    num_parameters = rest + sum(sizes[place] for place in places)
+    return replace(found, layers=layers, num_parameters=num_parameters)
+
+
+def place_of(target: str) -> int | None:
+    """The layer that a target belongs to: of `layers.3.qkv.weight` it is 3."""
+    kind, _, rest = target.partition(".")
+    return int(rest.split(".")[0]) if kind == "layers" else None
 
 
 def published_names(family: Family, spec: ModelSpec, dtype: torch.dtype) -> list[str]:

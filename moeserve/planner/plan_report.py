@@ -173,7 +173,7 @@ def limit_words(limit: Limit) -> str:
 
 def _show_saturation(console: Console, plan: Plan) -> None:
     found = plan.saturation
-    if not plan.deployment.shape.num_experts:
+    if not found.tokens:  # no experts, or none that must come
         return
     console.print(
         f"{found.tokens:,.0f} tokens in a step would keep the arithmetic busy while weights arrive"

@@ -25,6 +25,7 @@ from moeserve.experts.schedule.cost_model import CostModel, Curve, expert_curve
 from moeserve.experts.schedule.profile import Processor, Profile, StepFigures
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.plan_types import (
+    AttentionShape,
     ExpertsShape,
     Matrix,
     ModelShape,
@@ -41,9 +42,9 @@ from moeserve.planner.step_fit import (
 )
 
 ROUTER = "router"
-#: at which a roofline is asked for
 #: at which arithmetic is at its best
 MANY_ROWS = 512
+#: at which a roofline is asked for
 ROOFLINE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -206,7 +207,8 @@ class EngineStepCosts:
         """Scores and values of all sequences: reading kv, multiplying, calls."""
         attention = self.model.layers[layer].attention
         if not self.is_measured:
-            return self._kv_read_us(layer, load), 0.0, 0.0
+            read_us, ops_us = self._kv_read_us(layer, load), self._scores_us(layer, load)
+            return max(0.0, read_us - ops_us), ops_us, 0.0
         starts = [context - 1 for context in load.decode_contexts]
         starts += [chunk.start for chunk in load.chunks]
         rows = [1] * len(load.decode_contexts) + [chunk.num_tokens for chunk in load.chunks]
@@ -223,6 +225,13 @@ class EngineStepCosts:
         num_bytes = tokens * attention.kv_heads * attention.kv_width * self.model.number_bytes
         return num_bytes / rate.bytes_per_s.value * 1e6
 
+    def _scores_us(self, layer: int, load: StepLoad) -> float:
+        """At the peak of the number type that kv has."""
+        peak = self.profile.cpu.peak(self.model.dtype)
+        if peak is None:
+            raise ConfigError("profile: it has no peak of the CPU", field="profile")
+        return attention_ops(self.model.layers[layer].attention, load) / peak * 1e6 * self._slower
+
     def experts_us(self, layer: int, rows: Sequence[int]) -> float:
         costs = self._experts[layer]
         if costs is None or not rows:
@@ -233,12 +242,22 @@ class EngineStepCosts:
         return float(self.engine.in_parts[:3] @ (1.0, num_active, num_missing))
 
     def parts_us(self, layer: int, num_rows: int, num_groups: int) -> float:
-        """What computing experts in so many runs adds, and what each row adds to deciding."""
+        """What computing experts in so many runs adds, their sum being one of them, and what each
+        row adds to deciding."""
         experts = self.model.layers[layer].experts
         assert experts is not None, f"layer {layer} has no experts"
         numbers = num_rows * experts.top_k * self.model.hidden_size
         us = float(self.engine.pairs @ (num_groups, numbers))
         return us + float(self.engine.in_parts[3]) * num_rows
+
+
+def attention_ops(attention: AttentionShape, load: StepLoad) -> float:
+    """Of the scores and values of all rows of one layer; a multiply-add is two."""
+    keys = float(sum(attention.keys(context) for context in load.decode_contexts))
+    for chunk in load.chunks:
+        contexts = np.arange(chunk.start + 1, chunk.start + chunk.num_tokens + 1)
+        keys += float(np.minimum(contexts, attention.window or contexts[-1]).sum())
+    return 2 * attention.num_heads * (attention.score_width + attention.value_width) * keys
 
 
 def fit_profile(profile: Profile, steps: StepFigures) -> EngineCosts:

@@ -21,6 +21,9 @@ from moeserve.planner.plan_types import AttentionShape, LayerShape, ModelShape
 BLOCK_KEYS = 64
 #: pairs of rows and heads that read keys together, at most (csrc/attention.cpp)
 TILE_PAIRS = 96
+#: what a layer of experts over tiers consists of: "experts" and "stall" lie in the last of them.
+#: Of a resident layer the last one is all (models/transformer.py, experts/layer.py)
+LAPS = ("router", "place", "acquire", "predict and prefetch", "feed forward")
 Costs = NDArray[np.float64]
 
 
@@ -88,8 +91,9 @@ class EngineCosts:
 
     attention: of `attention_features`. sampling: of a step, of a row's number of the vocabulary.
     once: of a step, of a sequence, of a row. around_attention, around_experts: of a layer, of a
-    number of a row. in_parts: of a layer, of an active expert, of a missing one, of a row: deciding
-    and leasing. pairs: of a run of experts, of a number of a row that chose an expert.
+    number of a row. in_parts: of a layer, of an active expert, of a missing one, of a row: counting
+    uses, deciding, leasing, prefetching. pairs: of a run of experts and of adding up, of a number
+    of a row that chose an expert.
     """
 
     attention: Costs = field(default_factory=lambda: np.zeros(3))
@@ -120,6 +124,16 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
     known = EngineCosts(attention=attention, sampling=sampling)
     resident = [point for point in figures.steps if not point.tiered]
     tiered = [point for point in figures.steps if point.tiered]
+    around_experts = _fit(
+        resident,
+        lambda p: (1.0, p.num_rows * model.hidden_size),
+        lambda p: (
+            _value(p, "feed forward")
+            - products.router_us(layer, p.num_rows)
+            - _experts_us(products, layer, p)
+            - products.start_us
+        ),
+    )
     return EngineCosts(
         attention=attention,
         sampling=sampling,
@@ -141,25 +155,26 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
                 - _attend_us(known, layer, p)
             ),
         ),
-        around_experts=_fit(
-            resident,
-            lambda p: (1.0, p.num_rows * model.hidden_size),
-            lambda p: (
-                _value(p, "feed forward")
-                - products.router_us(layer, p.num_rows)
-                - _experts_us(products, layer, p)
-                - products.start_us
-            ),
-        ),
+        around_experts=around_experts,
         in_parts=_fit(
             tiered,
             lambda p: (1.0, p.num_active, p.num_missing, p.num_rows),
-            lambda p: _value(p, "feed forward") - _value(p, "experts") - _value(p, "stall"),
+            lambda p: (
+                sum(_value(p, lap) for lap in LAPS)
+                - _value(p, "experts")
+                - _value(p, "stall")
+                - products.router_us(layer, p.num_rows)
+                - float(around_experts @ (1.0, p.num_rows * model.hidden_size))
+            ),
         ),
         pairs=_fit(
             tiered,
             lambda p: (p.num_groups, p.num_rows * _top_k(layer) * model.hidden_size),
-            lambda p: _value(p, "experts") - _experts_us(products, layer, p),
+            lambda p: (
+                _value(p, "experts")
+                - _experts_us(products, layer, p)
+                - max(1.0, p.num_groups - 1) * products.start_us
+            ),
         ),
     )
 
@@ -238,7 +253,9 @@ def rebased(
         attention = more_us(lambda costs: costs.attention_us(layer, rows))
         router = more_us(lambda costs: costs.router_us(layer, rows))
         experts = more_us(lambda costs: costs.start_us + _experts_us(costs, layer, point))
-        of_layer = {"attention": attention, "experts": experts, "feed forward": router + experts}
+        of_layer = {"attention": attention, "experts": experts, "feed forward": experts}
+        lap = "router" if point.tiered else "feed forward"
+        of_layer[lap] = of_layer.get(lap, 0.0) + router
         return structs.replace(
             point,
             once_us=_with_more(point.once_us, {"head and sampler": head}),

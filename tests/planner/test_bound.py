@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from msgspec import structs
+from support.routing_samples import topical_trace
 
+from moeserve.cache.numbering import ExpertNumbers
+from moeserve.cache.policies.belady import BeladyPolicy
+from moeserve.cache.replay import Rules, all_uses, through_cache
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import (
@@ -21,11 +25,15 @@ from moeserve.experts.schedule.profile import (
     ReadRate,
     shipped_profile,
 )
-from moeserve.planner.bound import Bound, Load, touched_experts
+from moeserve.planner.bound import Bound, Load, mean_keys
+from moeserve.planner.bound import bound as best_bound
 from moeserve.planner.deployment import sized
+from moeserve.planner.expert_use import RoutedUse, touched_experts
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.plan_types import ModelShape, PlanRequest, Resource, Traffic
 from moeserve.planner.rates import peak_of
+from moeserve.planner.simulate.routing import recorded
+from moeserve.planner.simulate.system import simulate_quickly
 
 RAW: dict[str, Any] = {
     "model_type": "mixtral",
@@ -88,7 +96,7 @@ def test_a_decode_step_reads_what_it_needs(shape: ModelShape) -> None:
     expert = 3 * 256 * 512
     touched = touched_experts(8, 2, 4)
     head = 1000 * 256
-    context = 300 + 50
+    context = 300 + 50  # of 99 tokens that see 301 to 399
     # sequences, tokens, layers, kv heads, width, a key and a value, bytes
     kv = 4 * context * 2 * 2 * 32 * 2 * 2
     records = shape.layers[0].experts
@@ -116,12 +124,27 @@ def test_limits_name_the_busiest_resource_and_the_next(shape: ModelShape) -> Non
         assert limit.next_resource is not limit.resource
 
 
-def test_removing_the_limit_gains_its_headroom(shape: ModelShape) -> None:
-    before = bound(shape, machine(read=1e9)).estimate()
-    decode = next(limit for limit in before.limits if limit.phase == "decode")
-    assert decode.resource is Resource.CPU_MEMORY
-    freed = bound(shape, machine(read=1e9 * decode.headroom * 1000)).estimate()
-    assert before.tpot_s.mid / freed.tpot_s.mid == pytest.approx(decode.headroom, rel=1e-6)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_removing_the_limit_gains_its_headroom(shape: ModelShape, on_device: bool) -> None:
+    """Without the first limit the step takes as long as that says, and the next one is busiest."""
+    profile, settings = machine(read=1e9), {}
+    if on_device:
+        profile = shipped_profile("rtx4090-pcie4")
+        settings = {
+            "model": ModelConfig(device="emulated"),
+            "experts": ExpertConfig(device_slots=4),
+        }
+    found = bound(shape, profile, **settings)
+    before = found.estimate()
+    for limit, times in zip(
+        before.limits, (found.prefill_times(), found.decode_times()), strict=True
+    ):
+        assert limit.headroom > 1
+        load = found._prefill if limit.phase == "prefill" else found._decode
+        freed = found._machine.busy_s(found.work(load), frozenset({limit.resource}))
+        assert max(times.values()) / max(freed.values()) == pytest.approx(limit.headroom, rel=1e-6)
+        assert limit.next_resource in freed
+        assert freed[limit.next_resource] == pytest.approx(max(freed.values()), rel=1e-6)
 
 
 def test_disk_bound_follows_the_share_of_experts_that_miss(shape: ModelShape) -> None:
@@ -159,15 +182,47 @@ def test_a_better_machine_is_never_slower(shape: ModelShape) -> None:
         assert gained >= 1 - 1e-9, f"seed {seed}"
 
 
-def test_overlap_and_apart_are_both_tried(shape: ModelShape) -> None:
-    """Alone a prompt is cheaper apart, where memory is the limit; many share the reading."""
-    alone = Traffic(concurrency=1, prompt_tokens=400, output_tokens=50)
-    few = bound(shape, machine(read=1e9), alone)
-    apart = few.running * 50 / few.apart_s()
-    overlapped = few.running / max(few.mixed_times().values())
-    assert few.output_tokens_per_s() == max(apart, overlapped) == apart
-    many = bound(shape, machine(read=5e9, peak=2e11), replace(alone, concurrency=64))
-    assert many.output_tokens_per_s() == many.running / max(many.mixed_times().values())
+def test_throughput_is_what_the_busiest_resource_has_time_for(shape: ModelShape) -> None:
+    """Above prompts first and then their outputs, above prompts among the decodes, and no higher
+    than either resource alone allows."""
+    traffic = Traffic(concurrency=8, prompt_tokens=400, output_tokens=50)
+    found = bound(shape, machine(read=5e9, peak=2e11), traffic)
+    prompts = found.work(Load(prompts=8, prompt_tokens=400))
+    decode = found.work(Load(8, 401, 449))
+    apart_s = found._seconds(prompts) + 49 * found._seconds(decode)
+    mixed = found.work(Load(8 * 49 / 50, 401, 449, 8 / 50, 400))
+    rate = found.output_tokens_per_s()
+    assert rate >= 8 * 50 / apart_s
+    assert rate >= 8 / found._seconds(mixed)
+    for resource, first_s in found._machine.busy_s(prompts).items():
+        busy_s = first_s + 49 * found._machine.busy_s(decode)[resource]
+        assert rate <= 8 * 50 / busy_s * (1 + 1e-9)
+
+
+def test_a_window_is_no_more_than_its_keys(shape: ModelShape) -> None:
+    """Keys that sliding windows see, counted one by one."""
+    for window in (None, 40, 100, 1000):
+        attention = replace(shape.layers[0].attention, window=window)
+        for first, last in ((1, 300), (301, 399), (90, 110)):
+            counted = [attention.keys(n) for n in range(first, last + 1)]
+            assert mean_keys(attention, first, last) == pytest.approx(np.mean(counted))
+
+
+def test_no_cache_misses_less_than_the_bound_says(shape: ModelShape) -> None:
+    """Belady's policy, which knows what comes, over the same tokens."""
+    trace = replace(
+        topical_trace(random.randrange(1 << 30), 400, num_layers=2, num_experts=8, top_k=2),
+        num_experts=8,
+    )
+    use = RoutedUse(shape, recorded(trace, shape))
+    steps = [np.arange(n, n + 2) for n in range(0, 400, 2)]
+    numbers = ExpertNumbers(trace.experts_per_layer)
+    wanted = all_uses(trace, steps)
+    for slots in (4, 8, 12):
+        hits = through_cache(trace, steps, BeladyPolicy(numbers, wanted), Rules(slots / 16))
+        asked = [np.count_nonzero(use.routing.uses(step)[0]) for step in steps]
+        missing = (sum(asked) - sum(hits)) / len(steps) * shape.expert_bytes / shape.num_experts
+        assert use.missing_bytes(2, slots, len(steps)) <= missing
 
 
 def test_kv_bounds_how_many_run_at_once(shape: ModelShape) -> None:
@@ -228,7 +283,9 @@ def test_prefill_counts_every_key_once(shape: ModelShape) -> None:
     """The mean context of a prompt's rows, against a sum over them."""
     whole = bound(shape, machine())
     rows = 300
-    together = whole.times(Load(0, 0, rows, (rows + 1) / 2))[Resource.CPU_COMPUTE]
+    together = whole._machine.busy_s(whole.work(Load(prompts=1, prompt_tokens=rows)))[
+        Resource.CPU_COMPUTE
+    ]
     keys = sum(range(1, rows + 1))
     attention = 2 * 2 * 8 * keys * 64 / PEAK
     products = rows * sum(
@@ -236,3 +293,37 @@ def test_prefill_counts_every_key_once(shape: ModelShape) -> None:
     )
     head = 2 * 1000 * 256
     assert together == pytest.approx((products + head) / PEAK + attention)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_our_engine_is_never_faster_than_the_bound(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    """Random models, tiers, requests and machines, whose profiles add nothing to their rates."""
+    rng = random.Random(seed)
+    raw = {**RAW, "num_local_experts": rng.choice([8, 32]), "hidden_size": rng.choice([128, 512])}
+    if rng.random() < 0.3:
+        dense = ("num_local_experts", "num_experts_per_tok")
+        raw = {**{k: v for k, v in raw.items() if k not in dense}, "model_type": "llama"}
+    file = tmp_path_factory.mktemp("model") / "config.json"
+    file.write_text(json.dumps(raw))
+    shape = read_shape(ModelConfig(), file)
+    traffic = Traffic(
+        concurrency=rng.choice([1, 3, 20]),
+        prompt_tokens=rng.choice([8, 100, 700]),
+        output_tokens=rng.choice([2, 30]),
+    )
+    profile = machine(read=10 ** rng.uniform(8, 11), peak=10 ** rng.uniform(10, 13))
+    settings: dict[str, Any] = {}
+    if shape.num_experts and rng.random() < 0.7:
+        slots = rng.randrange(2, shape.num_experts)
+        settings["experts"] = ExpertConfig(host_slots=slots)
+        if rng.random() < 0.5:
+            profile = shipped_profile("rtx4090-pcie4")
+            settings["experts"] = ExpertConfig(device_slots=slots)
+            settings["model"] = ModelConfig(device="emulated")
+    request = PlanRequest(engine=EngineConfig(**settings), traffic=traffic)
+    deployment = sized(request, profile, shape)
+    most, found = best_bound(deployment), simulate_quickly(deployment)
+    assert found.output_tokens_per_s.mid <= most.output_tokens_per_s.mid * (1 + 1e-9)
+    assert found.ttft_s.mid >= most.ttft_s.mid * (1 - 1e-9)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from msgspec import structs
 
-from moeserve.config import BUNDLED_MODEL, EngineConfig, ExpertConfig, ModelConfig
-from moeserve.experts.schedule.profile import shipped_profile
+from moeserve.config import EngineConfig, ExpertConfig, ModelConfig
+from moeserve.experts.schedule.profile import Figure, TransferPoint, shipped_profile
 from moeserve.planner.bound import Bound
 from moeserve.planner.deployment import find_shape, sized
 from moeserve.planner.moe_lens import (
@@ -19,10 +23,23 @@ from moeserve.planner.moe_lens import (
 )
 from moeserve.planner.plan_types import PlanRequest, Traffic
 
-#: Mixtral-8x7B (arXiv:2401.04088): 32 layers of 8 experts, 2 of them for a token, 8 kv heads of 128
-EXPERTS, TOP_K, LAYERS, KV_TOKEN_BYTES = 8, 2, 32, 2 * 32 * 8 * 128 * 2
+#: Mixtral-8x7B (arXiv:2401.04088): 32 layers of 8 experts, 2 of them for a token
+EXPERTS, TOP_K, LAYERS = 8, 2, 32
 HIDDEN, INNER = 4096, 14336
 BF16 = 2
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
+}
 A40 = shipped_profile("a40-xeon8380")
 
 
@@ -42,11 +59,31 @@ def test_size_cancels_out_of_experts() -> None:
     assert by_size == pytest.approx(expert_tokens_to_saturate(149.7e12, 32e9, EXPERTS, TOP_K, BF16))
 
 
-def test_their_kv_takes_614_gb_at_256_tokens() -> None:
-    """Their number follows where a GB has 1000 MiB."""
-    assert KV_TOKEN_BYTES == 128 * 1024
-    kv_bytes = 19_200 * 256 * KV_TOKEN_BYTES
-    assert round(kv_bytes / (1000 * 2**20)) == 614
+def test_a_plan_for_mixtral_says_both(tmp_path: Path) -> None:
+    """19.2k tokens, and 614 GB of kv for them at 256 tokens, where a GB has 1000 MiB. A slot on the
+    device saves what crosses the link, and the tokens that hide it."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    assert A40.device is not None
+    peaks = {**A40.device.ops_per_s, "bf16": Figure(value=150e12)}
+    theirs = structs.replace(
+        A40,
+        device=structs.replace(A40.device, ops_per_s=peaks),
+        link=[TransferPoint(num_bytes=1 << 20, us=Figure(value=(1 << 20) / 31.25e9 * 1e6))],
+        cpu=structs.replace(A40.cpu, memory_bytes=1 << 40),
+    )
+    engine = EngineConfig(
+        model=ModelConfig(model=str(tmp_path / "config.json"), device="emulated"),
+        experts=ExpertConfig(device_slots=1),
+    )
+    traffic = Traffic(concurrency=1, prompt_tokens=128, output_tokens=128)
+    request = PlanRequest(engine=engine, traffic=traffic)
+    deployment = sized(request, theirs, find_shape(engine))
+    found = Bound(replace(deployment, device_slots=0)).saturation()
+    assert found.tokens == pytest.approx(19_200)
+    assert round(found.kv_bytes / (1000 * 2**20)) == 614
+    half = Bound(replace(deployment, device_slots=LAYERS * EXPERTS // 2)).saturation()
+    assert half.tokens == pytest.approx(9_600)
+    assert found.efficiency == pytest.approx(parallelism_memory_efficiency(128, 128))
 
 
 @pytest.mark.parametrize(
@@ -87,27 +124,3 @@ def test_throughput_grows_with_kv_until_the_device_is_busy() -> None:
     assert rates[1] == pytest.approx(2 * rates[0])
     assert rates[2] == 5000.0
     assert sequences_in_step(100, 128, 164_000) == 1000
-
-
-def test_a_plan_says_the_same() -> None:
-    """The bundled model on an A40, by the plan's own bookkeeping."""
-    engine = EngineConfig(
-        model=ModelConfig(model=str(BUNDLED_MODEL), device="emulated"),
-        experts=ExpertConfig(device_slots=1),
-    )
-    traffic = Traffic(concurrency=1, prompt_tokens=100, output_tokens=28)
-    deployment = sized(PlanRequest(engine=engine, traffic=traffic), A40, find_shape(engine))
-    found = Bound(deployment).saturation()
-    shape = deployment.shape
-    assert A40.device is not None
-    ops = 2 * sum(
-        sum(m.rows * m.cols for m in s.products) + 3 * s.experts.top_k * s.experts.spec.hidden_size
-        * s.experts.spec.intermediate_size
-        for s in shape.layers
-        if s.experts is not None
-    )  # fmt: skip
-    link = 1e9 / (31748.0 - 10.0) * 1e6
-    peak = A40.device.ops_per_s["f32"].value
-    assert found.tokens == pytest.approx(peak / ops * shape.expert_bytes / link)
-    assert found.kv_bytes == pytest.approx(found.tokens * 128 * shape.kv_token_bytes)
-    assert found.efficiency == pytest.approx(parallelism_memory_efficiency(100, 28))

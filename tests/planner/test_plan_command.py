@@ -86,7 +86,7 @@ def test_a_config_alone_is_planned_for_a_machine_that_is_not_at_hand(
     assert parts["expert slots"] == found["settings"]["device_slots"] * record
     bound = bound_of(found)
     assert {limit["phase"] for limit in bound["limits"]} == {"prefill", "decode"}
-    assert bound["hit_rate"] == pytest.approx(found["settings"]["device_slots"] / 256)
+    assert found["settings"]["device_slots"] / 256 < bound["hit_rate"] <= 1
     factors = [advice["factor"] for advice in found["advice"] if advice["fits"]]
     assert factors == sorted(factors, reverse=True)
     words = {advice["change"]: advice["factor"] for advice in found["advice"]}
@@ -168,7 +168,7 @@ def test_experts_on_disk_share_the_budget(here: Path, capsys: pytest.CaptureFixt
     record = parts["expert slots"]["num_bytes"] // found["settings"]["host_slots"]
     assert budget - record < held <= budget
     assert parts["experts"]["tier"] == "disk"
-    assert 0 < bound_of(found)["hit_rate"] < 1
+    assert 0 < bound_of(found)["hit_rate"] <= 1
 
 
 def test_a_picture_of_both_stages(

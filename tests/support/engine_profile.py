@@ -145,9 +145,13 @@ def made_steps(tmp_path: Path) -> StepFigures:
         active = sum(n for _, n in spread)
         groups = 2.0 if tiered else 1.0
         router = products(rows, lambda name: name.startswith("router"))
-        run = RUN_US * groups if tiered else START_US
-        half = of_experts + run + (0 if tiered else router)
-        books = BOOKS_US + ACTIVE_US * active if tiered else 0.0
+        run = (RUN_US * groups + START_US) if tiered else START_US
+        experts = of_experts + run
+        laps = {"feed forward": experts + (0 if tiered else router)}
+        if tiered:
+            laps |= {"router": router, "place": BOOKS_US / 2, "acquire": ACTIVE_US * active}
+            laps |= {"predict and prefetch": BOOKS_US / 4}
+            laps["feed forward"] += BOOKS_US / 4
         head = product_us(model.head.rows * model.head.cols, streams)
         once = ONCE_US + SEQUENCE_US * streams + ROW_ONCE_US * rows
         attention = products(rows, lambda name: not name.startswith("router"))
@@ -166,8 +170,8 @@ def made_steps(tmp_path: Path) -> StepFigures:
             },
             layer_us={
                 "attention": Figure(value=attention),
-                "experts": Figure(value=half),
-                "feed forward": Figure(value=half + books),
+                "experts": Figure(value=experts),
+                **{name: Figure(value=us) for name, us in laps.items()},
             },
         )
 

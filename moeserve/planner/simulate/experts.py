@@ -135,7 +135,7 @@ class DiskClock(ExpertsClock):
         read_us = read_time_us(self._disk, self._model.expert_bytes, len(fetched), self._threads)
         busy_us, num_groups = self._beside_reading(now, fetched, read_us)
         books_us = self._costs.tier_us(layer, len(now) + len(fetched), len(fetched))
-        books_us += self._costs.parts_us(layer, num_rows, num_groups)
+        books_us += self._costs.parts_us(layer, num_rows, num_groups + bool(fetched))
         total.us += busy_us + books_us
         total.used[Resource.DISK] += read_us
         total.used[Resource.OVERHEAD] += books_us

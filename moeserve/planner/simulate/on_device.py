@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from moeserve.planner.plan_types import Deployment, Matrix, Resource, StepLoad
 from moeserve.planner.rates import Rates
-from moeserve.planner.step_costs import Work
+from moeserve.planner.step_costs import Work, attention_ops
 
 
 class DeviceLayerCosts:
@@ -36,7 +36,12 @@ class DeviceLayerCosts:
         contexts = [*load.decode_contexts, *(c.start + c.num_tokens for c in load.chunks)]
         tokens = sum(attention.keys(context) for context in contexts)
         num_bytes = tokens * attention.kv_heads * attention.kv_width * self._model.number_bytes
-        work.add(Resource.DEVICE_MEMORY, num_bytes / self._bytes_per_us)
+        read_us = num_bytes / self._bytes_per_us
+        peak = self._rates.device_peak(self._model.dtype)
+        ops_us = attention_ops(attention, load) / peak * 1e6
+        work.us += max(read_us, ops_us)
+        work.used[Resource.DEVICE_MEMORY] += read_us
+        work.used[Resource.DEVICE_COMPUTE] += ops_us
         return work
 
     def _product(self, work: Work, matrix: Matrix, num_rows: int) -> None:

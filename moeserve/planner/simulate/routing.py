@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,13 @@ from moeserve.planner.plan_types import ModelShape
 Ids = NDArray[np.int64]
 #: tokens that are drawn from a popularity
 DRAWN_TOKENS = 4096
-#: layers whose experts are simulated; the others are like them
-MOST_LAYERS = 8
+#: layers whose experts are simulated, at most, and experts of them all together: the other layers
+#: are like them
+MOST_LAYERS, MOST_EXPERTS = 8, 1024
 #: tokens of a long text between two requests
 STRIDE = 797
+#: added to what a logarithm is taken of
+LEAST = np.float32(1e-30)
 #: tokens after which a text has drifted to other experts
 DRIFT_TOKENS = 24
 
@@ -104,46 +108,60 @@ def recorded(trace: RoutingTrace, model: ModelShape) -> SimulatedRouting:
     """Raises MoeserveError where the trace is of another model."""
     sizes = {s.index: s.experts.spec.num_experts for s in model.layers if s.experts is not None}
     check_for_model(trace, sizes, _top_k(model))
-    ranks = _sampled(len(sizes))
+    ranks = _sampled(len(sizes), MOST_LAYERS)
     layers = tuple(list(sizes)[rank] for rank in ranks)
     requests = tuple((r.start, r.length) for r in trace.requests if r.length)
     ids, weights = trace.ids[:, ranks], trace.weights[:, ranks]
     return SimulatedRouting(ids, weights, max(sizes.values()), layers, len(sizes), requests)
 
 
-def drawn(skew: Skew, model: ModelShape, seed: int) -> SimulatedRouting:
+def drawn(
+    skew: Skew, model: ModelShape, seed: int, most_layers: int = MOST_LAYERS
+) -> SimulatedRouting:
     """Tokens of one long text after another, as `skew` has it."""
     sizes = {s.index: s.experts.spec.num_experts for s in model.layers if s.experts is not None}
-    ranks = _sampled(len(sizes))
+    num_experts = max(sizes.values())
+    ranks = _sampled(len(sizes), max(2, min(most_layers, MOST_EXPERTS // num_experts)))
     layers = tuple(list(sizes)[rank] for rank in ranks)
-    num_experts, top_k = max(sizes.values()), _top_k(model)
+    ids, weights = _drawn(skew, num_experts, _top_k(model), len(layers), seed)
+    return SimulatedRouting(ids, weights, num_experts, layers, len(sizes))
+
+
+@lru_cache(maxsize=8)
+def _drawn(
+    skew: Skew, num_experts: int, top_k: int, num_layers: int, seed: int
+) -> tuple[Ids, NDArray[np.float32]]:
+    """Kept, since every deployment of a plan is simulated with the same ones."""
     rng = np.random.default_rng(seed)
-    ids = np.empty((DRAWN_TOKENS, len(layers), top_k), np.int64)
+    ids = np.empty((DRAWN_TOKENS, num_layers, top_k), np.int64)
     weights = np.empty(ids.shape, np.float32)
-    for rank in range(len(layers)):
-        logits = skew.popularity * rng.standard_normal(num_experts)  # [E]
-        logits = logits + skew.context * _drift(rng, num_experts)  # [T, E]
-        logits = logits + rng.gumbel(size=logits.shape)
+    for rank in range(num_layers):
+        logits = skew.popularity * rng.standard_normal(num_experts, np.float32)  # [E]
+        logits = logits + np.float32(skew.context) * _drift(rng, num_experts)  # [T, E]
+        # of Gumbel's distribution: the largest are a draw without replacement
+        logits -= np.log(rng.standard_exponential(logits.shape, np.float32) + LEAST)
         ids[:, rank] = np.argpartition(-logits, top_k - 1, axis=1)[:, :top_k]
         chosen = np.take_along_axis(logits, ids[:, rank], 1)
         chosen = np.exp(chosen - chosen.max(1, keepdims=True))
         weights[:, rank] = chosen / chosen.sum(1, keepdims=True)
-    return SimulatedRouting(ids, weights, num_experts, layers, len(sizes))
+    return ids, weights
 
 
-def _drift(rng: np.random.Generator, num_experts: int) -> NDArray[np.float64]:
+def _drift(rng: np.random.Generator, num_experts: int) -> NDArray[np.float32]:
     """Unit normal numbers [T, E] that change slowly from token to token."""
-    knots = rng.standard_normal((DRAWN_TOKENS // DRIFT_TOKENS + 2, num_experts))
+    shape = DRAWN_TOKENS // DRIFT_TOKENS + 2, num_experts
+    knots = rng.standard_normal(shape, np.float32)
     places = np.arange(DRAWN_TOKENS) / DRIFT_TOKENS
     before = places.astype(np.int64)
-    after = (places - before)[:, None]
-    mixed = (1 - after) * knots[before] + after * knots[before + 1]
-    return mixed / np.sqrt((1 - after) ** 2 + after**2)
+    after = (places - before)[:, None].astype(np.float32)
+    mixed: NDArray[np.float32] = (1 - after) * knots[before] + after * knots[before + 1]
+    mixed /= np.sqrt((1 - after) ** 2 + after**2)
+    return mixed
 
 
-def _sampled(num_layers: int) -> list[int]:
+def _sampled(num_layers: int, most: int) -> list[int]:
     """Ranks of the layers that are simulated: all, or some from the first to the last."""
-    count = min(num_layers, MOST_LAYERS)
+    count = min(num_layers, most)
     return [int(rank) for rank in np.linspace(0, num_layers - 1, count).round()]
 
 

@@ -58,7 +58,8 @@ def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
 def simulate_quickly(deployment: Deployment, seed: int = 0) -> Estimate:
     """The likeliest case alone and fewer requests: to compare many deployments with each other."""
     routings = choose_routing(deployment, seed, alone=True)
-    return _estimate(deployment, routings, [steady_run(deployment, routings.mid, LEAST_ROUNDS)])
+    run = steady_run(deployment, routings.mid, LEAST_ROUNDS, quickly=True)
+    return _estimate(deployment, routings, [run])
 
 
 def _estimate(deployment: Deployment, routings: Routings, runs: Sequence[Steady]) -> Estimate:
@@ -120,7 +121,9 @@ def _halves(trace: RoutingTrace) -> Iterator[RoutingTrace]:
             yield replace(trace, requests=part)
 
 
-def make_clock(deployment: Deployment, routing: SimulatedRouting | None) -> EngineClock:
+def make_clock(
+    deployment: Deployment, routing: SimulatedRouting | None, quickly: bool = False
+) -> EngineClock:
     """Of this deployment; routing: None for a dense model."""
     model, scheduler = deployment.shape, deployment.request.engine.scheduler
     costs = EngineStepCosts(model, deployment.profile, deployment.num_threads)
@@ -130,11 +133,18 @@ def make_clock(deployment: Deployment, routing: SimulatedRouting | None) -> Engi
     most_rows = max(scheduler.max_batch_tokens, scheduler.max_running)
     if routing is not None and on_device:
         experts = DeviceClock(costs, routing, most_rows, deployment)
-    elif routing is not None and deployment.host_slots is not None:
+    elif routing is not None and leaves_experts_on_disk(deployment):
         experts = DiskClock(costs, routing, most_rows, deployment)
     elif routing is not None:
         experts = ResidentClock(costs, routing, most_rows)
-    return EngineClock(model.layers, layers, experts)
+    return EngineClock(model.layers, layers, experts, quickly)
+
+
+def leaves_experts_on_disk(deployment: Deployment) -> bool:
+    """A tier with a slot for every expert is soon full, and its layers then run as resident ones
+    (`ExpertCache.is_settled`)."""
+    slots = deployment.host_slots
+    return slots is not None and slots < deployment.shape.num_experts
 
 
 def make_simulation(deployment: Deployment, clock: EngineClock) -> Simulation:
@@ -161,11 +171,14 @@ class Steady:
 
 
 def steady_run(
-    deployment: Deployment, routing: SimulatedRouting | None, rounds: int = ROUNDS
+    deployment: Deployment,
+    routing: SimulatedRouting | None,
+    rounds: int = ROUNDS,
+    quickly: bool = False,
 ) -> Steady:
     """One simulation with clients that wait for their answers."""
     traffic = deployment.request.traffic
-    clock = make_clock(deployment, routing)
+    clock = make_clock(deployment, routing, quickly)
     simulation = make_simulation(deployment, clock)
     warm_up(deployment, clock)
     count = num_requests(traffic, rounds)
@@ -200,7 +213,7 @@ def requests_of(traffic: Traffic, count: int) -> Iterator[Arrival]:
 
 def warm_up(deployment: Deployment, clock: EngineClock) -> None:
     """Lets a cache see some requests before anything counts, so that it is full and has learnt."""
-    if deployment.host_slots is None and deployment.device_slots is None:
+    if deployment.device_slots is None and not leaves_experts_on_disk(deployment):
         return
     traffic = deployment.request.traffic
     shorter = replace(traffic, output_tokens=min(traffic.output_tokens, WARM_TOKENS))
