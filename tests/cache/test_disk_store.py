@@ -55,6 +55,49 @@ def test_a_changed_byte_is_found(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("during", [False, True])
+def test_a_record_is_summed_up_again_when_its_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: bool
+) -> None:
+    """during: it changes while the record is read for the second time."""
+    monkeypatch.setattr("moeserve.cache.tiers.disk_store.RACY_NS", 0)
+    rng = random.Random(fresh_seed())
+    written = write_records(tmp_path, rng, num_layers=1, num_experts=3)
+    key = ExpertKey(0, rng.randrange(3))
+    store = DiskStore(written.records)
+    record = HostSlots(written.record_bytes, 1)[0][: written.record_bytes].data
+    store.read(key, 0, record)
+    store.check(key, record)
+    place = rng.randrange(written.record_bytes)
+    record[place] ^= 0x10
+    store.check(key, record)  # the file is as it was: nobody sums
+    check = store.begin_check(key) if during else None
+    with written.path.open("r+b") as file:
+        file.seek(written.records[key].start + place)
+        file.write(record[place : place + 1])
+    check = check or store.begin_check(key)
+    check.update(record[: written.record_bytes // 2])
+    check.update(record[written.record_bytes // 2 :])
+    with pytest.raises(StoreError, match="checksum"):
+        check.finish()
+    with pytest.raises(StoreError, match="checksum"):  # nor is it taken for right from now on
+        store.check(key, record)
+    store.close()
+
+
+def test_a_file_written_just_now_is_not_trusted(tmp_path: Path) -> None:
+    written = write_records(tmp_path, random.Random(fresh_seed()), num_layers=1, num_experts=1)
+    key = ExpertKey(0, 0)
+    store = DiskStore(written.records)
+    record = HostSlots(written.record_bytes, 1)[0][: written.record_bytes].data
+    store.read(key, 0, record)
+    store.check(key, record)
+    record[0] ^= 1
+    with pytest.raises(StoreError, match="checksum"):
+        store.check(key, record)
+    store.close()
+
+
 def test_a_file_that_is_too_short_is_refused_at_the_start_and_later(tmp_path: Path) -> None:
     written = write_records(tmp_path, random.Random(fresh_seed()), num_layers=1, num_experts=3)
     store = DiskStore(written.records)
