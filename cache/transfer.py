@@ -128,6 +128,10 @@ class Transfers:
             arrivals, self._finished = self._finished, []
             return arrivals
 
+    def none_finished(self) -> bool:
+        """Whether `wait` would have to wait."""
+        return not self._finished
+
     def wait(self, layer: int | None = None) -> list[Arrival]:
         """As `finished`, but waits until there is something. Something must be on its way.
 

@@ -13,6 +13,7 @@ from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.cache.tiers.source import ExpertSource, StoreError
 from moeserve.cache.transfer import Arrival
 from moeserve.cache.types import CacheError, ExpertState, Load
+from moeserve.chores import Chores
 from moeserve.core import ExpertKey, Placement
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.reads import Reads, SlotMemory
@@ -49,13 +50,19 @@ class DiskSupply(ExpertSupply):
     """
 
     def __init__(
-        self, cache: ExpertCache, store: DiskStore, slots: HostSlots, transfers: Reads
+        self,
+        cache: ExpertCache,
+        store: DiskStore,
+        slots: HostSlots,
+        transfers: Reads,
+        chores: Chores,
     ) -> None:
-        """transfers: from that store into those slots."""
+        """transfers: from that store into those slots. chores: done while a step waits for one."""
         self.timeline = transfers.timeline
         self.cache = cache
         self.slots = slots
         self.transfers = transfers
+        self.chores = chores
         self.readers = OtherReaders()
         self._store = store
         self._layers: dict[int, PackedExperts] = {}
@@ -202,6 +209,7 @@ class DiskSupply(ExpertSupply):
                 self.collect()
             else:
                 with self.timeline.span("stall", layer=layer, experts=missing):
+                    self.chores.do_while(self.transfers.none_finished)
                     self._take_all(self.transfers.wait(layer))
 
     def _state(self, layer: int, expert: int) -> ExpertState:

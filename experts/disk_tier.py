@@ -12,6 +12,7 @@ from moeserve.cache.tiers.disk_store import DiskRecord, DiskStore
 from moeserve.cache.tiers.disk_tuning import tune_disk
 from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.cache.transfer import Transfers
+from moeserve.chores import Chores
 from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError, ExpertKey, ExpertSpec
 from moeserve.cpu_backend.native_runtime import NativeRuntime
@@ -62,6 +63,8 @@ def build_disk_tier(
     num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
     policy = config.tier_policy
     cache = ExpertCache(Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts))
+    chores = Chores(most=len(num_experts))  # so nobody knows less than of half a step ago
+    cache.policy.put_off = chores.put_off
     read_rate = native.handle.measure_read_bandwidth(BANDWIDTH_BYTES)
     dot_rate = native.handle.measure_dot_peak("f32")
     costs: dict[int, CostModel] = {}
@@ -78,7 +81,8 @@ def build_disk_tier(
         "disk": f"{tuning.best_bytes_per_s / 1e9:.2f} GB/s by {num_threads} threads, {how}",
         "policy": policy,
     }
-    return DiskTier(cache, DiskSupply(cache, store, slots, transfers), FetchOrder(costs), notes)
+    supply = DiskSupply(cache, store, slots, transfers, chores)
+    return DiskTier(cache, supply, FetchOrder(costs), notes)
 
 
 def check_num_slots(num_slots: int, slot_bytes: int, budget_bytes: int | None) -> None:

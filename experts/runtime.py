@@ -106,6 +106,8 @@ class ExpertRuntime:
             config_sha256(),
             PLAIN_GATES if self.native is None else native_gates(self.native),
         )
+        if self.disk is not None:
+            predictor.put_off = self.disk.supply.chores.put_off
         if self.workers is not None:
             predictor = LocalPredictor(predictor, self.workers)
         self.notes["predictor"] = f"{name}, {depth} layers ahead at most"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from moeserve.chores import PutOff, at_once
 from moeserve.core import Routing
 
 if TYPE_CHECKING:
@@ -38,10 +39,13 @@ class Predictor(ABC):
 
     recent_tokens: how many of the last tokens of each row `foresee` wants, the row's own included;
     0 for a predictor that does not look at tokens.
+
+    put_off: for what a predictor learns from a routing, if that takes time.
     """
 
     name: str
     recent_tokens: int = 0
+    put_off: PutOff = staticmethod(at_once)
 
     def begin_step(self, previous_rows: NDArray[np.int64]) -> None:  # noqa: B027 - optional
         """previous_rows: [T], for every row of the step to come the row of the step before it that

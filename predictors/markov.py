@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 #: memory for the weights: a model with more experts looks at fewer layers behind and ahead
 MAX_WEIGHT_BYTES = 128 << 20
+#: what a row chose where nobody has seen it: below 0 as a feature, too
+UNKNOWN = -(1 << 32)
 
 
 @dataclass(eq=False)
@@ -60,17 +63,20 @@ class MarkovPredictor(Predictor):
         self._ring = ring = LayerRing(num_experts, depth)
         behind = max(1, num_layers // ring.depth - ring.depth)
         self._num_context = min(count, behind + ring.depth)
+        # what a layer speaks of, one after the other: [L, depth] places, their sizes, where they
+        # begin among its outcomes
+        place, ahead = np.arange(count)[:, None], np.arange(ring.depth)
+        self._ahead: Ids = (place + 1 + ahead) % count
+        sizes = np.array(list(ring.num_experts.values()))[self._ahead]
+        self._starts: Ids = (np.cumsum(sizes, axis=1) - sizes)[:, :, None]  # [L, depth, 1]
+        self._sizes: list[list[int]] = sizes.tolist()
         self._models = [
-            LogLinear(self._num_context * self._widest, ring.depth * self._widest)
-            for _ in ring.layers
+            LogLinear(self._num_context * self._widest, sum(of_layer)) for of_layer in self._sizes
         ]
         # the layers ahead, where the token before is the last that was seen, then those behind
-        place, back = np.arange(count)[:, None], np.arange(self._num_context)
+        back = np.arange(self._num_context)
         self._context: Ids = (place + ring.depth - back) % count  # [L, C] places
         self._offsets: Ids = self._widest * back[:, None]  # [C, 1]
-        ahead = np.arange(ring.depth)
-        self._ahead: Ids = (place + 1 + ahead) % count  # [L, depth] places
-        self._starts: Ids = self._widest * ahead[:, None]  # [depth, 1]
         self._chosen: Ids = np.zeros((0, count, 0), np.int64)  # [T, L, K] last of every layer
         self._said: dict[int, _Said] = {}  # by place
         self._has_bias = [False] * count
@@ -97,7 +103,7 @@ class MarkovPredictor(Predictor):
         """A step begins: what was seen goes to the rows that go on from it."""
         links = self._links
         links.turn(num_rows)
-        chosen = np.full((num_rows, len(self._ring.layers), top_k), -1, np.int64)
+        chosen = np.full((num_rows, len(self._ring.layers), top_k), UNKNOWN, np.int64)
         if len(links.rows):
             chosen[links.rows] = self._chosen[links.before]
         self._chosen = chosen
@@ -120,22 +126,20 @@ class MarkovPredictor(Predictor):
             return
         errors = said.chances
         first = errors.shape[1] * np.arange(len(came))[:, None, None]
-        errors.reshape(-1)[came + self._starts + first] -= 1
-        self._models[source].correct(said.features, errors)
+        errors.reshape(-1)[came + self._starts[source] + first] -= 1
+        self.put_off(partial(self._models[source].correct, said.features, errors))
 
     def _say(self, place: int, top_k: int) -> dict[int, Tensor]:
         model, ring = self._models[place], self._ring
         chosen = self._chosen[:, self._context[place]]  # [T, C, K]
-        features = np.where(chosen >= 0, chosen + self._offsets, -1).reshape(len(chosen), -1)
+        chosen += self._offsets
+        features = chosen.reshape(len(chosen), -1)
         if not self._has_bias[place]:  # as many as a token chooses, before anything is known
             share = min(top_k / self._widest, 0.5)
             model.bias[:] = np.log(share / (1 - share))
             self._has_bias[place] = True
         chances = model.chances(features)
         self._said[place] = _Said(features, chances)
-        wanted = any_row(chances).reshape(ring.depth, -1).copy()  # the other one learns
+        wanted = torch.from_numpy(any_row(chances).copy())  # the other one learns
         aheads = ring.ahead_around(ring.layers[place])
-        each = torch.from_numpy(wanted).unbind(0)
-        return {
-            ahead: row[: ring.num_experts[ahead]] for ahead, row in zip(aheads, each, strict=True)
-        }
+        return dict(zip(aheads, wanted.split(self._sizes[place]), strict=True))

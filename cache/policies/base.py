@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.cache.numbering import ExpertNumbers, Numbers
+from moeserve.chores import PutOff, at_once
 from moeserve.core import LayerUse
 
 
@@ -20,9 +21,13 @@ class Policy(ABC):
 
     Methods are called on the engine's thread, in the order in which things happen: for a layer of a
     step first `observed`, then victims for what it lacks, then `used`.
+
+    put_off: for what a policy learns from a use, if that takes time; what it is asked until then it
+    answers by what it knew.
     """
 
     name: str
+    put_off: PutOff = staticmethod(at_once)
 
     def observed(self, use: LayerUse) -> None:  # noqa: B027 - an answer to it is optional
         """A step asks this of a layer, over all rows of the batch. Most policies need no more."""
@@ -30,7 +35,8 @@ class Policy(ABC):
     def expected(  # noqa: B027 - as above
         self, layer: int, probabilities: NDArray[np.float32]
     ) -> None:
-        """What a predictor says of the layer's next use: [E], P(any row wants the expert)."""
+        """What a predictor says of the layer's next use: [E], P(any row wants the expert). It stays
+        as it is until then."""
 
     @abstractmethod
     def used(self, layer: int, experts: Sequence[int]) -> None:

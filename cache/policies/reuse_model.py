@@ -36,12 +36,14 @@ RATES = (0.15, 0.025, 0.003)
 LEAST_RATE = 2e-3
 #: what is learnt per use: by the weights of contexts (falling with the uses of the context's
 #: expert, up to FADE_USES), by those of the own past, by the experts' biases
-CONTEXT_STEP, FADE, FADE_USES = 0.03, 0.03, 1000.0
+CONTEXT_STEP, FADE, FADE_USES = 0.03, 0.03, 1000
 STRENGTH = 5.0  # of all experts of a layer's use together
 OWN_STEP = 2e-4
 BIAS_STEP = 3e-3
 #: memory for the weights of contexts: a model with more experts looks at fewer layers
 MAX_CONTEXT_BYTES = 64 << 20
+#: what of CONTEXT_STEP is left after so many uses
+STEPS: Floats = (1 / np.sqrt(1 + FADE * np.arange(FADE_USES + 1))).astype(np.float32)
 
 
 @dataclass(eq=False)
@@ -70,25 +72,22 @@ class ReuseModel:
         self._own_weights = np.array((0.2, 0.5, 0.2), np.float32)  # [3]
         self._context = [self._context_of(rank) for rank in range(len(numbers.layers))]
         self._weights = [
-            np.zeros((sum(span.stop - span.start for span, _ in context), size), np.float32)
+            np.zeros((len(context), size), np.float32)
             for context, size in zip(self._context, numbers.sizes, strict=True)
         ]
         self._chosen = np.zeros(total, np.bool_)  # [N] by the batch, of late
         self._strength = np.zeros(total, np.float32)  # [N] how much, where chosen
         self._step = np.zeros(total, np.float32)  # [N] what is learnt from it
-        self._uses = np.zeros(total, np.float32)  # [N]
+        self._uses = np.zeros(total, np.int64)  # [N]
         self._said: list[_Said | None] = [None] * len(numbers.layers)
 
-    def _context_of(self, rank: int) -> tuple[tuple[slice, int], ...]:
-        """Runs of the experts that a layer looks at, and the first row of each in its weights."""
-        starts = (*self.numbers.start_of.values(), self.numbers.total)
-        first, stop = rank + 1 - self.num_context_layers, starts[rank + 1]
-        if self.num_context_layers == len(self.numbers.layers):
-            return ((slice(0, self.numbers.total), 0),)
-        if first >= 0:
-            return ((slice(starts[first], stop), 0),)
-        around = starts[first + len(self.numbers.layers)]
-        return (slice(0, stop), 0), (slice(around, self.numbers.total), stop)
+    def _context_of(self, rank: int) -> Numbers:
+        """The experts that a layer looks at, by the rows of its weights: its own and those of the
+        layers before it, around the end."""
+        first = rank + 1 - self.num_context_layers
+        ranks = np.arange(first, rank + 1) % len(self.numbers.layers)
+        spans = [self.numbers.span_of[self.numbers.layers[r]] for r in ranks]
+        return np.concatenate([np.arange(span.start, span.stop) for span in spans])
 
     def learn(self, use: LayerUse) -> None:
         """The next use of a layer: corrects what was said of it and says what comes after."""
@@ -105,11 +104,12 @@ class ReuseModel:
         rows, strength, step = self._active(rank)
         logit = self._bias[span] + self._own_weights @ own
         logit += strength @ self._weights[rank].take(rows, axis=0)
-        value: Floats = 1 / (1 + np.exp(-logit))
+        value: Floats = np.exp(np.negative(logit, out=logit), out=logit)
+        value += 1
+        np.reciprocal(value, out=value)
         said = self._said[rank]
         if said is not None:
-            target = self.gamma * value
-            target[chosen] = self.gamma
+            target = self.gamma * np.maximum(value, chosen)  # value is below 1
             self._correct(rank, said, target)
         self._said[rank] = _Said(value, own, rows, step)
         np.log(value, out=self.log_value[span])
@@ -122,17 +122,14 @@ class ReuseModel:
         self._strength[span] = strength
         uses = self._uses[span]
         uses += chosen
-        self._step[span] = strength / np.sqrt(1 + FADE * np.minimum(uses, FADE_USES))
+        np.multiply(strength, STEPS.take(uses, mode="clip"), out=self._step[span])
 
     def _active(self, rank: int) -> tuple[Numbers, Floats, Floats]:
         """Of the experts that were chosen last in the layers around: rows of the layer's weights,
         strengths, and steps."""
-        each = [
-            (np.flatnonzero(self._chosen[span]) + span.start, first - span.start)
-            for span, first in self._context[rank]
-        ]
-        active = np.concatenate([numbers for numbers, _ in each])
-        rows = np.concatenate([numbers + shift for numbers, shift in each])
+        context = self._context[rank]
+        rows: Numbers = self._chosen[context].nonzero()[0]
+        active = context[rows]
         return rows, self._strength[active], self._step[active]
 
     def _correct(self, rank: int, said: _Said, target: Floats) -> None:

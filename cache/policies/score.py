@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,14 +47,17 @@ class ScorePolicy(RankedPolicy):
         self._predicted: dict[int, NDArray[np.float32]] = {}
 
     def observed(self, use: LayerUse) -> None:
-        self._model.learn(use)
         self._predicted.pop(use.layer, None)
-        span = self.numbers.span_of[use.layer]
-        self._log_worth[span] = self._log_cost[span] + self._model.log_value[span]
         self._ahead = self._ahead_from[self.numbers.rank_of[use.layer]]
+        self.put_off(partial(self._learn, use))
+
+    def _learn(self, use: LayerUse) -> None:
+        self._model.learn(use)
+        span = self.numbers.span_of[use.layer]
+        np.add(self._log_cost[span], self._model.log_value[span], out=self._log_worth[span])
 
     def expected(self, layer: int, probabilities: NDArray[np.float32]) -> None:
-        self._predicted[layer] = probabilities.copy()
+        self._predicted[layer] = probabilities
 
     def _take_predictions(self) -> None:
         for layer, probabilities in self._predicted.items():

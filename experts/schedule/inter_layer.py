@@ -170,8 +170,8 @@ class ImpactPrefetch(InterLayerScheduler):
 
     def _of_layer(self, layer: int, chances: np.ndarray, slack_us: float) -> list[Candidate]:
         """The likeliest experts, as many as will be wanted, stand for the layer to come."""
-        slots = self._cache.slots(layer).slots
-        total = float(chances.sum())
+        slots, chance_of = self._cache.slots(layer).slots, chances.tolist()
+        total = sum(chance_of)
         num_wanted = max(1, round(total))
         by_chance = (-chances).argsort(kind="stable").tolist()
         wanted = by_chance[:num_wanted]
@@ -180,7 +180,7 @@ class ImpactPrefetch(InterLayerScheduler):
         rows = self._intra.rows_per_expert
         found: list[Candidate] = []
         for expert in by_chance:
-            chance = float(chances[expert])
+            chance = chance_of[expert]
             if chance <= at_random:
                 break
             if slots[expert] >= 0 or not self._can_begin(ExpertKey(layer, expert)):

@@ -21,6 +21,7 @@ from moeserve.cache.policies.registry import build_policy
 from moeserve.cache.tiers.disk_store import DiskRecord, DiskStore, checksum
 from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.cache.transfer import Transfers
+from moeserve.chores import Chores
 from moeserve.core import ExpertKey, ExpertSpec, LayerUse, Placement, Routing
 from moeserve.cpu_backend.backend import ExpertJob
 from moeserve.cpu_backend.native_backend import NativeBackend
@@ -93,7 +94,9 @@ class Tiers:
         slots = HostSlots(record_bytes, host_slots)
         host_cache = ExpertCache(Tier.HOST, numbers, host_slots, build_policy(policy, numbers))
         transfers = Transfers(store, slots.__getitem__, 2, 4096)
-        self.disk = DiskSupply(host_cache, store, slots, transfers)
+        chores = Chores(most=2)
+        host_cache.policy.put_off = chores.put_off
+        self.disk = DiskSupply(host_cache, store, slots, transfers, chores)
         self.clock = ModelledClock(5.0)
         if modelled:
             self.disk.read_with(
