@@ -48,7 +48,7 @@ class EngineSupervisor:
         self._link = link
         self._log_level = log_level
         self._restarts = Restarts(config.max_engine_restarts, backoff_s)
-        self._num_starts = 0
+        self._has_served = False
         self._stop_grace_s = stop_grace_s
         self._stopping = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
@@ -130,6 +130,7 @@ class EngineSupervisor:
             for wait in (process.wait(), self._link.silent.wait(), self._stopping.wait())
         ]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        self._has_served |= self._link.status.stage == "ready"
         for task in waits:
             task.cancel()
         killed = self._link.silent.is_set() and process.returncode is None
@@ -166,9 +167,8 @@ class EngineSupervisor:
 
     def _engine_config(self) -> EngineConfig:
         """What served once is served again, with the workers that there are."""
-        self._num_starts += 1
         config = self._config.engine
-        if self._num_starts == 1:
+        if not self._has_served:
             return config
         return replace(config, experts=replace(config.experts, worker_absent="go_on"))
 

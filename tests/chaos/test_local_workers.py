@@ -181,10 +181,14 @@ def test_an_engine_starts_again_without_a_worker_that_is_gone(
                 assert pool(server)["rows"] > 0
 
 
-def test_a_model_that_workers_cannot_read_ends_the_server() -> None:
+def test_a_model_that_workers_cannot_read_ends_the_server(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moeserve.cli", "serve", "--local-workers", "1"]
     done = subprocess.run(
-        [*command, "--port", "0"], capture_output=True, text=True, timeout=120, check=False
+        [*command, "--port", "0", "--runtime-dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 2
     assert "moeserve pack" in done.stderr

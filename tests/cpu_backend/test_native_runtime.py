@@ -79,9 +79,7 @@ def test_a_pinned_runtime_leaves_the_caller_where_it_is() -> None:
 TOO_MANY_THREADS = """
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-from moeserve.core import ExpertSpec
 from moeserve.cpu_backend import _native as native
-from moeserve.cpu_backend.packing import PackedExperts, PackFormat
 try:
     native.Runtime("scalar", 100_000)
 except ValueError as error:

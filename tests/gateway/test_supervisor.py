@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from zmq_support import private_directory, until
 
-from moeserve.config import EngineConfig, GatewayConfig, ModelConfig
+from moeserve.config import EngineConfig, ExpertConfig, GatewayConfig, ModelConfig
 from moeserve.core import MoeserveError
 from moeserve.engine import process as engine_process
 from moeserve.engine.channel import EXIT_ORPHANED
@@ -75,6 +75,29 @@ def test_crashes_are_followed_by_a_limited_number_of_restarts(
         await link.stop()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_start_that_never_served_may_not_go_on_without_workers(
+    packed: Path, tmp_path: Path
+) -> None:
+    """Killed while it loads: whoever told it to refuse that has not seen it serve."""
+    endpoint = f"ipc://{private_directory(tmp_path / 'nobody')}/worker"
+    experts = ExpertConfig(workers=(endpoint,), worker_start_s=1.0, num_threads=1)
+    engine = EngineConfig(model=ModelConfig(model=str(packed)), experts=experts)
+
+    async def main() -> None:
+        link, supervisor = await started(tmp_path, GatewayConfig(engine=engine))
+        await until(lambda: supervisor.pid is not None)
+        first = supervisor.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await until(lambda: supervisor.pid not in (None, first))
+        with pytest.raises(MoeserveError, match="worker"):
+            await supervisor.wait_ready()
+        await supervisor.stop()
+        await link.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 120))
 
 
 def test_stop_while_starting_leaves_no_process(tmp_path: Path) -> None:
