@@ -39,10 +39,11 @@ def _serve(args: argparse.Namespace) -> int:
     from moeserve.gateway.server import run_gateway
     from moeserve.planner.auto import expected_traffic, tune
 
+    given = [name for name, value in vars(args).items() if value is not None]
     config = gateway_config(args, read_environment().api_key)
     traffic = expected_traffic(args)
     if traffic is not None:
-        tuned = tune(config.engine, traffic)
+        tuned = tune(config.engine, traffic, given)
         for line in tuned.words:
             print(f"auto: {line}", file=sys.stderr)
         config = replace(config, engine=tuned.engine)

@@ -19,7 +19,7 @@ import msgspec
 from moeserve.core import ConfigError, ExpertSpec
 
 #: to be raised when a field of the profile changes its meaning
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 #: where the package keeps profiles of machines that are not at hand
 SHIPPED = files("moeserve") / "planner" / "profiles"
 

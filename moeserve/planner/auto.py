@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 LONGEST_S = 120.0
 CONCURRENCY, PROMPT_TOKENS, OUTPUT_TOKENS = 4, 512, 128
 FLAGS = ("expect_concurrency", "expect_prompt_tokens", "expect_output_tokens")
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """engine: as asked for. traffic: fields of Traffic."""
+
+    engine: EngineConfig
+    traffic: dict[str, int]
 
 
 class Tuned(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,18 +78,27 @@ def expected_traffic(args: argparse.Namespace) -> Traffic | None:
     )
 
 
-def tune(engine: EngineConfig, traffic: Traffic) -> Tuned:
-    """engine: as asked for. Raises ConfigError with what the search says: no profile of this
-    machine, a model that cannot be served, no settings that fit."""
-    from moeserve.planner.plan_types import PlanRequest
+def tune(
+    engine: EngineConfig, traffic: Traffic, given: Iterable[str] = (), longest_s: float = LONGEST_S
+) -> Tuned:
+    """engine: as asked for. given: names of settings that are as by default and shall stay so; all
+    that are not as by default stay in any case.
 
-    done = subprocess.run(
-        [sys.executable, "-m", "moeserve.planner.auto"],
-        input=msgspec.json.encode(PlanRequest(engine=engine, traffic=traffic)),
-        capture_output=True,
-        timeout=LONGEST_S,
-        check=False,
-    )
+    Raises ConfigError with what the search says: no profile of this machine, a model that cannot be
+    served, no settings that fit; and where it takes longer than it may.
+    """
+    command = [sys.executable, "-m", "moeserve.planner.auto", *given]
+    asked = msgspec.json.encode(Asked(engine=engine, traffic=traffic.__dict__))
+    try:
+        done = subprocess.run(
+            command, input=asked, capture_output=True, timeout=longest_s, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"auto: no settings found within {longest_s:.0f} s",
+            field="auto",
+            hint="plan for fewer --expect-concurrency, or choose settings by hand",
+        ) from error
     if done.returncode:
         raise ConfigError(f"auto: {done.stderr.decode().strip()[-2000:]}", field="auto")
     return msgspec.json.decode(done.stdout, type=Tuned)
@@ -89,13 +106,15 @@ def tune(engine: EngineConfig, traffic: Traffic) -> Tuned:
 
 def main() -> int:
     from moeserve.planner.deployment import find_hardware, find_shape
-    from moeserve.planner.plan_types import PlanRequest
-    from moeserve.planner.search import search
+    from moeserve.planner.plan_types import PlanRequest, Traffic
+    from moeserve.planner.search import given_of, search
 
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=PlanRequest)
+    asked = msgspec.json.decode(sys.stdin.buffer.read(), type=Asked)
+    request = PlanRequest(engine=asked.engine, traffic=Traffic(**asked.traffic))
+    given = given_of(asked.engine) | frozenset(sys.argv[1:])
     try:
         profile = find_hardware(None)
-        found = search(request, profile, find_shape(request.engine))
+        found = search(request, profile, find_shape(request.engine), given)
     except MoeserveError as error:
         print(error, file=sys.stderr)
         return 2

@@ -131,7 +131,7 @@ def _disk_plan(quick: bool, directory: Path) -> DiskPlan:
         file_bytes=(128 if quick else 512) << 20,
         block_bytes=QUICK_DISK_BLOCKS if quick else DISK_BLOCKS,
         queue_depths=QUICK_QUEUE_DEPTHS if quick else QUEUE_DEPTHS,
-        sample_bytes=32 << 20,
+        sample_bytes=64 << 20,
         repeats=Repeats(limit_s=0.3 if quick else 0.6),
     )
 

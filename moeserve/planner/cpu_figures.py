@@ -26,8 +26,10 @@ from moeserve.planner.repeats import Measurement, Repeats, rated, timed
 DOT_TYPES = ("f32", "bf16", "int8")
 #: an expert with next to no weights: its job costs what every job costs
 SMALL_INTERMEDIATE = 16
-#: of the two jobs whose difference is taken
-EXPERTS, EXPERTS_OF_MANY_ROWS = (2, 8), (1, 2)
+#: of the two jobs whose difference is taken, and of one job of many rows
+EXPERTS, EXPERTS_OF_MANY_ROWS = (2, 8), 8
+#: from so many on the kernels go through experts another way (csrc/moe.cpp)
+MANY_ROWS = 8
 Report = Callable[[str], None]
 #: of a figure: what it is of, and the threads or rows
 Key = tuple[str | int, int | str]
@@ -83,13 +85,15 @@ def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
             wanted.setdefault((kernel, count), ExpertJobs.on(runtime, pool).one_more(1, *EXPERTS))
     for name in DOT_TYPES:
         wanted["peak", name] = rated(partial(everything.handle.measure_dot_peak, name, 1))
-    wanted["start", 0] = _start_of_a_job(everything, plan.shapes[0])
+    start = _start_of_a_job(everything, plan.shapes[0])
+    wanted["start", 0] = timed(start)
     for number, pool in enumerate(experts):
         jobs = ExpertJobs.on(everything, pool)
         for rows in plan.rows:
-            # Of long times a difference is as well known from few experts as of short from many.
-            few_many = EXPERTS if rows <= 16 else EXPERTS_OF_MANY_ROWS
-            wanted[number, rows] = jobs.one_more(rows, *few_many)
+            if rows < MANY_ROWS:
+                wanted[number, rows] = jobs.one_more(rows, *EXPERTS)
+            else:
+                wanted[number, rows] = jobs.one_of(rows, EXPERTS_OF_MANY_ROWS, start)
     for form, matrices in products.items():
         wanted |= {(f"product {form}", rows): matrices.of_rows(rows) for rows in plan.rows}
     report(f"the CPU: memory, arithmetic, experts and products, {len(wanted)} figures")
@@ -126,9 +130,9 @@ def _pool(runtime: NativeRuntime, shape: ExpertShape, pool_bytes: int) -> Packed
     return expert_pool(runtime, shape.hidden_size, shape.intermediate_size, shape.form, pool_bytes)
 
 
-def _start_of_a_job(runtime: NativeRuntime, shape: ExpertShape) -> Measurement:
+def _start_of_a_job(runtime: NativeRuntime, shape: ExpertShape) -> Callable[[], float]:
     pool = expert_pool(runtime, shape.hidden_size, SMALL_INTERMEDIATE, shape.form, 1 << 20)
-    return timed(partial(ExpertJobs.on(runtime, pool).us, 1, 1))
+    return partial(ExpertJobs.on(runtime, pool).us, 1, 1)
 
 
 def _reads(

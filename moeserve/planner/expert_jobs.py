@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
 
@@ -97,3 +97,9 @@ class ExpertJobs:
         """What one more expert adds to a job: so that what every job costs once is left out."""
         more, less = partial(self.us, many, num_rows), partial(self.us, few, num_rows)
         return differing(more, less, many - few)
+
+    def one_of(self, num_rows: int, count: int, start: Callable[[], float]) -> Measurement:
+        """What each of `count` experts takes in a job, without what `start` says that every job
+        costs. Where experts take long that is little, and the noise of one job is less than that of
+        a difference; and as many experts together are computed as in a step's prompts."""
+        return differing(partial(self.us, count, num_rows), start, count)

@@ -36,7 +36,16 @@ def measure_process_bytes(times: int = 2) -> Figure:
 
 def _one_process() -> int:
     command = [sys.executable, "-m", "moeserve.planner.process_memory"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S, check=False)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LONGEST_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MoeserveError(
+            f"the process that measures memory took longer than {LONGEST_S:.0f} s",
+            code=ErrorCode.UNAVAILABLE,
+            hint="measure when nothing else runs",
+        ) from error
     if done.returncode:
         raise MoeserveError(
             f"the process that measures memory ended with {done.returncode}: {done.stderr[-500:]}",

@@ -42,8 +42,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """What does the work. form: of most weights, whose peak counts. dtype: of kv. on_device: whether
-    all but the experts without a slot is computed there."""
+    """What does the work. form: of most weights, whose peak counts. dtype: of kv. on_device:
+    whether all but the experts without a slot is computed there."""
 
     rates: Rates
     form: str

@@ -11,7 +11,7 @@ from msgspec import structs
 
 from moeserve import __version__
 from moeserve.cli import main
-from moeserve.config import EngineConfig, ExpertConfig, SchedulerConfig
+from moeserve.config import EngineConfig, ExpertConfig, KvConfig, SchedulerConfig
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import encode_profile, shipped_profile
 from moeserve.planner.auto import tune
@@ -52,11 +52,24 @@ def test_what_is_found_is_served_and_what_is_given_stays(calibrated: Path) -> No
     )
     tuned = tune(asked, TRAFFIC)
     assert tuned.engine.model == asked.model
-    assert tuned.engine.scheduler.max_running == 5
+    assert tuned.engine.scheduler == asked.scheduler
     assert tuned.engine.experts.cpu_backend == "native"
     assert tuned.engine.experts.num_threads == 1
     assert "settings planned" in tuned.words[0]
     assert "expected with 2 requests at once" in tuned.words[1]
+
+
+def test_what_is_given_stays_although_it_is_the_default(calibrated: Path) -> None:
+    default = SchedulerConfig().max_batch_tokens
+    tuned = tune(EngineConfig(), TRAFFIC, ["max_batch_tokens", "num_threads", "kv_bytes"])
+    assert tuned.engine.scheduler.max_batch_tokens == default
+    assert tuned.engine.experts.num_threads is None
+    assert tuned.engine.kv == KvConfig()
+
+
+def test_a_search_that_takes_too_long_is_said_so(calibrated: Path) -> None:
+    with pytest.raises(ConfigError, match="auto: no settings found within 0 s"):
+        tune(EngineConfig(), TRAFFIC, longest_s=0.01)
 
 
 def test_without_calibration_it_is_said_what_to_do(cache: Path) -> None:

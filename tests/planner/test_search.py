@@ -34,7 +34,9 @@ def request(tmp_path: Path, max_batch_tokens: int = 512) -> PlanRequest:
 def test_a_small_step_budget_is_raised_where_that_pays(tmp_path: Path) -> None:
     shape, profile = read_config(tmp_path, CONFIG), made_profile(tmp_path)
     asked = request(tmp_path, max_batch_tokens=8)
-    found = search(asked, profile, shape)
+    kept = search(asked, profile, shape)
+    assert kept.engine.scheduler.max_batch_tokens == 8, "what was asked for stays"
+    found = search(asked, profile, shape, given=frozenset())
     before = simulate_quickly(sized(asked, profile, shape)).output_tokens_per_s.mid
     assert found.gain > 1.02
     assert found.estimate.output_tokens_per_s.mid == pytest.approx(found.gain * before)
