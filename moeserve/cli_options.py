@@ -35,6 +35,7 @@ PACK_SETTINGS = frozenset(
         "quantize",
         "quantize_group",
         "quantize_zero_points",
+        "quantize_head",
         "quantize_activations",
         "check_weights",
         "num_threads",

@@ -90,6 +90,9 @@ class ModelConfig:
         32, "int4: inputs that share a scale: 32, 64, 128, or auto: for each matrix by its error"
     )
     quantize_zero_points: bool = setting(False, "int4: a zero point for every group, too")
+    quantize_head: str = setting(
+        "int8", "with int4: int8 or int4 for the output head, whose errors go into the logits"
+    )
     quantize_activations: bool | None = setting(
         None,
         "multiply int8, int4 and mxfp4 weights in integers, inputs rounded to int8 per token; "
@@ -105,6 +108,13 @@ class ModelConfig:
             raise ConfigError(
                 f"quantize_group: {self.quantize_group!r} is not one of 32, 64, 128, auto",
                 field="quantize_group",
+            )
+        _one_of("quantize_head", self.quantize_head, ("int8", "int4"))
+        if self.quantize_head == "int4" and self.quantize != "int4":
+            raise ConfigError(
+                f"quantize_head: int4 is for the weights of --quantize int4, not {self.quantize}",
+                field="quantize_head",
+                hint="leave it out, or give --quantize int4",
             )
         index = self.device.removeprefix("cuda:")
         known = self.device in ("cpu", "cuda", "emulated")

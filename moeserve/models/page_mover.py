@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.core import ModelError
-from moeserve.cpu_backend import _native
+from moeserve.cpu_backend._native import allocate, drop_pages, is_huge, move_pages
 from moeserve.cpu_backend.machine import huge_page_mode
 from moeserve.cpu_backend.memory_room import MemoryRoom, memory_room
 from moeserve.models.safetensors_file import MappedFile
@@ -114,8 +114,10 @@ class PageMover:
             self._move_all()
         except _Stop as stop:
             self._problem = str(stop)
-        except (ModelError, OSError, MemoryError) as error:
-            self._problem = f"{error or type(error).__name__}"
+        except MemoryError:
+            self._problem = "no address space to read them into (ulimit -v)"
+        except (ModelError, OSError) as error:
+            self._problem = str(error)
             log.warning("weights are not moved into huge pages: %s", self._problem)
         if not self._problem and self._num_refused:
             refused_bytes = self._num_refused * HUGE_PAGE_BYTES
@@ -157,7 +159,7 @@ class PageMover:
         for mapped in self._mapped:
             first = -mapped.memory.ctypes.data % HUGE_PAGE_BYTES
             count = max(0, mapped.memory.nbytes - first) // HUGE_PAGE_BYTES
-            places = _native.allocate(count * HUGE_PAGE_BYTES)
+            places = allocate(count * HUGE_PAGE_BYTES)
             for number in range(count):
                 begin = number * HUGE_PAGE_BYTES
                 start = first + begin
@@ -171,18 +173,18 @@ class PageMover:
         pages: NDArray[np.uint8],
         place: NDArray[np.uint8],
     ) -> None:
-        if _native.is_huge(pages):
+        if is_huge(pages):
             self._cached_huge_bytes += HUGE_PAGE_BYTES
             return
         # By a read, and not from the mapping: a file that was cut short then is an error with a
         # name instead of SIGBUS.
         mapped.file.read_into(start, place)
-        if _native.is_huge(place) is False:
-            _native.drop_pages(place)
+        if is_huge(place) is False:
+            drop_pages(place)
             self._num_refused += 1
             return
         mapped.file.check_unchanged()
-        _native.move_pages(place, pages)
+        move_pages(place, pages)
         self._moved_bytes += HUGE_PAGE_BYTES
         if self._drops:
             os.posix_fadvise(mapped.file.handle, start, HUGE_PAGE_BYTES, os.POSIX_FADV_DONTNEED)

@@ -87,7 +87,11 @@ def weight_formats(config: ModelConfig, dtype: torch.dtype) -> WeightFormats:
     coarsest = group if isinstance(group, int) else max(INT4_GROUPS)
     int4 = PackFormat("int4", coarsest, config.quantize_zero_points, weight_only)
     # The head's errors go straight into the logits, and it is a small part of an MoE.
-    return WeightFormats(int4, int4, int8, scores, True, weight_only)
+    head = int8
+    if config.quantize_head == "int4":
+        finest = group if isinstance(group, int) else min(INT4_GROUPS)  # a tied one has no choice
+        head = PackFormat("int4", finest, config.quantize_zero_points, weight_only)
+    return WeightFormats(int4, int4, head, scores, True, weight_only)
 
 
 def stored_codes(rule: WeightRule) -> FormatName | None:

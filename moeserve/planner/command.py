@@ -27,6 +27,7 @@ MODEL_SETTINGS = frozenset(
         "quantize",
         "quantize_group",
         "quantize_zero_points",
+        "quantize_head",
         "quantize_activations",
     )
 )

@@ -29,7 +29,8 @@ Stage = Callable[[Deployment], Estimate]
 PLAN_SETTINGS = frozenset(
     (
         *("revision", "offline", "dtype", "device", "context_tokens"),
-        *("quantize", "quantize_group", "quantize_zero_points", "quantize_activations"),
+        *("quantize", "quantize_group", "quantize_zero_points", "quantize_head"),
+        "quantize_activations",
         *("block_tokens", "kv_bytes", "num_blocks", "prefix_reuse"),
         *("max_batch_tokens", "max_running", "max_waiting", "admission", "history_requests"),
         *("host_memory_bytes", "host_slots", "min_host_slots", "policy"),

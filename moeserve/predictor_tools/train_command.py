@@ -27,6 +27,7 @@ RUN_SETTINGS = frozenset(
         "quantize",
         "quantize_group",
         "quantize_zero_points",
+        "quantize_head",
         "quantize_activations",
         "context_tokens",
         "cpu_backend",

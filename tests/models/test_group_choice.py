@@ -13,9 +13,11 @@ from torch import Tensor
 
 from moeserve.config import BUNDLED_MODEL, ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
+from moeserve.cpu_backend.packing import PackFormat
 from moeserve.models.group_choice import ALPHA, add_squares, finest_that_pays
 from moeserve.models.registry import load_model
-from moeserve.models.weight_formats import INT4_GROUPS
+from moeserve.models.weight_formats import INT4_GROUPS, weight_formats
+from moeserve.models.weight_map import Use, WeightRule
 
 
 def squares_of(weight: Tensor, zero_points: bool = False) -> dict[int, float]:
@@ -76,6 +78,23 @@ def test_matrices_of_a_model_choose_for_themselves(tmp_path: Path) -> None:
     config = ModelConfig(model=str(tmp_path), quantize="int4", quantize_group="auto")
     loaded = load_model(config, ExpertConfig(cpu_backend="native"))
     assert "gate and up: int4/32 (1), int4/64 (5); down: int4/64;" in loaded.notes["weights"]
+    assert "head: int8;" in loaded.notes["weights"]
+
+
+@pytest.mark.parametrize(("group", "expected"), [(64, 64), ("auto", 32)])
+def test_a_head_of_four_bits(group: int | str, expected: int) -> None:
+    """Beside an embedding that it shares there are no numbers of its own to choose a group by."""
+    config = ModelConfig(quantize="int4", quantize_group=group, quantize_head="int4")
+    head = weight_formats(config, torch.float32)(WeightRule("head", (8, 64), (), use=Use.HEAD))
+    assert head == PackFormat("int4", expected)
+
+
+def test_a_head_of_four_bits_is_for_weights_of_four_bits() -> None:
+    for quantize in ("none", "int8"):
+        with pytest.raises(ConfigError, match=f"quantize_head: int4 .* not {quantize}"):
+            ModelConfig(quantize=quantize, quantize_head="int4")
+    with pytest.raises(ConfigError, match="quantize_head: 'fp8' is not one of"):
+        ModelConfig(quantize="int4", quantize_head="fp8")
 
 
 def test_other_groups_are_refused() -> None:

@@ -57,6 +57,7 @@ def test_same_bits_as_packing_while_loading(
         "quantize": quantize,
         "dtype": random.Random(seed).choice(["float32", "bfloat16"]),
         "quantize_zero_points": seed % 2 == 0,
+        "quantize_head": random.Random(seed).choice(["int8", quantize]).replace("none", "int8"),
     }
     reference = make_reference(draw_config(model_type, seed), model_type, seed)
     save(reference, tmp_path / "model", packed=False, old_style=seed % 2 == 0)

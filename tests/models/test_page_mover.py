@@ -19,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from support.randomness import fresh_seed
 
+from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.machine import huge_page_mode
 from moeserve.cpu_backend.memory_room import MemoryRoom
 from moeserve.models import page_mover
@@ -349,6 +350,24 @@ def test_without_huge_pages_it_says_so_once(
         "; the rest stays: the system gives no transparent huge pages; `moeserve doctor` tells how"
         " to have them"
     )
+
+
+def test_no_address_space_is_no_failure(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(num_bytes: int) -> NDArray[np.uint8]:
+        return _native.allocate(num_bytes + (1 << 50))  # more than any system maps
+
+    content = write_file(tmp_path / "file", 4 * MIB, rng)
+    mapped = map_file(tmp_path / "file")
+    monkeypatch.setattr(page_mover, "allocate", allocate)
+    mover = PageMover([mapped], room=lambda: AMPLE, mode="madvise")
+    mover.start()
+    mover.wait()
+    stats = mover.stats()
+    assert stats is not None
+    assert stats.problem == "no address space to read them into (ulimit -v)"
+    assert np.array_equal(mapped.memory, content)
 
 
 EXIT = """
