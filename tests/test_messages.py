@@ -120,13 +120,13 @@ def accepts(packed: bytes) -> bool:
     return True
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(nested())
 def test_depth_of_whole_values(value: Any) -> None:
     assert accepts(msgpack.packb(value)) == (depth(value) <= LIMIT)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(mutated() | st.binary(max_size=60))
 @example(packed=b"\xd5\x00\x91\xc0")  # an extension
 def test_damaged_bytes_against_the_library(packed: bytes) -> None:
@@ -143,7 +143,7 @@ def test_limits_on_values() -> None:
         check_depth(b"\x91" * 5_000_000)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.lists(mutated() | st.binary(max_size=40), max_size=6))
 def test_decode_raises_nothing_but_protocol_errors(frames: list[bytes]) -> None:
     wire = client_server_wire(100_000)
@@ -152,7 +152,7 @@ def test_decode_raises_nothing_but_protocol_errors(frames: list[bytes]) -> None:
             wire.decode(parts)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     st.sampled_from(["submit", "hello", "cancel", "credit", "ping", "pong", "done", "nothing"]),
     st.dictionaries(

@@ -345,7 +345,7 @@ class CacheMachine(RuleBasedStateMachine):
                 assert self.cache.state(key) is expected
 
 
-CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestCacheMachine = CacheMachine.TestCase
 
 

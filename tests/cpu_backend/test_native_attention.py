@@ -33,7 +33,7 @@ def check(problem: Problem, isa: str, pieces: list[tuple[int, int, int]], thread
 
 
 @EACH_LEVEL
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), num_threads=st.integers(1, 5))
 def test_equals_float64(isa: str, seed: int, num_threads: int) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -49,7 +49,7 @@ def random_layer(
 
 @EACH_LEVEL
 @EACH_KIND
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     num_tokens=st.integers(1, 40),
     hidden=st.integers(1, 150),

@@ -42,7 +42,7 @@ def check_close(got: Tensor, expected: Tensor) -> None:
 
 
 @EACH_LEVEL
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=SEEDS, num_threads=st.integers(1, 3))
 def test_grouped_heads(isa: str, seed: int, num_threads: int) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def test_grouped_heads(isa: str, seed: int, num_threads: int) -> None:
 
 
 @EACH_LEVEL
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=SEEDS)
 def test_latent_heads(isa: str, seed: int) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -38,7 +38,7 @@ def check_product(packed: Packed, isa: str, x: Tensor, num_threads: int) -> None
 
 @EACH_LEVEL
 @EACH_KIND
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     num_rows=st.integers(1, 70),
     outputs=st.integers(1, 150),

@@ -107,7 +107,7 @@ def groups_of(x: Tensor, group_cols: int) -> Tensor:
 
 @pytest.mark.parametrize("spread", ["normal", "skewed", "positive", "negative"])
 @pytest.mark.parametrize("kind", INT4_PACKINGS, ids=lambda kind: kind.name)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(rows=st.integers(1, 40), cols=st.integers(1, 300), seed=st.integers(0, 2**31))
 def test_int4_leaves_the_smallest_error_of_the_scales_it_tries(
     kind: Kind, spread: str, rows: int, cols: int, seed: int

@@ -124,7 +124,7 @@ class Pool:
         return shared + peak
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32), num_running=st.integers(0, 4), known=st.integers(0, 30))
 def test_the_predicted_peak_is_that_of_all_cases(seed: int, num_running: int, known: int) -> None:
     rng = random.Random(seed)

@@ -242,7 +242,7 @@ class KvBlocksMachine(RuleBasedStateMachine):
             assert self.blocks.num_held == 0, "a block leaked"
 
 
-KvBlocksMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+KvBlocksMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestKvBlocks = KvBlocksMachine.TestCase
 
 

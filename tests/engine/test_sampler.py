@@ -96,7 +96,7 @@ def test_greedy_is_argmax_and_needs_no_seed() -> None:
     assert [t.token_id for t in tokens if t] == logits.argmax(-1).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_row_does_not_depend_on_its_neighbours(data: st.DataObject) -> None:
     count = data.draw(st.integers(2, 8))
@@ -124,7 +124,7 @@ def test_row_does_not_depend_on_its_neighbours(data: st.DataObject) -> None:
         assert sampler().sample(logits[i : i + 1].clone(), [alone]) == [together[i]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(0, 49), min_size=2, max_size=40),
     st.floats(0.5, 2),

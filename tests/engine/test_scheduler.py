@@ -282,9 +282,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert harness.scheduler.stats().kv_blocks_used == 0, "a block leaked"
 
 
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=40, deadline=None
-)
+SchedulerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestScheduler = SchedulerMachine.TestCase
 
 

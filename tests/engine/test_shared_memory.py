@@ -222,7 +222,7 @@ class Experts:
         """Nothing is under way."""
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_memory_goes_to_and_fro_within_the_budget(data: st.DataObject) -> None:
     draw = data.draw

@@ -222,7 +222,7 @@ class TiersMachine(RuleBasedStateMachine):
             self.supply.check_integrity()
 
 
-TiersMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TiersMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25)
 TestTiersMachine = TiersMachine.TestCase
 
 

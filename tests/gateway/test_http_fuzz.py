@@ -55,7 +55,6 @@ bodies = st.builds(
 
 @settings(
     max_examples=200,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(
@@ -72,7 +71,7 @@ def test_no_body_is_the_servers_fault(server: BigramServer, path: str, body: Any
         assert "event: error" not in response.text
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(body=st.binary(max_size=64) | values.map(lambda v: json.dumps(v).encode()[:-1]))
 def test_no_bytes_are_the_servers_fault(server: BigramServer, body: bytes) -> None:
     response = server.client.post(TEXT, content=body, headers=JSON)

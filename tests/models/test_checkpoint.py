@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -190,7 +190,7 @@ HOSTILE = st.one_of(
     data=st.binary(max_size=24),
     metadata=st.one_of(st.just({"format": "pt"}), HOSTILE),
 )
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400)
 def test_hostile_headers(
     tmp_path_factory: pytest.TempPathFactory,
     field: str | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moeserve.core import ConfigError
@@ -82,7 +82,6 @@ def test_no_depth_prefetches_nothing() -> None:
         PrefetchUsefulness([0], -1, 0.5)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(0, 4), st.floats(0, 1)),

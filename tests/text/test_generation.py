@@ -70,7 +70,7 @@ def chunked(data: st.DataObject, ids: list[int]) -> list[list[int]]:
     return chunks
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_any_stream_equals_the_oracle(model_path: Path, data: st.DataObject) -> None:
     """Text, tokens, offsets, reason and usage, for random tokens, cuts and stop strings."""

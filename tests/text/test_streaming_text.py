@@ -19,7 +19,7 @@ def stream(tokenizer: Tokenizer, prompt: list[int], ids: list[int], skip: bool) 
     return pieces
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_pieces_are_the_whole_decoded(model_path: Path, data: st.DataObject) -> None:
     """For any tokens, any split into prompt and output."""
@@ -33,7 +33,7 @@ def test_pieces_are_the_whole_decoded(model_path: Path, data: st.DataObject) -> 
     assert prompt_text + text == tokenizer.decode(ids, skip)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(min_size=1, max_size=40))
 @example("👩‍👩‍👧 family")
 @example("你好")
@@ -91,7 +91,7 @@ def brute_force(text: str, stops: list[str]) -> tuple[int, str] | None:
 SMALL = st.text("ab", max_size=40)  # few letters, so that partial matches abound
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     pieces=st.lists(st.text("ab", max_size=5), max_size=15),
     stops=st.lists(st.text("ab", min_size=1, max_size=6), max_size=4),

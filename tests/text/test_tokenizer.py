@@ -54,7 +54,7 @@ def test_encoding_equals_transformers(tmp_path: Path, build, add_special_tokens:
             ), text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text(max_size=60))
 def test_decode_inverts_encode(model_path: Path, text: str) -> None:
     tokenizer = _load(model_path)
@@ -64,7 +64,7 @@ def test_decode_inverts_encode(model_path: Path, text: str) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_decoding_any_tokens(model_path: Path, data: st.DataObject) -> None:
     """Random streams: equal to the library wherever those are whole characters."""
