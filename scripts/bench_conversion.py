@@ -1,16 +1,20 @@
 """Compare ways of converting a dense model: methods, routers, shares of the FFN that are idle.
 
-    python scripts/bench_conversion.py DENSE --text calibration.txt [--experts 16] [--plot out.png]
+    python scripts/bench_conversion.py DENSE --text calibration.txt --held-out held_out.txt
+        [--experts 16] [--tune-minutes 5] [--plot out.png]
 
-Every line is a whole conversion; perplexities are those of its card, on windows of the text that
-nothing was fitted to, over that of the dense model. Prints a table in Markdown and, as its last
-line, all figures as JSON.
+Every line is a whole conversion. Perplexities are those of the held-out text, by the engine, over
+that of the dense model; without such a text those of the card, on windows of the calibration text
+that nothing was fitted to. Tuned lines come last, each takes the minutes. Prints a table in
+Markdown and, as its last line, all figures as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,11 +31,13 @@ from moeserve.progress import LoadingBar
 
 @dataclass(frozen=True)
 class Line:
-    """A conversion and what came of it. ratio: perplexity over the dense model's."""
+    """A conversion and what came of it. ratio: perplexity over the dense model's; seconds: without
+    tuning."""
 
     method: str
     router: str
     refit: bool
+    tune_minutes: float | None
     idle: float
     ratio: float
     agreement: float
@@ -46,44 +52,77 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("dense", help="directory or hub id")
     add("--text", type=Path, nargs="+", required=True, help="calibration text")
+    add("--held-out", type=Path, nargs="+", help="text to measure perplexities on")
+    add("--held-out-tokens", type=int, default=32_768, help="of it (%(default)s)")
     add("--experts", type=int, default=16, help="parts of every FFN (%(default)s)")
     add("--idle", type=float, nargs="+", default=[0.25, 0.5], help="shares (%(default)s)")
     add("--shared-share", type=float, default=0.25, help="(%(default)s)")
     add("--tokens", type=int, default=32_768, help="of the text (%(default)s)")
     add("--window", type=int, default=512, help="(%(default)s)")
     add("--threads", type=int, default=2, help="of torch (%(default)s)")
+    add("--tune-minutes", type=float, help="also tuned conversions, by the best router")
+    add("--tune-methods", choices=METHODS, nargs="+", default=["activation"], help="of those")
+    add("--tuned-only", action="store_true", help="no others")
     add("--plot", type=Path, help="picture to write")
     return parser.parse_args()
 
 
 def cases(args: argparse.Namespace) -> Iterator[ConvertSettings]:
-    """All methods with the best router, all routers with the best method."""
-    for idle in args.idle:
-        common = {
+    """All methods with the best router, all routers with the best method, those that are tuned."""
+    shares = [
+        {
             "experts": args.experts,
             "active": round(args.experts * (1 - idle)),
             "shared_share": args.shared_share,
             "max_tokens": args.tokens,
             "window_tokens": args.window,
         }
+        for idle in args.idle
+    ]
+    for common in () if args.tuned_only else shares:
         for method in METHODS:
             for refit in (False, True):
                 yield ConvertSettings(method=method, refit=refit, **common)
         for router in ROUTERS[1:]:
             yield ConvertSettings(router=router, **common)
+    for common in () if args.tune_minutes is None else shares:
+        for method in args.tune_methods:
+            yield ConvertSettings(method=method, tune_minutes=args.tune_minutes, **common)
 
 
-def measure(args: argparse.Namespace, settings: ConvertSettings) -> Line:
-    with tempfile.TemporaryDirectory() as directory, LoadingBar() as bar, torch.inference_mode():
-        config = ModelConfig(model=args.dense)
-        made = convert(config, Path(directory) / "out", args.text, settings, bar)
-    quality = made.quality
+def held_out_perplexity(args: argparse.Namespace, model: str) -> float:
+    """Of a model's tokens of the held-out text, by the engine."""
+    flags = ["--num-threads", str(args.threads), "--dtype", "float32"]
+    command = ["--text", *map(str, args.held_out), "--tokens", str(args.held_out_tokens), "--json"]
+    command += ["--window", str(args.window), *flags]
+    done = subprocess.run(
+        [sys.executable, "-m", "moeserve.cli", "eval", "ppl", model, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(json.loads(done.stdout)["perplexity"])
+
+
+def measure(args: argparse.Namespace, settings: ConvertSettings, dense: float | None) -> Line:
+    """dense: the dense model's perplexity of the held-out text."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "out"
+        with LoadingBar() as bar, torch.inference_mode():
+            made = convert(ModelConfig(model=args.dense), out, args.text, settings, bar)
+        quality = made.quality
+        ratio = quality.perplexity / quality.dense_perplexity
+        if dense is not None:
+            ratio = held_out_perplexity(args, str(out)) / dense
     return Line(
         method=settings.method,
         router=settings.router,
         refit=settings.refit,
+        tune_minutes=settings.tune_minutes,
         idle=1 - settings.active / settings.experts,
-        ratio=quality.perplexity / quality.dense_perplexity,
+        ratio=ratio,
         agreement=quality.agreement,
         chance=sum(report["chance"] for report in made.reports) / len(made.reports),
         seconds=made.seconds,
@@ -110,20 +149,26 @@ def draw(lines: list[Line], path: Path) -> None:
 
 
 def _name(line: Line) -> str:
-    return f"{line.method}, {line.router}{', refit' if line.refit else ''}"
+    tuned = "" if line.tune_minutes is None else f", tuned {line.tune_minutes:g} min"
+    return f"{line.method}, {line.router}{', refit' if line.refit else ''}{tuned}"
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    print("| FFN idle | method | router | refit | perplexity | agreement | by chance | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    dense = None
+    if args.held_out is not None:
+        dense = held_out_perplexity(args, args.dense)
+        print(f"dense perplexity of the held-out text: {dense:.4f}")
+    print("| FFN idle | method | router | refit | tuned | perplexity | agreement | by chance | s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     lines = []
     for settings in cases(args):
-        line = measure(args, settings)
+        line = measure(args, settings, dense)
         lines.append(line)
         print(
             f"| {line.idle:.0%} | {line.method} | {line.router} | {'yes' if line.refit else 'no'} "
+            f"| {'no' if line.tune_minutes is None else f'{line.tune_minutes:g} min'} "
             f"| {line.ratio:.3f} × | {line.agreement:.2f} | {line.chance:.2f} "
             f"| {line.seconds:.1f} |",
             flush=True,

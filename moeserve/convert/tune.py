@@ -23,15 +23,18 @@ from moeserve.convert.tune_model import TunedModel
 from moeserve.core import ConfigError, ModelError
 
 #: of one step, in whole windows
-STEP_TOKENS = 2048
+STEP_TOKENS = 1024
 #: text that is too little would be learnt by heart
-MIN_STEPS_OF_TEXT = 4
-RATE = 2e-3
+MIN_STEPS_OF_TEXT = 8
+RATE = 4e-3
+#: columns of a matrix from which its rate falls with their number: a step of Adam changes every
+#: number by as much, and so a product by as much times the columns (muP, arXiv:2203.03466)
+RATE_COLUMNS = 64
 WARM_UP_STEPS = 10
 BETAS = (0.9, 0.95)
 GRADIENT_CLIP = 1.0
 #: of the prior-approximate loss, the mean over layers, beside the divergence in nats
-PRIOR_WEIGHT = 0.03
+PRIOR_WEIGHT = 0.1
 #: tokens that were kept back, on which the divergence is measured now and then
 CHECK_TOKENS = 2048
 #: of the budget, from one such measurement to the next
@@ -114,9 +117,8 @@ class Tuner:
         self._text = text
         self._settings = settings
         self._parameters = model.parameters()
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=RATE, betas=BETAS, weight_decay=0.0
-        )
+        groups = [{"params": [p], "rate": _rate_of(p)} for p in self._parameters.values()]
+        self._optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
 
     @property
     def spent(self) -> float:
@@ -162,7 +164,8 @@ class Tuner:
     def _step(self) -> None:
         history, model = self.history, self.model
         batch = self._text.batch(self._settings.seed, history.step)
-        self._optimizer.param_groups[0]["lr"] = self._rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["rate"] * self._share_of_rate()
         tuned, done, _ = model.tuned(batch)
         divergence, gradient = model.divergence(model.dense(batch), tuned)
         prior = self._prior(done)
@@ -182,9 +185,9 @@ class Tuner:
         pairs = zip(self.model.ffns, done, strict=True)
         return torch.stack([ffn.prior_loss(worked) for ffn, worked in pairs]).mean()
 
-    def _rate(self) -> float:
+    def _share_of_rate(self) -> float:
         warm = min(1.0, (self.history.step + 1) / WARM_UP_STEPS)
-        return RATE * warm * 0.5 * (1 + math.cos(math.pi * self.spent))
+        return warm * 0.5 * (1 + math.cos(math.pi * self.spent))
 
     def tensors(self) -> dict[str, Tensor]:
         """Whatever the next step reads and changes, beside the history."""
@@ -207,3 +210,8 @@ class Tuner:
                 moments.setdefault(int(index), {})[moment] = tensor.clone()
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _rate_of(parameter: Tensor) -> float:
+    columns = 1 if parameter.dim() == 1 else parameter.shape[-1]
+    return RATE * min(1.0, RATE_COLUMNS / columns)

@@ -158,16 +158,16 @@ def test_killed_at_any_file_tuning_goes_on(
         sync(handle)
 
     monkeypatch.setattr(shards.os, "fsync", die)
-    tune_for(dense, tmp_path / "whole", long_text, steps=3)
+    tune_for(dense, tmp_path / "whole", long_text, steps=2)
     expected, written = files(tmp_path / "whole"), -left
     # Each layer has a shard and a state before; what comes after them is new here.
-    for number in random.sample(range(2 * LAYERS + 3, written + 1), 4):
+    for number in random.sample(range(2 * LAYERS + 3, written + 1), 3):
         out = tmp_path / f"cut-{number}"
         left = number
         with pytest.raises(KilledError):
-            tune_for(dense, out, long_text, steps=3)
+            tune_for(dense, out, long_text, steps=2)
         left = 0
-        tune_for(dense, out, long_text, steps=3)
+        tune_for(dense, out, long_text, steps=2)
         assert files(out) == expected, f"cut at file {number}"
 
 
@@ -245,7 +245,7 @@ def test_settings_out_of_range(settings: dict[str, Any], match: str) -> None:
 def test_too_little_text(dense: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text(" ".join(words(4, 200)))
-    with pytest.raises(ConfigError, match=r"text: \d+ tokens to tune on; 2048 or more .*more text"):
+    with pytest.raises(ConfigError, match=r"text: \d+ tokens to tune on; 4096 or more .*more text"):
         tune_for(dense, tmp_path / "out", short)
     assert not (tmp_path / "out").exists()
 
