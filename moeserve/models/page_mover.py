@@ -40,6 +40,8 @@ HUGE_PAGE_BYTES = 2 << 20
 SPARE_BYTES = 1 << 30
 #: pieces between two looks at the memory that is left
 LOOK_EVERY = 32
+#: pieces for which the system had no huge page: where memory is in pieces, reading on is in vain
+MOST_REFUSALS = 64
 BUSY_SHARE = 1 / 10
 OFF = "the system gives no transparent huge pages; `moeserve doctor` tells how to have them"
 
@@ -120,8 +122,7 @@ class PageMover:
             self._problem = str(error)
             log.warning("weights are not moved into huge pages: %s", self._problem)
         if not self._problem and self._num_refused:
-            refused_bytes = self._num_refused * HUGE_PAGE_BYTES
-            self._problem = f"the system had no huge page for {refused_bytes / 1e6:.0f} MB"
+            self._problem = f"the system had no huge page for {self._num_refused} pieces of 2 MiB"
         log.info(
             "weights: of %.0f MB mapped, the page cache has %.0f in huge pages, and %.0f were moved"
             " into such in %.1f s%s",
@@ -182,6 +183,8 @@ class PageMover:
         if is_huge(place) is False:
             drop_pages(place)
             self._num_refused += 1
+            if self._num_refused == MOST_REFUSALS:
+                raise _Stop(f"the system had no huge page {MOST_REFUSALS} times")
             return
         mapped.file.check_unchanged()
         move_pages(place, pages)

@@ -352,6 +352,46 @@ def test_without_huge_pages_it_says_so_once(
     )
 
 
+@pytest.mark.parametrize("most", [64, 3])
+def test_a_system_without_free_huge_pages(
+    most: int,
+    tmp_path: Path,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pieces that would be no better than before stay where they are, and it gives up."""
+    dropped = []
+
+    def allocate(num_bytes: int) -> NDArray[np.uint8]:
+        places = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE)
+        places.madvise(mmap.MADV_NOHUGEPAGE)
+        return np.frombuffer(places, np.uint8)
+
+    def drop_pages(pages: NDArray[np.uint8]) -> None:
+        dropped.append(pages)
+        _native.drop_pages(pages)
+
+    content = write_file(tmp_path / "file", 17 * MIB, rng)
+    mapped = map_file(tmp_path / "file")
+    if _native.is_huge(mapped.memory[:4096]) is None:
+        pytest.skip("this system does not tell what pages are huge")
+    monkeypatch.setattr(page_mover, "allocate", allocate)
+    monkeypatch.setattr(page_mover, "drop_pages", drop_pages)
+    monkeypatch.setattr(page_mover, "MOST_REFUSALS", most)
+    mover = PageMover([mapped], room=lambda: AMPLE, mode="madvise")
+    mover.start()
+    mover.wait()
+    stats = mover.stats()
+    assert stats is not None
+    num_pieces = whole_huge_pages(mapped.memory) // HUGE_PAGE_BYTES
+    assert len(dropped) == min(most, num_pieces)
+    of_all = f"for {num_pieces} pieces of 2 MiB"
+    assert stats.problem == f"the system had no huge page {of_all if most == 64 else '3 times'}"
+    assert stats.moved_bytes == 0
+    assert not any(pages.any() for pages in dropped), "no memory is kept for them"
+    assert np.array_equal(mapped.memory, content)
+
+
 def test_no_address_space_is_no_failure(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
