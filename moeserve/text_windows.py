@@ -27,8 +27,15 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
         for file in _files(path):
             try:
                 texts.append(file.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"text: {file} cannot be read: {error}", field="text") from error
+            except OSError as error:
+                why = error.strerror
+                raise ConfigError(f"text: {file} cannot be read: {why}", field="text") from error
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    f"text: {file} cannot be read: {error}",
+                    field="text",
+                    hint="save it as UTF-8, such as with iconv -f LATIN1 -t UTF-8",
+                ) from error
     if not any(texts):
         raise ConfigError(
             f"text: there is none in {', '.join(map(str, paths)) or 'nothing'}",

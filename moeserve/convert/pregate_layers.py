@@ -19,7 +19,8 @@ from torch import Tensor
 from moeserve.config import ExpertConfig
 from moeserve.convert.dense import CPU
 from moeserve.convert.run_layers import WindowSteps
-from moeserve.core import Routing
+from moeserve.core import ExpertSpec, Routing
+from moeserve.cpu_backend.activations import elementwise_activation
 from moeserve.experts.layer import Routes
 from moeserve.experts.runtime import build_expert_runtime
 from moeserve.models.attention import Attention
@@ -30,7 +31,8 @@ from moeserve.models.gates import gate_of
 from moeserve.models.loader import load_weights
 from moeserve.models.safetensors_file import SafetensorsFile
 from moeserve.models.spec import ModelSpec
-from moeserve.models.transformer import DecoderLayer, MoeFfn
+from moeserve.models.targets import Weight
+from moeserve.models.transformer import MoeFfn
 from moeserve.models.weight_map import WeightRule
 from moeserve.predictors.gates import LayerGate
 
@@ -73,36 +75,56 @@ class WrittenModel:
         self, index: int, x: Tensor, window_tokens: int, reroute: Reroute | None = None
     ) -> LayerRun:
         """x: [T, H], whole windows; becomes the stream after the layer."""
-        layer = self._build(index)
-        ffn = layer.ffn
+        weights = self._load(index)
+        experts = {index: self.spec.moe_layers[index].experts}
+        config = ExpertConfig(cpu_backend="torch")
+        runtime = build_expert_runtime(config, experts, CPU, torch.float32)
+        layer = build_layer(self.spec, index, self.spec.layers[index], weights, runtime)
+        ffn, attention = layer.ffn, layer.attention
         assert isinstance(ffn, MoeFfn), "every layer of a conversion has experts"
-        assert isinstance(layer.attention, Attention), "glm4_moe has grouped attention"
-        gate = gate_of(index, layer)
-        if reroute is not None:
-            ffn.routed.router = reroute(index, ffn.routed.router)
-        found: list[Tensor] = []
-
-        def observe(layer: int, x: Tensor, routing: Routing) -> None:
-            found.append(routing.ids.to(torch.int16))
-
-        ffn.routed.observers.append(observe)
+        assert isinstance(attention, Attention), "glm4_moe has grouped attention"
+        assert ffn.shared is not None, "every layer of a conversion has a shared expert"
+        router = ffn.routed.router
+        routes = router if reroute is None else reroute(index, router)
         spec = replace(self.spec, layers=(self.spec.layers[index],))
-        steps = WindowSteps(spec, layer.attention, window_tokens)
+        steps = WindowSteps(spec, attention, window_tokens)
+        choices = []
         for rows, step in steps.of(len(x)):
-            x[rows] = layer(x[rows].clone(), step, steps.kv)
-        return LayerRun(gate, torch.cat(found))
+            part = x[rows] + attention(layer.attention_norm(x[rows]), step, steps.kv)
+            normed = layer.ffn_norm(part)
+            routing = routes(normed)
+            choices.append(routing.ids.to(torch.int16))
+            x[rows] = part + ffn.shared(normed) + _routed(weights, experts[index], normed, routing)
+        runtime.close()
+        return LayerRun(gate_of(index, layer), torch.cat(choices))
 
-    def _build(self, index: int) -> DecoderLayer:
+    def _load(self, index: int) -> dict[str, Weight]:
         prefix = f"layers.{index}."
         rules = [rule for rule in self.rules if rule.target.startswith(prefix)]
         loaded = load_weights(
             self.checkpoint, rules, ignore=(".*",), dtype=torch.float32, device=CPU
         )
-        weights = {name.removeprefix(prefix): weight for name, weight in loaded.items()}
-        experts = {index: self.spec.moe_layers[index].experts}
-        config = ExpertConfig(cpu_backend="torch")
-        runtime = build_expert_runtime(config, experts, CPU, torch.float32)
-        return build_layer(self.spec, index, self.spec.layers[index], weights, runtime)
+        return {name.removeprefix(prefix): weight for name, weight in loaded.items()}
+
+
+def _routed(
+    weights: Mapping[str, Weight], spec: ExpertSpec, normed: Tensor, routing: Routing
+) -> Tensor:
+    """[T, H]: all experts on all rows, most of it times zero.
+
+    Rows gathered by expert would be another number every time, and oneDNN keeps something for
+    every shape that it has seen: 4 to 10 MB a layer, where one layer was to be held at a time.
+    """
+    gate_ups, downs = weights["experts.gate_up"], weights["experts.down"]
+    assert isinstance(gate_ups, Tensor)
+    assert isinstance(downs, Tensor)
+    activation = elementwise_activation(spec.activation)
+    weight = normed.new_zeros(len(normed), len(downs)).scatter_(1, routing.ids, routing.weights)
+    y = torch.zeros_like(normed)
+    for expert, (gate_up, down) in enumerate(zip(gate_ups, downs, strict=True)):
+        gate, up = (normed @ half.T for half in gate_up.chunk(2))
+        y += (activation(gate) * up * weight[:, expert, None]) @ down.T
+    return y
 
 
 @dataclass(frozen=True)

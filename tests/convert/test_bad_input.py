@@ -103,7 +103,9 @@ def test_too_little_text(dense: Path, tmp_path: Path) -> None:
 def test_text_in_another_encoding(dense: Path, tmp_path: Path) -> None:
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Käse und Öl ".encode("latin-1") * 100)
-    refused(dense, tmp_path / "out", latin, "latin.txt cannot be read: 'utf-8' codec")
+    refused(
+        dense, tmp_path / "out", latin, "latin.txt cannot be read: .utf-8. codec.*save it as UTF-8"
+    )
 
 
 def test_a_tokenizer_of_another_model(dense: Path, tmp_path: Path, seed: int) -> None:
