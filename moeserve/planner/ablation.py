@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moeserve.cache.expert_cache import ExpertCache, Load, Residency, Tier
+from moeserve.cache.expert_cache import ExpertCache, Residency, Tier
 from moeserve.cache.numbering import ExpertNumbers, Numbers
 from moeserve.cache.policies.base import Policy
 from moeserve.cache.policies.lru import LruPolicy
@@ -24,6 +24,7 @@ from moeserve.core import ExpertKey, LayerUse, Placement
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.inter_layer import ImpactPrefetch
 from moeserve.experts.schedule.intra_layer import TimelinePlacement
+from moeserve.planner.simulate.link import SimulatedLink
 from moeserve.predictors.base import Prediction
 
 Ids = NDArray[np.int64]
@@ -110,51 +111,6 @@ class PinnedPolicy(LruPolicy):
         return super().victims(np.setdiff1d(candidates, self._pinned), count, incoming)
 
 
-class SimulatedLink:
-    """One copy at a time; prefetches move in their order whenever no demand does."""
-
-    def __init__(self, cache: ExpertCache, fetch_us: float) -> None:
-        self._cache = cache
-        self._fetch_us = fetch_us
-        self._waiting: dict[ExpertKey, float] = {}  # prefetches and what is left of each
-        self._now_us = 0.0
-        self.busy_us = 0.0
-
-    def begin(self, loads: Sequence[Load]) -> None:
-        for load in loads:
-            self._waiting[load.key] = self._fetch_us
-
-    def advance(self, to_us: float) -> None:
-        """Moves prefetches up to that time."""
-        for key in list(self._waiting):
-            moved_us = min(self._waiting[key], to_us - self._now_us)
-            if moved_us <= 0:
-                break
-            self._now_us += moved_us
-            self.busy_us += moved_us
-            self._waiting[key] -= moved_us
-            if self._waiting[key] <= 0:
-                del self._waiting[key]
-                self._cache.complete(key)
-        self._now_us = to_us
-
-    def loading(self, layer: int) -> dict[int, float]:
-        """Experts of a layer that are under way, and what is left of each."""
-        return {key.expert: us for key, us in self._waiting.items() if key.layer == layer}
-
-    def demand(self, keys: Sequence[ExpertKey]) -> list[float]:
-        """Copies at once, in order; arrival times after now. What is under way is finished."""
-        arrivals = []
-        elapsed_us = 0.0
-        for key in keys:
-            elapsed_us += self._waiting.pop(key, self._fetch_us)
-            arrivals.append(elapsed_us)
-            self._cache.complete(key)
-        self._now_us += elapsed_us
-        self.busy_us += elapsed_us
-        return arrivals
-
-
 class DecodeSimulation:
     """One strategy on one setting; call `run` once."""
 
@@ -224,7 +180,8 @@ class DecodeSimulation:
         else:
             placement = stay(use, residency)
         with self._cache.acquire(placement):
-            arrivals = self._link.demand([ExpertKey(layer, e) for e in placement.fetch_first])
+            fetched = [ExpertKey(layer, e) for e in placement.fetch_first]
+            arrivals = [at_us - self._now_us for at_us in self._link.demand(fetched)]
             if strategy.prefetch or strategy.cache:
                 foreseen = prediction if strategy.prefetch else NOTHING
                 for later, chances in foreseen.probabilities.items():

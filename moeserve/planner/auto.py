@@ -10,6 +10,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -106,12 +107,16 @@ def tune(
 
 def main() -> int:
     from moeserve.planner.deployment import find_hardware, find_shape
-    from moeserve.planner.plan_types import PlanRequest, Traffic
+    from moeserve.planner.plan_types import BY_ROUTING, PlanRequest, Traffic
     from moeserve.planner.search import given_of, search
 
     asked = msgspec.json.decode(sys.stdin.buffer.read(), type=Asked)
     request = PlanRequest(engine=asked.engine, traffic=Traffic(**asked.traffic))
     given = given_of(asked.engine) | frozenset(sys.argv[1:])
+    experts = asked.engine.experts
+    if experts.predictor not in BY_ROUTING:  # what it foresees a plan does not know
+        plain = replace(experts, predictor="none", predictor_file=None)
+        request = replace(request, engine=replace(asked.engine, experts=plain))
     try:
         profile = find_hardware(None)
         found = search(request, profile, find_shape(request.engine), given)
@@ -126,7 +131,13 @@ def main() -> int:
         f"expected with {traffic.concurrency} requests at once: {rate.mid:.1f} output tokens/s"
         f" ({rate.low:.1f} to {rate.high:.1f}), {each.mid * 1e3:.0f} ms for each",
     ]
-    sys.stdout.buffer.write(msgspec.json.encode(Tuned(engine=found.engine, words=words)))
+    kept = replace(
+        found.engine.experts,
+        predictor=experts.predictor,
+        predictor_file=experts.predictor_file,
+    )
+    tuned = Tuned(engine=replace(found.engine, experts=kept), words=words)
+    sys.stdout.buffer.write(msgspec.json.encode(tuned))
     return 0
 
 

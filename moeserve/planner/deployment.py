@@ -148,6 +148,7 @@ def sized(request: PlanRequest, profile: Profile, shape: ModelShape) -> Deployme
     else:
         limits[Tier.DEVICE] = _device_bytes(profile)
         room = replace(room, device_slots=_device_slots(engine, shape, room, limits[Tier.DEVICE]))
+        room = replace(room, host_slots=_host_slots(engine, shape, room))
     return Deployment(
         request=request,
         shape=shape,
@@ -277,24 +278,22 @@ def nearest_fit(request: PlanRequest, profile: Profile, shape: ModelShape) -> Ch
 def memory_for_weights(request: PlanRequest, profile: Profile, shape: ModelShape) -> int:
     """What host memory has room for besides the process and its buffers: weights, kv, experts."""
     memory = sized(request, profile, shape).memory
-    held = shape.rest_bytes + shape.expert_bytes
-    held += sum(p.num_bytes for p in memory.parts if p.name.startswith("kv "))
-    return max(1, profile.cpu.memory_bytes - (memory.peak_bytes(Tier.HOST) - held))
+    of_model = ("weights", "expert", "kv ")
+    others = sum(
+        part.num_bytes
+        for part in memory.parts
+        if part.tier is Tier.HOST and not part.name.startswith(of_model)
+    )
+    return max(1, profile.cpu.memory_bytes - others)
 
 
 def smaller_settings(request: PlanRequest, profile: Profile, shape: ModelShape) -> Iterator[Change]:
     """Less kv, fewer bits, experts on disk, fewer requests; alone and then together."""
     stages = list(_smaller_models(request, shape))
     yield from stages[1:]
-    on_cpu = request.engine.model.device == "cpu"
-    if shape.num_experts and on_cpu and not request.engine.experts.is_tiered:
+    if shape.num_experts and not request.engine.experts.is_tiered:
         for stage in stages:
-            budget = memory_for_weights(stage.request, profile, shape)
-            engine = stage.request.engine
-            experts = replace(engine.experts, host_memory_bytes=budget)
-            tiered = replace(stage.request, engine=replace(engine, experts=experts))
-            flags = f"--host-memory {budget} {stage.flags}".strip()
-            yield Change("experts on disk", flags, tiered)
+            yield _on_disk(stage, profile, shape)
     running = min(request.traffic.concurrency, request.engine.scheduler.max_running)
     while running > 1:
         running //= 2
@@ -302,6 +301,22 @@ def smaller_settings(request: PlanRequest, profile: Profile, shape: ModelShape) 
         fewer = _with_kv_alone(replace(request, traffic=traffic), shape)
         flags = f"--concurrency {running} {fewer.flags}"
         yield Change("fewer requests", flags, fewer.request)
+
+
+def _on_disk(stage: Change, profile: Profile, shape: ModelShape) -> Change:
+    """As many experts in memory as there is room for. Sizes are those of the model as it is given:
+    with fewer bits more would fit."""
+    engine = stage.request.engine
+    room = memory_for_weights(stage.request, profile, shape)
+    if engine.model.device == "cpu":
+        flags = f"--host-memory {room}"
+        experts = replace(engine.experts, host_memory_bytes=room)
+    else:
+        slots = min(max(2, room // slot_bytes(shape)), shape.num_experts)
+        flags = f"--device {engine.model.device} --host-slots {slots}"
+        experts = replace(engine.experts, host_slots=slots)
+    tiered = replace(stage.request, engine=replace(engine, experts=experts))
+    return Change("experts on disk", f"{flags} {stage.flags}".strip(), tiered)
 
 
 def _smaller_models(request: PlanRequest, shape: ModelShape) -> Iterator[Change]:

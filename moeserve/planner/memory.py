@@ -65,14 +65,14 @@ def memory_plan(shape: ModelShape, room: Room, limits: dict[Tier, int]) -> Memor
 def _weight_parts(shape: ModelShape, room: Room, home: Tier) -> Iterator[MemoryPart]:
     yield MemoryPart("weights of every token", home, shape.rest_bytes)
     record = slot_bytes(shape)
+    if room.device_slots is not None:
+        yield MemoryPart("expert slots on the device", Tier.DEVICE, room.device_slots * record)
     if room.host_slots is not None:
         yield MemoryPart("expert slots", Tier.HOST, room.host_slots * record)
         yield MemoryPart("experts", Tier.DISK, shape.expert_bytes)
-    elif room.device_slots is not None:
-        yield MemoryPart("expert slots", Tier.DEVICE, room.device_slots * record)
-        yield MemoryPart("experts, pinned", Tier.HOST, shape.expert_bytes)
     else:
-        yield MemoryPart("experts", Tier.HOST, shape.expert_bytes)
+        pinned = ", pinned" if room.device_slots is not None else ""
+        yield MemoryPart(f"experts{pinned}", Tier.HOST, shape.expert_bytes)
     mapped = shape.packed and room.host_slots is None
     if room.huge_pages and shape.native and not mapped and home is Tier.HOST:
         resident = room.host_slots is None

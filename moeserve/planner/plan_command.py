@@ -16,7 +16,13 @@ from rich.table import Table
 from moeserve.cli_options import ENGINE_SETTINGS, add_flags, engine_config
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import Profile
-from moeserve.planner.plan_types import Deployment, Estimate, PlanRequest, Traffic
+from moeserve.planner.plan_types import (
+    Deployment,
+    Estimate,
+    PlanRequest,
+    Traffic,
+    check_predictor,
+)
 from moeserve.planner.workload import Workload, add_workload_flags, workload_of
 from moeserve.planner.workload_outcome import SloTargets, outcome_rows
 
@@ -35,6 +41,7 @@ PLAN_SETTINGS = frozenset(
         *("max_batch_tokens", "max_running", "max_waiting", "admission", "history_requests"),
         *("host_memory_bytes", "host_slots", "min_host_slots", "policy"),
         *("device_memory_bytes", "device_slots", "num_threads"),
+        *("predictor", "prefetch_depth", "disk_threads"),
     )
 )
 
@@ -208,11 +215,11 @@ def request_of(args: argparse.Namespace, profile: Profile) -> PlanRequest:
                 raise ConfigError(f"slots: contradicts {other}; give one", field="slots")
         setattr(args, field, args.slots)
     tiered = args.host_slots is not None or args.host_memory_bytes is not None
-    if args.device is None and tiered:
-        on_device = False
+    unlimited = args.device_slots is None and args.device_memory_bytes is None
+    if args.device is None and tiered:  # both in words: three tiers
+        on_device = not unlimited
     if args.device is None:
         args.device = "emulated" if on_device else "cpu"
-    unlimited = args.device_slots is None and args.device_memory_bytes is None
     if args.device == "emulated" and unlimited and profile.device is not None:
         args.device_memory_bytes = profile.device.memory_bytes
     if args.trace is not None and args.bound_only:
@@ -221,6 +228,7 @@ def request_of(args: argparse.Namespace, profile: Profile) -> PlanRequest:
             field="trace",
         )
     engine = engine_config(args)
+    check_predictor(engine.experts)
     prompt = args.prompt_tokens
     if prompt is None:
         prompt = PROMPT_TOKENS
@@ -252,6 +260,10 @@ def notes_of(deployment: Deployment) -> list[str]:
         notes.append("--quantize-group auto looks at the weights: sizes are of the coarsest")
     if deployment.host_slots is not None and not deployment.shape.packed:
         notes.append("experts on disk take a packed model: run `moeserve pack MODEL OUT` first")
+    if engine.experts.predictor != "none":
+        notes.append("what predicting itself takes is not counted")
+        if deployment.request.trace is None:
+            notes.append("drawn tokens foresee little: name a recorded routing with --trace")
     if deployment.device_slots is not None:
         notes.append("slots on a device are those of --device emulated, on a real one")
     return notes

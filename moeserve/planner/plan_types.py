@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Protocol
 
 from moeserve.cache.expert_cache import Tier
-from moeserve.config import EngineConfig
-from moeserve.core import ExpertSpec
+from moeserve.config import EngineConfig, ExpertConfig
+from moeserve.core import ConfigError, ExpertSpec
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.profile import Profile
+
+#: predictors that look at nothing but what was chosen
+BY_ROUTING = ("none", "frequency", "markov")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,3 +334,13 @@ class Advice:
     flags: str
     factor: float
     fits: bool = True
+
+
+def check_predictor(config: ExpertConfig) -> None:
+    """ConfigError for a predictor that looks at what a plan has not."""
+    if config.predictor not in BY_ROUTING:
+        raise ConfigError(
+            f"predictor: {config.predictor} looks at hidden states or tokens, which a plan has not",
+            field="predictor",
+            hint=f"plan with {' or '.join(BY_ROUTING)}",
+        )

@@ -83,7 +83,7 @@ def test_a_config_alone_is_planned_for_a_machine_that_is_not_at_hand(
     assert tiers["device"]["peak_bytes"] <= tiers["device"]["limit_bytes"] == 24 << 30
     parts = {part["name"]: part["num_bytes"] for part in found["memory"]["parts"]}
     record = parts["experts, pinned"] // 256
-    assert parts["expert slots"] == found["settings"]["device_slots"] * record
+    assert parts["expert slots on the device"] == found["settings"]["device_slots"] * record
     bound = bound_of(found)
     assert {limit["phase"] for limit in bound["limits"]} == {"prefill", "decode"}
     assert found["settings"]["device_slots"] / 256 < bound["hit_rate"] <= 1

@@ -13,15 +13,25 @@ from support import engine_profile as made
 from support.engine_profile import made_profile, product_us, read_config
 from support.routing_samples import topical_trace
 
+from moeserve.cache.expert_cache import ExpertCache, Tier
 from moeserve.cache.policies.registry import build_policy
 from moeserve.cache.replay import Rules, through_cache
 from moeserve.cache.routing_trace import RoutingTrace, one_by_one
+from moeserve.cache.types import ExpertState
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
-from moeserve.core import ConfigError, MoeserveError
+from moeserve.core import ConfigError, ExpertKey, MoeserveError, Placement
 from moeserve.experts.schedule.profile import Profile, shipped_profile
 from moeserve.planner.deployment import sized
-from moeserve.planner.plan_types import Deployment, ModelShape, PlanRequest, Resource, Traffic
-from moeserve.planner.simulate.experts import DiskClock, read_time_us
+from moeserve.planner.plan_types import (
+    Deployment,
+    Estimate,
+    ModelShape,
+    PlanRequest,
+    Resource,
+    Traffic,
+)
+from moeserve.planner.simulate.link import SimulatedLink
+from moeserve.planner.simulate.over_disk import DiskClock, read_time_us
 from moeserve.planner.simulate.routing import recorded
 from moeserve.planner.simulate.system import simulate, simulate_quickly
 from moeserve.planner.simulate.traffic import simulate_traffic
@@ -116,8 +126,7 @@ def test_hits_are_those_of_the_engine_s_own_cache(shape: ModelShape, profile: Pr
     clock = DiskClock(costs, recorded(trace, shape), 64, deployment)
     steps = one_by_one(trace.requests)
     wanted = through_cache(trace, steps, build_policy("lru", trace.experts_per_layer), Rules(0.5))
-    routing = recorded(trace, shape)
-    found = [clock._step(*routing.uses(step), 1).hits for step in steps]
+    found = [clock._step(np.asarray(step), 0.0).hits for step in steps]
     assert found == wanted
 
 
@@ -253,3 +262,59 @@ def test_requests_beyond_the_context_or_the_pool_are_named(
         simulate_traffic(tight, Workload("a", (WorkloadRequest(0.0, 300, 5),)), SloTargets())
     short = long.clipped(128)
     assert short.requests[0] == WorkloadRequest(0.0, 123, 5)
+
+
+def on_device(shape: ModelShape, trace: Path | None = None, **experts: Any) -> Estimate:
+    request = PlanRequest(
+        engine=EngineConfig(
+            model=ModelConfig(model=str(shape.path), device="emulated"),
+            experts=ExpertConfig(**experts),
+        ),
+        traffic=TRAFFIC,
+        trace=trace,
+    )
+    return simulate_quickly(sized(request, shipped_profile("rtx4090-pcie4"), shape))
+
+
+def test_three_tiers_lie_between_two(shape: ModelShape) -> None:
+    """More host slots read less, and with all of them it is the device over host memory."""
+    found = [on_device(shape, device_slots=6, host_slots=slots) for slots in (4, 16, 32)]
+    speeds = [estimate.output_tokens_per_s.mid for estimate in found]
+    assert speeds == sorted(speeds)
+    assert found[0].limits[-1].resource is Resource.DISK
+    whole = on_device(shape, device_slots=6)
+    assert found[-1].output_tokens_per_s == whole.output_tokens_per_s
+    assert speeds[0] < speeds[-1]
+
+
+def test_what_is_foreseen_is_there(shape: ModelShape, profile: Profile, tmp_path: Path) -> None:
+    """Two experts that take turns: who has seen it reads ahead beside what lies between layers."""
+    ids = np.tile(np.array([[[0, 1]] * 2, [[2, 3]] * 2, [[4, 5]] * 2]), (200, 1, 1))
+    weights = np.full(ids.shape, 0.5, np.float32)
+    path = tmp_path / "turns.npz"
+    np.savez(path, ids=ids.astype(np.uint8), probs=weights, lens=np.array([len(ids)]))
+    one = Traffic(concurrency=1, prompt_tokens=20, output_tokens=60)
+    none, markov = (
+        simulate(
+            deploy(shape, profile, one, host_slots=8, policy="lru", trace=path, predictor=name)
+        )
+        for name in ("none", "markov")
+    )
+    assert (markov.hit_rate or 0) > (none.hit_rate or 0) + 0.2
+    assert markov.tpot_s.mid < none.tpot_s.mid
+
+
+def test_a_link_moves_prefetches_when_no_demand_does() -> None:
+    cache = ExpertCache(Tier.HOST, {0: 8}, 8, build_policy("lru", {0: 8}))
+    link = SimulatedLink(cache, 10.0)
+    link.begin(cache.prefetch([ExpertKey(0, e) for e in range(3)]))
+    link.advance(15.0)
+    assert link.loading(0) == {1: 5.0, 2: 10.0}
+    with cache.acquire(Placement(0, fetch_first=(1, 5), on_cpu=(0,))):
+        assert link.demand([ExpertKey(0, 1), ExpertKey(0, 5)]) == [20.0, 30.0]
+    assert link.demand([], there_us=[]) == []
+    link.cancel()
+    assert cache.state(ExpertKey(0, 2)) is ExpertState.ABSENT
+    assert link.busy_us == 30.0
+    with cache.acquire(Placement(0, fetch_first=(2,))):
+        assert link.demand([ExpertKey(0, 2)], there_us=[100.0]) == [110.0]

@@ -41,6 +41,7 @@ class EngineClock:
         self._costs = costs
         self._experts = experts
         self._kinds = _kinds(layers)
+        self._num_moe_layers = max(1, sum(layer.experts is not None for layer in layers))
         self._known: dict[tuple[int, int], list[ExpertsTime]] = defaultdict(list)
         self._turns: Counter[tuple[int, int]] = Counter()
         self.busy = Busy()
@@ -68,7 +69,7 @@ class EngineClock:
             for resource, value in layer.used.items():
                 used[resource] += kind.count * value
         if self._experts is not None:
-            experts = self._of_experts(batch, load)
+            experts = self._of_experts(batch, load, us / self._num_moe_layers)
             us += experts.us
             for resource, value in experts.used.items():
                 used[resource] += value
@@ -77,12 +78,12 @@ class EngineClock:
         self.busy.add(PREFILL if load.chunks else DECODE, us, used)
         return us / 1e6
 
-    def _of_experts(self, batch: ScheduledBatch, load: StepLoad) -> ExpertsTime:
+    def _of_experts(self, batch: ScheduledBatch, load: StepLoad, between_us: float) -> ExpertsTime:
         assert self._experts is not None
         key = (len(load.decode_contexts), load.num_rows)
         known = self._known[key]
         if len(known) < self._known_after:
-            known.append(self._experts.step(batch))
+            known.append(self._experts.step(batch, between_us))
             return known[-1]
         self._turns[key] += 1
         return known[self._turns[key] % len(known)]

@@ -104,11 +104,14 @@ def _answer(length: int, num_output: int) -> int:
     return min(num_output, length // 2)
 
 
-def recorded(trace: RoutingTrace, model: ModelShape) -> SimulatedRouting:
-    """Raises MoeserveError where the trace is of another model."""
+def recorded(trace: RoutingTrace, model: ModelShape, neighbours: bool = False) -> SimulatedRouting:
+    """neighbours: the simulated layers follow each other, for who says one from the other. Raises
+    MoeserveError where the trace is of another model."""
     sizes = {s.index: s.experts.spec.num_experts for s in model.layers if s.experts is not None}
     check_for_model(trace, sizes, _top_k(model))
     ranks = _sampled(len(sizes), MOST_LAYERS)
+    if neighbours:
+        ranks = list(range(len(ranks)))
     layers = tuple(list(sizes)[rank] for rank in ranks)
     requests = tuple((r.start, r.length) for r in trace.requests if r.length)
     ids, weights = trace.ids[:, ranks], trace.weights[:, ranks]

@@ -13,13 +13,10 @@ from moeserve.engine.simulation import Arrival, RequestTimes, Simulation, Simula
 from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.plan_types import Deployment, Estimate, Limit, Range, Resource, Traffic
 from moeserve.planner.simulate.clock import EngineClock
-from moeserve.planner.simulate.experts import (
-    DeviceClock,
-    DiskClock,
-    ExpertsClock,
-    ResidentClock,
-)
+from moeserve.planner.simulate.experts import ExpertsClock, ResidentClock
 from moeserve.planner.simulate.on_device import DeviceLayerCosts
+from moeserve.planner.simulate.on_device_experts import DeviceClock
+from moeserve.planner.simulate.over_disk import DiskClock
 from moeserve.planner.simulate.routing import (
     HIGH_SKEW,
     LOW_SKEW,
@@ -100,10 +97,10 @@ def choose_routing(deployment: Deployment, seed: int, alone: bool = False) -> Ro
         return Routings(None, (), "a dense model")
     if trace_path is not None:
         trace = load_trace(trace_path)
-        halves = [] if alone else [recorded(half, model) for half in _halves(trace)]
-        return Routings(
-            recorded(trace, model), tuple(halves), f"experts as {trace_path.name} chose them"
-        )
+        foreseen = deployment.request.engine.experts.predictor != "none"
+        halves = [] if alone else [recorded(half, model, foreseen) for half in _halves(trace)]
+        mid = recorded(trace, model, foreseen)
+        return Routings(mid, tuple(halves), f"experts as {trace_path.name} chose them")
     skews = () if alone else (LOW_SKEW, HIGH_SKEW)
     return Routings(
         drawn(MID_SKEW, model, seed),

@@ -1,0 +1,188 @@
+"""Experts in slots of host memory, the others on disk: read as they are wanted, or ahead.
+
+What decides is the engine's own: `ExpertCache` with its policy, `FetchOrder`, `WatchedPrefetch` and
+the predictor. Only reading and computing are replaced by their costs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from moeserve.cache.expert_cache import ExpertCache, Tier
+from moeserve.cache.policies.registry import build_policy
+from moeserve.cache.types import ExpertState
+from moeserve.config import ExpertConfig
+from moeserve.core import ExpertKey, LayerUse, Placement
+from moeserve.experts.disk_tier import CHUNK_BYTES
+from moeserve.experts.prefetch import WatchedPrefetch
+from moeserve.experts.schedule.intra_layer import FetchOrder
+from moeserve.experts.schedule.profile import DiskPoint
+from moeserve.planner.plan_types import Deployment, Resource
+from moeserve.planner.simulate.experts import ExpertsClock, ExpertsTime, Rows
+from moeserve.planner.simulate.foresight import Foresight
+from moeserve.planner.simulate.link import SimulatedLink
+from moeserve.planner.simulate.routing import SimulatedRouting
+from moeserve.planner.step_costs import EngineStepCosts
+
+
+class DiskReads:
+    """A host tier that reads what it lacks, wave by wave where a layer wants more than there are
+    slots (experts/disk_supply.py)."""
+
+    def __init__(
+        self, config: ExpertConfig, sizes: dict[int, int], slots: int, record_bytes: int,
+        disk: Sequence[DiskPoint],
+    ) -> None:  # fmt: skip
+        self.cache = ExpertCache(Tier.HOST, sizes, slots, build_policy(config.tier_policy, sizes))
+        self._record_bytes = record_bytes
+        self._disk = disk
+        self._threads = config.disk_threads
+        self.link = SimulatedLink(self.cache, self.read_us(slots) / slots)
+
+    def read_us(self, count: int) -> float:
+        return read_time_us(self._disk, self._record_bytes, count, self._threads)
+
+    def fetch(self, layer: int, now: tuple[int, ...], wanted: tuple[int, ...]) -> dict[int, float]:
+        """When each wanted expert has arrived. now: those that are computed meanwhile."""
+        arrivals: dict[int, float] = {}
+        each_us = self.read_us(len(wanted)) / len(wanted) if wanted else 0.0
+        rest = wanted
+        while now or rest:
+            fetched, rest = self._split(layer, now, rest)
+            with self.cache.acquire(Placement(layer, fetch_first=fetched, on_cpu=now)):
+                keys = [ExpertKey(layer, expert) for expert in fetched]
+                arrivals |= zip(fetched, self.link.demand(keys, each_us), strict=True)
+            now = ()
+        return arrivals
+
+    def _split(
+        self, layer: int, now: tuple[int, ...], rest: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What can have a slot beside `now`, and what must wait."""
+        absent_state = ExpertState.ABSENT
+        coming = tuple(e for e in rest if self.cache.state(ExpertKey(layer, e)) is not absent_state)
+        absent = tuple(e for e in rest if e not in coming)
+        kept = Placement(layer, fetch_first=coming, on_cpu=now)
+        if self.cache.num_obtainable(kept) < len(absent):
+            self.link.cancel()
+            coming = tuple(e for e in coming if self._is_moving(layer, e))
+            absent = tuple(e for e in rest if e not in coming)
+            kept = Placement(layer, fetch_first=coming, on_cpu=now)
+        if not (now or coming or self.cache.num_obtainable(kept)):
+            self.link.finish()
+        count = self.cache.num_obtainable(kept)
+        return coming + absent[:count], absent[count:]
+
+    def _is_moving(self, layer: int, expert: int) -> bool:
+        return expert in self.link.loading(layer)
+
+
+class DiskClock(ExpertsClock):
+    """Host over disk."""
+
+    def __init__(
+        self,
+        costs: EngineStepCosts,
+        routing: SimulatedRouting,
+        most_rows: int,
+        deployment: Deployment,
+    ) -> None:
+        super().__init__(costs, routing, most_rows)
+        assert deployment.host_slots is not None, "there are no slots to simulate"
+        config = deployment.request.engine.experts
+        sizes = dict.fromkeys(self._layers, routing.num_experts)
+        slots = max(2, round(deployment.host_slots * routing.share))
+        expert_bytes = self._model.expert_bytes
+        self._reads = DiskReads(config, sizes, slots, expert_bytes, deployment.profile.disk)
+        self._cache = self._reads.cache
+        self._order = FetchOrder(dict.fromkeys(self._layers, self._model))
+        self._now_us = 0.0
+        self._foresight: Foresight | None = None
+        if config.predictor != "none":
+            self._foresight = Foresight(config, routing, sizes)
+            link = self._reads.link
+            self._prefetch = WatchedPrefetch(
+                self._cache,
+                self._order,
+                link.begin,
+                lambda: link.busy_us / 1e6,
+                config.prefetch_depth,
+                lambda: self._now_us / 1e6,
+            )
+
+    def _step(self, tokens: Rows, between_us: float) -> ExpertsTime:
+        rows, weights = self._routing.uses(tokens)
+        total = ExpertsTime(used=defaultdict(float, self._computed(rows)))
+        for layer, of_layer, weight in zip(self._layers, rows, weights, strict=True):
+            self._now_us += between_us
+            self._layer(LayerUse(layer, of_layer.astype(np.int32), weight), tokens, total)
+        return total
+
+    def _layer(self, use: LayerUse, tokens: Rows, total: ExpertsTime) -> None:
+        layer, rows, link = use.layer, use.rows.astype(np.int64), self._reads.link
+        link.advance(self._now_us)
+        before_us = link.busy_us
+        self._cache.observe(use)
+        placement = self._order.place(use, self._cache.residency(layer))
+        arrivals = self._reads.fetch(layer, placement.on_cpu, placement.fetch_first)
+        read_us = link.busy_us - before_us
+        if self._foresight is not None:
+            self._prefetch.prefetch(self._foresight.predict(layer, tokens), placement)
+        order = sorted(arrivals, key=arrivals.__getitem__)
+        now = [int(rows[e]) for e in placement.on_cpu]
+        busy_us, num_groups = self._beside_reading(
+            now,
+            [int(rows[e]) for e in order],
+            np.array([arrivals[e] - self._now_us for e in order]),
+        )
+        books_us = self._costs.tier_us(layer, len(now) + len(order), len(order))
+        books_us += self._costs.parts_us(layer, len(tokens), num_groups + bool(order))
+        self._now_us += busy_us + books_us
+        total.us += busy_us + books_us
+        total.used[Resource.DISK] += read_us
+        total.used[Resource.OVERHEAD] += books_us
+        total.hits += len(now)
+        total.asked += len(now) + len(order)
+
+    def _beside_reading(
+        self, now: Sequence[int], fetched: Sequence[int], arrivals: np.ndarray
+    ) -> tuple[float, int]:
+        """Until all are computed, and in how many runs: what has arrived meanwhile is one run.
+
+        now, fetched: rows of each expert. arrivals: of the fetched, rising.
+        """
+        start_us = self._model.cpu_start_us
+        us = start_us + float(self._cpu_us[list(now)].sum()) if now else 0.0
+        num_groups = int(bool(now))
+        done = 0
+        while done < len(fetched):
+            us = max(us, float(arrivals[done]))
+            here = max(done + 1, int(np.searchsorted(arrivals, us, side="right")))
+            us += start_us + float(self._cpu_us[list(fetched[done:here])].sum())
+            num_groups += 1
+            done = here
+        return us, num_groups
+
+
+def read_time_us(
+    points: Sequence[DiskPoint], record_bytes: int, count: int, threads: int | None
+) -> float:
+    """Of so many records together: chunk by chunk, by as many threads as there are chunks for.
+
+    threads: that read; None: as many as read fastest. 0 where nothing is to be read.
+    """
+    if not count:
+        return 0.0
+    chunk = min(record_bytes, CHUNK_BYTES)
+    num_chunks = count * -(-record_bytes // chunk)
+    blocks = sorted({point.block_bytes for point in points})
+    nearest = min(blocks, key=lambda block: max(block / chunk, chunk / block))
+    rates = {p.queue_depth: p.bytes_per_s.value for p in points if p.block_bytes == nearest}
+    depths = sorted(rates)
+    best = threads or max(depths, key=rates.__getitem__)
+    depth = min(num_chunks, best)
+    rate = float(np.interp(depth, depths, [rates[each] for each in depths]))
+    return count * record_bytes / rate * 1e6
