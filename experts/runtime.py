@@ -94,8 +94,8 @@ class ExpertRuntime:
             return self
         gates = read_gates()
         num_experts = {gate.layer: gate.num_experts for gate in gates}
-        depth = self.config.prefetch_depth
-        name = self.config.predictor
+        name, depth = self.config.predictor, self.config.prefetch_depth
+        assert depth is not None, "chosen before there are tiers"
         beside = folder / TRAINED_FILES[name] if name in TRAINED_FILES else None
         predictor = make_predictor(
             name,

@@ -17,7 +17,15 @@ from moeserve.endpoints import is_loopback, tcp_host
 
 CPU_BACKENDS = ("auto", "native", "torch", "ipex")
 POLICIES = ("auto", "resident", "lru", "lfu", "mrs", "least_stale", "score")
-PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual", "pregate")
+PREDICTORS = (
+    "auto",
+    "none",
+    "frequency",
+    "markov",
+    "gate_lookahead",
+    "gate_residual",
+    "pregate",
+)
 TRAINED_PREDICTORS = ("gate_residual", "pregate")
 QUANTIZE_GROUPS = (32, 64, 128, "auto")
 BUNDLED_MODEL = Path(__file__).resolve().parent / "assets" / "tiny-moe"
@@ -210,7 +218,8 @@ class ExpertConfig:
     predictor: str = setting(
         "none",
         "which experts to read ahead: none, frequency, markov, gate_lookahead, gate_residual or "
-        "pregate",
+        "pregate; auto: gate_residual where it was trained for the model, else markov over the "
+        "disk and gate_lookahead over host memory",
     )
     predictor_file: Path | None = setting(
         None,
@@ -218,7 +227,9 @@ class ExpertConfig:
         "--pregate`, for pregate; default: predictors.safetensors or pregate.safetensors, beside "
         "the model",
     )
-    prefetch_depth: int = setting(2, "layers that a predictor looks ahead, at most")
+    prefetch_depth: int | None = setting(
+        None, "layers that a predictor looks ahead, at most; default: 6 of markov, 2 of others"
+    )
     disk_threads: int | None = setting(
         None, "threads that read experts from disk; default: as many as read fastest, measured"
     )
@@ -292,7 +303,7 @@ class ExpertConfig:
         if not self.is_tiered and not self.has_device_slots:
             for name, default in (("policy", "auto"), ("predictor", "none")):
                 value = getattr(self, name)
-                if value not in (default, "resident"):
+                if value not in (default, "auto", "resident"):
                     raise ConfigError(
                         f"{name}: {value!r} is for experts that do not all fit",
                         field=name,
@@ -302,6 +313,7 @@ class ExpertConfig:
             ("host_memory_bytes", 1),
             ("host_slots", 2),
             ("disk_threads", 1),
+            ("prefetch_depth", 1),
             ("device_memory_bytes", 1),
             ("device_slots", 1),
             ("min_host_slots", 2),
@@ -309,7 +321,6 @@ class ExpertConfig:
             value = getattr(self, name)
             if value is not None:
                 _at_least(name, value, least)
-        _at_least("prefetch_depth", self.prefetch_depth, 1)
         if self.num_threads is not None:
             _at_least("num_threads", self.num_threads, 1)
         _at_least("spin_us", self.spin_us, 0)

@@ -14,6 +14,7 @@ import torch
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ConfigError, ModelError
 from moeserve.environment import read_environment
+from moeserve.experts.predictor_choice import choose_predictor
 from moeserve.experts.runtime import ExpertRuntime, build_expert_runtime
 from moeserve.models.builder import (
     build_transformer,
@@ -97,6 +98,9 @@ def load_model(
     """
     found = find_model(config)
     spec = found.spec
+    expert_config, why = choose_predictor(expert_config, found.path)
+    if why is not None:
+        found.notes["predictor_choice"] = why
     context_tokens = _context_tokens(config, spec)
     emulated = config.device == "emulated"
     device = _device("cpu" if emulated else config.device)

@@ -1,0 +1,46 @@
+"""What `auto` stands for, by what there is, and how far ahead is looked where nobody says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moeserve.config import BUNDLED_MODEL, ExpertConfig
+from moeserve.experts.predictor_choice import choose_predictor
+from moeserve.llm import LLM
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained", "name", "depth"),
+    [
+        ({"host_slots": 9}, False, "markov", 6),
+        ({"host_slots": 9}, True, "gate_residual", 2),
+        ({"device_slots": 9}, False, "gate_lookahead", 2),
+        ({"device_slots": 9}, True, "gate_residual", 2),
+        ({"device_slots": 9, "host_memory_bytes": 1 << 30}, False, "markov", 6),
+        ({"host_slots": 9, "prefetch_depth": 3}, False, "markov", 3),
+        ({}, True, "none", 2),
+    ],
+)
+def test_auto(
+    tmp_path: Path, settings: dict[str, int], trained: bool, name: str, depth: int
+) -> None:
+    folder = BUNDLED_MODEL if trained else tmp_path
+    chosen, why = choose_predictor(ExpertConfig(predictor="auto", **settings), folder)
+    assert (chosen.predictor, chosen.prefetch_depth) == (name, depth)
+    assert why
+
+
+def test_what_is_named_stays(tmp_path: Path) -> None:
+    chosen, why = choose_predictor(ExpertConfig(host_slots=9, predictor="markov"), tmp_path)
+    assert (chosen.predictor, chosen.prefetch_depth, why) == ("markov", 6, None)
+    chosen, _ = choose_predictor(ExpertConfig(host_slots=9, predictor="frequency"), tmp_path)
+    assert (chosen.predictor, chosen.prefetch_depth) == ("frequency", 2)
+
+
+def test_the_notes_say_what_and_why(packed_int8: Path) -> None:
+    with LLM(str(packed_int8), num_threads=1, host_slots=30, predictor="auto") as llm:
+        notes = llm.info.notes
+        assert notes["predictor"] == "gate_residual, 2 layers ahead at most"
+        assert notes["predictor_choice"] == "predictors.safetensors is beside the model"
