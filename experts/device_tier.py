@@ -92,8 +92,7 @@ def build_device_tier(
             costs = {n: dataclasses.replace(each, disk=disk[n]) for n, each in costs.items()}
     device = emulated_device(clock, layers, costs, num_slots, watch, host)
     supply = DeviceSupply(cache, device)
-    assert config.prefetch_depth is not None, "chosen before there are tiers"
-    depth = config.prefetch_depth
+    depth = config.layers_ahead
     if below is None:
         intra = TimelinePlacement(costs, device.loading_us)
         inter: InterLayerScheduler = prefetch_to_device(supply, intra, depth)

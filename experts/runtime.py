@@ -94,8 +94,7 @@ class ExpertRuntime:
             return self
         gates = read_gates()
         num_experts = {gate.layer: gate.num_experts for gate in gates}
-        name, depth = self.config.predictor, self.config.prefetch_depth
-        assert depth is not None, "chosen before there are tiers"
+        name, depth = self.config.predictor, self.config.layers_ahead
         beside = folder / TRAINED_FILES[name] if name in TRAINED_FILES else None
         predictor = make_predictor(
             name,

@@ -228,7 +228,7 @@ class ExpertConfig:
         "the model",
     )
     prefetch_depth: int | None = setting(
-        None, "layers that a predictor looks ahead, at most; default: 6 of markov, 2 of others"
+        None, "layers that a predictor looks ahead, at most; default: 6 with markov, else 2"
     )
     disk_threads: int | None = setting(
         None, "threads that read experts from disk; default: as many as read fastest, measured"
@@ -336,6 +336,13 @@ class ExpertConfig:
         _at_least("worker_job_s", self.worker_job_s, 0.01)
         _at_least("worker_start_s", self.worker_start_s, 0.01)
         _one_of("worker_absent", self.worker_absent, ("refuse", "go_on"))
+
+    @property
+    def layers_ahead(self) -> int:
+        """prefetch_depth, or what suits the predictor. markov's chances hardly fall with the
+        distance, and a read from disk takes two to three layers' time; predictors that look at
+        hidden states are right about the next layers only (docs/log.md)."""
+        return self.prefetch_depth or (6 if self.predictor == "markov" else 2)
 
     @property
     def is_tiered(self) -> bool:

@@ -28,15 +28,15 @@ def test_auto(
 ) -> None:
     folder = BUNDLED_MODEL if trained else tmp_path
     chosen, why = choose_predictor(ExpertConfig(predictor="auto", **settings), folder)
-    assert (chosen.predictor, chosen.prefetch_depth) == (name, depth)
+    assert (chosen.predictor, chosen.layers_ahead) == (name, depth)
     assert why
 
 
 def test_what_is_named_stays(tmp_path: Path) -> None:
     chosen, why = choose_predictor(ExpertConfig(host_slots=9, predictor="markov"), tmp_path)
-    assert (chosen.predictor, chosen.prefetch_depth, why) == ("markov", 6, None)
+    assert (chosen.predictor, chosen.layers_ahead, why) == ("markov", 6, None)
     chosen, _ = choose_predictor(ExpertConfig(host_slots=9, predictor="frequency"), tmp_path)
-    assert (chosen.predictor, chosen.prefetch_depth) == ("frequency", 2)
+    assert (chosen.predictor, chosen.layers_ahead) == ("frequency", 2)
 
 
 def test_the_notes_say_what_and_why(packed_int8: Path) -> None:

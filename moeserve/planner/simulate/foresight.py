@@ -24,7 +24,7 @@ class Foresight:
     ) -> None:
         self._routing = routing
         self._rank = {layer: rank for rank, layer in enumerate(sizes)}
-        self._predictor = make_predictor(config.predictor, sizes, config.prefetch_depth)
+        self._predictor = make_predictor(config.predictor, sizes, config.layers_ahead)
         self._unused = torch.empty(0)
 
     def predict(self, layer: int, tokens: NDArray[np.int64]) -> Prediction:

@@ -72,7 +72,7 @@ class DeviceClock(ExpertsClock):
     def _set_up_schedule(self) -> None:
         """As experts/device_tier.py."""
         costs = dict.fromkeys(self._layers, self._model)
-        reads, link, depth = self._reads, self._link, self._config.prefetch_depth
+        reads, link, depth = self._reads, self._link, self._config.layers_ahead
         intra: TimelinePlacement
         if reads is None:
             intra = TimelinePlacement(costs, link.loading)

@@ -109,7 +109,7 @@ class DiskClock(ExpertsClock):
                 self._order,
                 link.begin,
                 lambda: link.busy_us / 1e6,
-                config.prefetch_depth,
+                config.layers_ahead,
                 lambda: self._now_us / 1e6,
             )
 
