@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: what one thread reads at a time, and so the longest that a demand waits for a prefetch to yield
 CHUNK_BYTES = 1 << 20
-#: read to measure memory bandwidth: far more than any cache holds
+#: read to measure memory bandwidth: far more than any cache holds. No more than the slots will
+#: take, which are not written yet: so the start needs no memory that is not needed later
 BANDWIDTH_BYTES = 256 << 20
 
 
@@ -56,7 +57,7 @@ def build_disk_tier(
     )
     check_num_slots(num_slots, slot_bytes, config.host_memory_bytes)
     store = DiskStore(records)
-    tuning = tune_disk(store, slot_bytes, CHUNK_BYTES)
+    tuning = tune_disk(store, slot_bytes, CHUNK_BYTES, num_slots)
     num_threads = config.disk_threads or tuning.num_threads
     slots = HostSlots(slot_bytes, num_slots)
     transfers = Transfers(store, slots.__getitem__, num_threads, CHUNK_BYTES, timeline)
@@ -65,7 +66,9 @@ def build_disk_tier(
     cache = ExpertCache(Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts))
     chores = Chores(most=len(num_experts))  # so nobody knows less than of half a step ago
     cache.policy.put_off = chores.put_off
-    read_rate = native.handle.measure_read_bandwidth(BANDWIDTH_BYTES)
+    read_rate = native.handle.measure_read_bandwidth(
+        min(BANDWIDTH_BYTES, num_slots * slots.slot_bytes)
+    )
     dot_rate = native.handle.measure_dot_peak("f32")
     costs: dict[int, CostModel] = {}
     for layer, spec in specs.items():

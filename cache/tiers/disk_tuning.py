@@ -31,10 +31,13 @@ class DiskTuning:
         return self.bytes_per_s[self.num_threads]
 
 
-def tune_disk(store: DiskStore, slot_bytes: int, chunk_bytes: int) -> DiskTuning:
-    """Reads random records into memory of its own. Raises StoreError where they cannot be read."""
+def tune_disk(
+    store: DiskStore, slot_bytes: int, chunk_bytes: int, most_slots: int | None = None
+) -> DiskTuning:
+    """Reads random records into memory of its own, of at most so many slots. Raises StoreError
+    where they cannot be read."""
     keys = sorted(store.keys())
-    count = max(1, min(len(keys), TRIAL_BYTES // slot_bytes))
+    count = max(1, min(len(keys), TRIAL_BYTES // slot_bytes, most_slots or len(keys)))
     slots = HostSlots(slot_bytes, count)
     generator = random.Random(0)
     rates: dict[int, float] = {}
