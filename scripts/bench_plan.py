@@ -15,12 +15,15 @@ Measured: the engine in a process of its own, clients that send their next reque
 ended; a round to warm up, then played until 6 s have passed; medians.
 
 Every case is kept in --state as soon as it is measured, and a run goes on where the last one
-stopped; --again measures anew. Predictions are made anew in every run. Last line: one JSON object.
+stopped. What was measured under another profile is measured anew (a disk of a virtual machine may
+read half as much again an hour later), and so is everything with --again. Predictions are made anew
+in every run. Last line: one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -41,7 +44,7 @@ from plan_bench.predict import predict  # noqa: E402
 from plan_bench.report import accuracy, draw, markdown, summarise  # noqa: E402
 
 from moeserve.cpu_backend.machine import cpu_model  # noqa: E402
-from moeserve.experts.schedule.profile import Profile  # noqa: E402
+from moeserve.experts.schedule.profile import Profile, encode_profile  # noqa: E402
 from moeserve.planner.deployment import find_hardware  # noqa: E402
 from moeserve.planner.random_model import write_random_packed  # noqa: E402
 
@@ -99,17 +102,20 @@ def all_rows(
     for name in dict.fromkeys(case.model for case in cases):
         own = [case for case in cases if case.model == name]
         model, trace = args.state / name, args.state / f"{name}.npz"
-        missing = [case for case in own if args.again or not kept(args.state, case).exists()]
+        known = {case: measured(args.state, case, profile) for case in own}
+        missing = [case for case in own if args.again or known[case] is None]
         shutil.rmtree(model, ignore_errors=True)  # of a run that was stopped
         write_random_packed(write_config(own[0].shape, args.state), model, own[0].quantize)
         if missing and (args.again or not trace.exists()):
             child(model, own[0], trace)
         for case in own:
             if case in missing:
-                kept(args.state, case).write_text(json.dumps(child(model, case)))
+                known[case] = child(model, case)
+                text = json.dumps({"profile": digest(profile), "measured": known[case]})
+                kept(args.state, case).write_text(text)
             row = {
                 **case.as_json(),
-                "measured": json.loads(kept(args.state, case).read_text()),
+                "measured": known[case],
                 "predicted": predict(model, trace, case, profile),
             }
             show(row)
@@ -119,6 +125,17 @@ def all_rows(
 
 def kept(state: Path, case: Case) -> Path:
     return state / f"{case.name}.json"
+
+
+def measured(state: Path, case: Case, profile: Profile) -> dict[str, Any] | None:
+    """What is kept of a case under this profile; None: nothing."""
+    path = kept(state, case)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return dict(found["measured"]) if found.get("profile") == digest(profile) else None
+
+
+def digest(profile: Profile) -> str:
+    return hashlib.sha256(encode_profile(profile)).hexdigest()
 
 
 def child(model: Path, case: Case, trace: Path | None = None) -> dict[str, Any]:

@@ -291,7 +291,7 @@ def smaller_settings(request: PlanRequest, profile: Profile, shape: ModelShape) 
     """Less kv, fewer bits, experts on disk, fewer requests; alone and then together."""
     stages = list(_smaller_models(request, shape))
     yield from stages[1:]
-    if shape.num_experts and not request.engine.experts.is_tiered:
+    if shape.num_experts and profile.disk and not request.engine.experts.is_tiered:
         for stage in stages:
             yield _on_disk(stage, profile, shape)
     running = min(request.traffic.concurrency, request.engine.scheduler.max_running)

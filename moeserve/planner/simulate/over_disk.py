@@ -13,6 +13,7 @@ import numpy as np
 
 from moeserve.cache.expert_cache import ExpertCache, Tier
 from moeserve.cache.policies.registry import build_policy
+from moeserve.cache.tiers.disk_tuning import NEAR
 from moeserve.cache.types import ExpertState
 from moeserve.config import ExpertConfig
 from moeserve.core import ExpertKey, LayerUse, Placement
@@ -172,7 +173,7 @@ def read_time_us(
 ) -> float:
     """Of so many records together: chunk by chunk, by as many threads as there are chunks for.
 
-    threads: that read; None: as many as read fastest. 0 where nothing is to be read.
+    threads: that read; None: as few as `tune_disk` would take. 0 where nothing is to be read.
     """
     if not count:
         return 0.0
@@ -182,7 +183,7 @@ def read_time_us(
     nearest = min(blocks, key=lambda block: max(block / chunk, chunk / block))
     rates = {p.queue_depth: p.bytes_per_s.value for p in points if p.block_bytes == nearest}
     depths = sorted(rates)
-    best = threads or max(depths, key=rates.__getitem__)
-    depth = min(num_chunks, best)
+    enough = [depth for depth in depths if rates[depth] >= NEAR * max(rates.values())]
+    depth = min(num_chunks, threads or enough[0])
     rate = float(np.interp(depth, depths, [rates[each] for each in depths]))
     return count * record_bytes / rate * 1e6
