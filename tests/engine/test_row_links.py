@@ -19,6 +19,18 @@ from moeserve.config import (
 )
 from moeserve.core import EngineRequest, Routing, SamplingParams
 from moeserve.engine.engine import Engine
+from moeserve.engine.row_links import recent_tokens
+
+
+def check_recent(batch: object) -> None:
+    """Every row's last tokens, one row after the other."""
+    count = len(batch.chunks) + 2  # type: ignore[attr-defined]
+    expected = []
+    for chunk in batch.chunks:  # type: ignore[attr-defined]
+        for place in range(chunk.start, chunk.start + chunk.num_tokens):
+            known = chunk.sequence.token_ids[: place + 1][-count:]
+            expected.append([-1] * (count - len(known)) + known)
+    assert recent_tokens(batch, count).tolist() == expected  # type: ignore[arg-type]
 
 
 def run(decode_group: int | None, rng: random.Random) -> dict[str, list[int]]:
@@ -44,6 +56,7 @@ def run(decode_group: int | None, rng: random.Random) -> dict[str, list[int]]:
             rows += [(name, chunk.start + i) for i in range(chunk.num_tokens)]
             chosen[name] = set()
         steps.append(rows)
+        check_recent(batch)
         return forward(batch)  # type: ignore[arg-type]
 
     def observe(layer: int, x: torch.Tensor, routing: Routing) -> None:
