@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moeserve.config import ExpertConfig
+from moeserve.predictors.pregate_file import PREGATE_FILE
 from moeserve.predictors.residual_weights import PREDICTORS_FILE
 
 
@@ -23,6 +24,8 @@ def _best(config: ExpertConfig, folder: Path) -> tuple[str, str]:
         return "none", "there is nothing to read ahead, all experts are resident"
     if (folder / PREDICTORS_FILE).exists():
         return "gate_residual", f"{PREDICTORS_FILE} is beside the model"
+    if (folder / PREGATE_FILE).exists():
+        return "pregate", f"{PREGATE_FILE} is beside the model"
     if config.is_tiered:
         return "markov", "nothing was trained for the model, and reads from disk begin layers ahead"
     return "gate_lookahead", "nothing was trained for the model, and a copy takes less than a layer"

@@ -228,7 +228,8 @@ class ExpertConfig:
         "the model",
     )
     prefetch_depth: int | None = setting(
-        None, "layers that a predictor looks ahead, at most; default: 6 with markov, else 2"
+        None,
+        "layers that a predictor looks ahead, at most; default: 6 with markov and pregate, else 2",
     )
     disk_threads: int | None = setting(
         None, "threads that read experts from disk; default: as many as read fastest, measured"
@@ -339,10 +340,10 @@ class ExpertConfig:
 
     @property
     def layers_ahead(self) -> int:
-        """prefetch_depth, or what suits the predictor. markov's chances hardly fall with the
-        distance, and a read from disk takes two to three layers' time; predictors that look at
-        hidden states are right about the next layers only (docs/log.md)."""
-        return self.prefetch_depth or (6 if self.predictor == "markov" else 2)
+        """prefetch_depth, or what suits the predictor. Chances of markov and pregate hardly fall
+        with the distance, and a read from disk takes two to three layers' time; predictors that
+        look at hidden states are right about the next layers only (docs/log.md)."""
+        return self.prefetch_depth or (6 if self.predictor in ("markov", "pregate") else 2)
 
     @property
     def is_tiered(self) -> bool:

@@ -9,6 +9,8 @@ import pytest
 from moeserve.config import BUNDLED_MODEL, ExpertConfig
 from moeserve.experts.predictor_choice import choose_predictor
 from moeserve.llm import LLM
+from moeserve.predictors.pregate_file import PREGATE_FILE
+from moeserve.predictors.residual_weights import PREDICTORS_FILE
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,18 @@ def test_auto(
     chosen, why = choose_predictor(ExpertConfig(predictor="auto", **settings), folder)
     assert (chosen.predictor, chosen.layers_ahead) == (name, depth)
     assert why
+
+
+def test_pregate_where_it_is(tmp_path: Path) -> None:
+    """After a conversion; what sees the hidden states is right more often."""
+    (tmp_path / PREGATE_FILE).touch()
+    for settings in ({"host_slots": 9}, {"device_slots": 9}):
+        chosen, why = choose_predictor(ExpertConfig(predictor="auto", **settings), tmp_path)
+        assert (chosen.predictor, chosen.layers_ahead) == ("pregate", 6)
+        assert why == "pregate.safetensors is beside the model"
+    (tmp_path / PREDICTORS_FILE).touch()
+    chosen, _ = choose_predictor(ExpertConfig(predictor="auto", host_slots=9), tmp_path)
+    assert chosen.predictor == "gate_residual"
 
 
 def test_what_is_named_stays(tmp_path: Path) -> None:
