@@ -64,7 +64,9 @@ def build_disk_tier(
     num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
     policy = config.tier_policy
     cache = ExpertCache(Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts))
-    chores = Chores(most=len(num_experts))  # so nobody knows less than of half a step ago
+    # Two chores a layer, policy and predictor: what is known is two steps old at most. In virtual
+    # time nothing is missed for it, and a tier that rarely waits learns while it does.
+    chores = Chores(most=4 * len(num_experts))
     cache.policy.put_off = chores.put_off
     read_rate = native.handle.measure_read_bandwidth(
         min(BANDWIDTH_BYTES, num_slots * slots.slot_bytes)

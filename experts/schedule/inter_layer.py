@@ -172,11 +172,13 @@ class ImpactPrefetch(InterLayerScheduler):
         """The likeliest experts, as many as will be wanted, stand for the layer to come."""
         slots, chance_of = self._cache.slots(layer).slots, chances.tolist()
         total = sum(chance_of)
+        at_random = total / len(slots)
+        if not any(s < 0 and c > at_random for s, c in zip(slots, chance_of, strict=True)):
+            return []  # as in most layers
         num_wanted = max(1, round(total))
         by_chance = (-chances).argsort(kind="stable").tolist()
         wanted = by_chance[:num_wanted]
         num_absent = sum(slots[e] < 0 for e in wanted)
-        at_random = total / len(slots)
         rows = self._intra.rows_per_expert
         found: list[Candidate] = []
         for expert in by_chance:
