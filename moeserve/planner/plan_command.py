@@ -23,7 +23,7 @@ from moeserve.planner.plan_types import (
     Traffic,
     check_predictor,
 )
-from moeserve.planner.workload import Workload, add_workload_flags, workload_of
+from moeserve.planner.workload import Workload, add_workload_flags, workload_if_any
 from moeserve.planner.workload_outcome import SloTargets, outcome_rows
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--output-tokens",
         type=int,
-        default=OUTPUT_TOKENS,
         metavar="TOKENS",
         help=f"of each request (default: {OUTPUT_TOKENS})",
     )
@@ -124,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot is not None:
         check_plot(args.plot)
-    workload = None if args.workload is None else workload_of(args)
+    workload = workload_if_any(args)
     slo = SloTargets(args.slo_ttft, args.slo_tpot)
     profile = find_hardware(args.hardware, args.foreign)
     request = request_of(args, profile)
@@ -222,21 +221,15 @@ def request_of(args: argparse.Namespace, profile: Profile) -> PlanRequest:
         args.device = "emulated" if on_device else "cpu"
     if args.device == "emulated" and unlimited and profile.device is not None:
         args.device_memory_bytes = profile.device.memory_bytes
-    if args.trace is not None and args.bound_only:
-        raise ConfigError(
-            "trace: contradicts --bound-only, which spreads tokens over experts evenly",
-            field="trace",
-        )
     engine = engine_config(args)
     check_predictor(engine.experts)
+    output = OUTPUT_TOKENS if args.output_tokens is None else args.output_tokens
     prompt = args.prompt_tokens
     if prompt is None:
         prompt = PROMPT_TOKENS
         if args.context_tokens is not None:
-            prompt = max(1, args.context_tokens - args.output_tokens)
-    traffic = Traffic(
-        concurrency=args.concurrency, prompt_tokens=prompt, output_tokens=args.output_tokens
-    )
+            prompt = max(1, args.context_tokens - output)
+    traffic = Traffic(concurrency=args.concurrency, prompt_tokens=prompt, output_tokens=output)
     for name in ("concurrency", "prompt_tokens", "output_tokens"):
         if getattr(traffic, name) < 1:
             value = getattr(traffic, name)

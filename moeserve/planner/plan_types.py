@@ -340,7 +340,8 @@ def check_predictor(config: ExpertConfig) -> None:
     """ConfigError for a predictor that looks at what a plan has not."""
     if config.predictor not in BY_ROUTING:
         raise ConfigError(
-            f"predictor: {config.predictor} looks at hidden states or tokens, which a plan has not",
+            f"predictor: {config.predictor}: a plan has no hidden states or tokens, which all but"
+            f" {', '.join(BY_ROUTING)} may look at",
             field="predictor",
-            hint=f"plan with {' or '.join(BY_ROUTING)}",
+            hint="plan with one of these",
         )

@@ -205,16 +205,14 @@ def add_workload_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--requests",
         type=int,
-        default=DEFAULT_REQUESTS,
         metavar="N",
-        help="of the workload, from its first (default: %(default)s)",
+        help=f"of the workload, from its first (default: {DEFAULT_REQUESTS})",
     )
     group.add_argument(
         "--speed",
         type=float,
-        default=1.0,
         metavar="X",
-        help="arrivals come so many times as fast (default: %(default)s)",
+        help="arrivals come so many times as fast (default: 1)",
     )
     group.add_argument(
         "--clip",
@@ -230,5 +228,21 @@ def add_workload_flags(group: argparse._ArgumentGroup) -> None:
 
 def workload_of(args: argparse.Namespace) -> Workload:
     """As the flags have it. Raises ConfigError."""
-    workload = read_workload(args.workload, args.requests).faster(args.speed)
+    count = DEFAULT_REQUESTS if args.requests is None else args.requests
+    workload = read_workload(args.workload, count)
+    if args.speed is not None:
+        workload = workload.faster(args.speed)
     return workload if args.clip is None else workload.clipped(args.clip)
+
+
+def workload_if_any(args: argparse.Namespace) -> Workload | None:
+    """None without --workload. ConfigError for flags that are for it, or instead of it."""
+    of_it = ("requests", "speed", "clip", "slo_ttft", "slo_tpot")
+    instead = ("prompt_tokens", "output_tokens")
+    for name in of_it if args.workload is None else instead:
+        if getattr(args, name) is not None:
+            what = "it is for --workload" if name in of_it else "contradicts --workload"
+            raise ConfigError(
+                f"{name}: {what}", field=name, hint="leave out one, or give the other"
+            )
+    return None if args.workload is None else workload_of(args)
