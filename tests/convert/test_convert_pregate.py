@@ -10,6 +10,7 @@ import torch
 from dense_models import LAYERS, save_dense
 from support.model_runner import Runner
 from test_convert import load_converted, prompt, run
+from test_resume import KilledError
 
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig
 from moeserve.convert.calibration import Calibration
@@ -17,7 +18,7 @@ from moeserve.convert.pregate import held_back_recall, route
 from moeserve.convert.pregate_layers import WrittenModel
 from moeserve.core import ConfigError, EngineRequest, Routing, SamplingParams
 from moeserve.engine.engine import Engine
-from moeserve.models.checkpoint import read_json
+from moeserve.models.checkpoint import INDEX_FILE, read_json
 from moeserve.models.gates import model_gates
 from moeserve.models.pack import pack_model
 from moeserve.models.packed_model import config_sha256
@@ -44,6 +45,38 @@ def converted(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 def test_the_same_command_writes_the_same_file(converted: Path) -> None:
     first, again = (converted.parent / name / PREGATE_FILE for name in ("out", "again"))
     assert first.read_bytes() == again.read_bytes()
+
+
+def test_killed_while_it_is_written_the_model_is_not_whole(
+    converted: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, out = converted.parent / "dense", tmp_path / "out"
+    monkeypatch.setattr(pregate_training, "STEPS", 20)
+
+    def die(path: Path, *rest: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moeserve.convert.pregate.write_safetensors", die)
+        with pytest.raises(KilledError):
+            run(dense, out, text, pregate=True)
+    assert not (out / INDEX_FILE).exists()
+    with pytest.raises(ConfigError, match="pregate was True, is False"):
+        run(dense, out, text)
+    run(dense, out, text, pregate=True)
+    for file in converted.iterdir():
+        if file.name != "README.md":  # says how long it took
+            assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_with_nothing_to_choose(
+    converted: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All experts active: every one of them is foreseen."""
+    monkeypatch.setattr(pregate_training, "STEPS", 20)
+    dense = converted.parent / "dense"
+    made = run(dense, tmp_path / "out", text, active=8, pregate=True)
+    assert made.pregate_recall == (1.0,) * LAYERS
 
 
 def test_it_learns_from_what_the_model_routes(converted: Path, seed: int) -> None:
