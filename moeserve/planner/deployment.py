@@ -58,16 +58,9 @@ class Change:
     request: PlanRequest
 
 
-def plan(request: PlanRequest) -> Deployment:
-    """Raises ModelError for a model that cannot be served, ConfigError for settings that contradict
-    each other or the model, a profile of another machine or version; DoesNotFit with the numbers.
-    """
-    profile = find_hardware(request.hardware, request.foreign)
-    return plan_on(request, profile, find_shape(request.engine))
-
-
 def plan_on(request: PlanRequest, profile: Profile, shape: ModelShape) -> Deployment:
-    """The same for a profile and a model that were read already."""
+    """Raises ConfigError for settings that contradict each other or the model; DoesNotFit with the
+    numbers."""
     deployment = sized(request, profile, shape)
     if not deployment.memory.fits:
         raise DoesNotFit(deployment.memory, nearest_fit(request, profile, shape))

@@ -57,7 +57,6 @@ class _Source:
     rules: Sequence[WeightRule]
     choose: ChooseForm | None  # None: plain tensors
     packed: bool = False
-    checkpoint_bytes: int = 0
 
 
 def read_shape(config: ModelConfig, path: Path, native: bool = True) -> ModelShape:
@@ -85,12 +84,11 @@ def read_shape(config: ModelConfig, path: Path, native: bool = True) -> ModelSha
         with closing(Checkpoint.open(path)) as checkpoint:
             dtype = choose_dtype(config.dtype, raw, checkpoint)[0]
             names = checkpoint.names()
-            num_bytes = sum(checkpoint.num_bytes(name) for name in names)
     else:
         return _from_config(config, path, spec, family, _stated_dtype(config, raw), native)
     rules = family.weight_rules(spec, names, dtype)
     choose = weight_formats(config, dtype) if native else None
-    return _shape(config, _Source(path, spec, dtype, rules, choose, False, num_bytes))
+    return _shape(config, _Source(path, spec, dtype, rules, choose))
 
 
 def _from_config(
@@ -182,8 +180,7 @@ def _packed_source(
     integers = config.quantize_activations
     choose = PackedForms(packed, None if integers is None else not integers)
     rules = family.weight_rules(spec, (), dtype)
-    num_bytes = sum(manifest.files.values())
-    return _Source(packed.path, spec, dtype, rules, choose, True, num_bytes)
+    return _Source(packed.path, spec, dtype, rules, choose, packed=True)
 
 
 def _shape(config: ModelConfig, source: _Source) -> ModelShape:
@@ -214,7 +211,6 @@ def _shape(config: ModelConfig, source: _Source) -> ModelShape:
         layers=tuple(_layer(spec, index, pieces) for index in range(spec.num_layers)),
         native=source.choose is not None,
         packed=source.packed,
-        checkpoint_bytes=source.checkpoint_bytes,
     )
 
 

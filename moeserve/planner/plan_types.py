@@ -4,7 +4,7 @@ PlanRequest   what was asked                     (command.py, from flags)
 ModelShape    what the model's sizes are         (model_shape.py, from config.json alone)
 MemoryPlan    what stands in which tier          (memory.py)
 Deployment    all of it, checked: what both stages compute from   (deployment.py)
-StepCosts     how long one engine step takes     (step_costs.py)
+StepLoad      what one engine step computes; how long it takes: step_costs.py
 Estimate      what comes out, of stage 1 (bound.py) and of stage 2 (simulate/)
 """
 
@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
 
 from moeserve.cache.expert_cache import Tier
 from moeserve.config import EngineConfig, ExpertConfig
 from moeserve.core import ConfigError, ExpertSpec
-from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.profile import Profile
 
 #: predictors that look at nothing but what was chosen
@@ -116,8 +114,7 @@ class ModelShape:
     """A model as its sizes. dtype: of computation and kv. context_tokens: the model's own limit.
     embedding_bytes, other_bytes: beside the layers. head: stored apart also where it is tied.
     native: whether weights are packed for the native kernels; else they are tensors.
-    packed: whether they come from a `moeserve pack` directory, mapped.
-    checkpoint_bytes: of the weights on disk; 0 where only config.json is there."""
+    packed: whether they come from a `moeserve pack` directory, mapped."""
 
     name: str
     path: Path
@@ -133,7 +130,6 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     native: bool = True
     packed: bool = False
-    checkpoint_bytes: int = 0
 
     @property
     def number_bytes(self) -> int:
@@ -240,35 +236,6 @@ class StepLoad:
     @property
     def num_sampled(self) -> int:
         return len(self.decode_contexts) + sum(chunk.samples for chunk in self.chunks)
-
-
-class StepCosts(Protocol):
-    """Times of our engine on the machine of a profile, in microseconds.
-
-    A step takes `step_us` once, and for every layer `layer_us` and either `experts_us` (all
-    resident) or what the caller's own schedule of `expert_costs` comes to, plus `tier_us`.
-    """
-
-    def step_us(self, load: StepLoad) -> float:
-        """Once per step: scheduling, embedding, final norm, head, sampling, what Python adds."""
-        ...
-
-    def layer_us(self, layer: int, load: StepLoad) -> float:
-        """One layer without its routed experts: norms, attention, dense and shared FFNs, router,
-        what Python adds."""
-        ...
-
-    def experts_us(self, layer: int, rows: Sequence[int]) -> float:
-        """The routed experts of a layer, resident: rows of each active one. 0 in a dense layer."""
-        ...
-
-    def expert_costs(self, layer: int) -> CostModel:
-        """Of one expert: cpu, device, link, disk by rows and bytes; for a schedule."""
-        ...
-
-    def tier_us(self, layer: int, num_active: int, num_missing: int) -> float:
-        """What bookkeeping of tiers adds to a layer whose experts are not all resident."""
-        ...
 
 
 @dataclass(frozen=True)

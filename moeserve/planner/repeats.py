@@ -1,6 +1,6 @@
 """Measuring until the spread is known, also where other work comes and goes.
 
-What else runs only makes times longer, and it comes in bursts. So a time is the first decile of
+What else runs only makes times longer, and it comes in bursts. So a time is the first quartile of
 its samples, a rate the last, and figures of one kind take turns: a burst meets some samples of
 all of them and not all samples of one.
 """
@@ -17,7 +17,7 @@ from moeserve.core import ErrorCode, MoeserveError
 from moeserve.experts.schedule.profile import Figure
 
 #: which part of the samples is shorter than a time, and longer than a rate
-UNDISTURBED = 0.1
+UNDISTURBED = 0.25
 #: deviations of a normal distribution that hold 95 % of it
 CONFIDENCE_95 = 1.96
 #: times as many samples are taken of a difference that has not shown yet
@@ -47,6 +47,11 @@ def rated(sample: Sample) -> Measurement:
 def differing(more: Sample, less: Sample, count: int) -> Measurement:
     """(more - less) / count, of the shortest of each: a difference takes the noise of both."""
     return Measurement((more, less), lambda columns: _difference(columns[0], columns[1], count))
+
+
+def beyond(whole: Sample, part: Sample, count: int) -> Measurement:
+    """(whole - part) / count, where the part is little: known as well as the whole is."""
+    return Measurement((whole, part), lambda columns: _rest(columns[0], columns[1], count))
 
 
 @dataclass(frozen=True)
@@ -123,21 +128,25 @@ class _Job:
         self.figure = self._wanted.figure(self._columns)
 
 
-def summarise(samples: Sequence[float], is_rate: bool = False) -> Figure:
-    """The decile that is disturbed least, the distance of the quartiles as a share of it, and the
+def summarise(
+    samples: Sequence[float], is_rate: bool = False, share: float = UNDISTURBED
+) -> Figure:
+    """The quartile that is disturbed least, the distance of the quartiles as a share of it, and the
     half of its 95 % confidence interval likewise.
 
     The interval is that of order statistics, which needs no distribution: of n samples, the rank of
     a quantile q strays by sqrt(n q (1 - q)) (David and Nagaraja, Order Statistics, section 7.1).
+
+    share: which quantile; half where what varies belongs to what is measured.
     """
     ordered = sorted(samples, reverse=is_rate)
     count = len(ordered)
-    value = _quantile(ordered, UNDISTURBED)
+    value = _quantile(ordered, share)
     if value <= 0:
         return Figure(value=0.0)
-    stray = CONFIDENCE_95 * math.sqrt(count * UNDISTURBED * (1 - UNDISTURBED))
-    low = max(0, math.floor(count * UNDISTURBED - stray))
-    high = min(count - 1, math.ceil(count * UNDISTURBED + stray))
+    stray = CONFIDENCE_95 * math.sqrt(count * share * (1 - share))
+    low = max(0, math.floor(count * share - stray))
+    high = min(count - 1, math.ceil(count * share + stray))
     interval = abs(ordered[high] - ordered[low]) / 2 / value
     return Figure(value=value, spread=_quartiles(samples) / value, interval=interval)
 
@@ -159,6 +168,17 @@ def _difference(more: list[float], less: list[float], count: int) -> Figure:
     intervals = [_quantile(sorted(column), UNDISTURBED) - min(column) for column in (more, less)]
     return Figure(
         value=difference / count, spread=spread, interval=math.hypot(*intervals) / difference
+    )
+
+
+def _rest(whole: list[float], part: list[float], count: int) -> Figure:
+    of_whole = summarise(whole)
+    rest = of_whole.value - summarise(part).value
+    if rest <= 0:
+        return Figure(value=0.0)
+    share = of_whole.value / rest
+    return Figure(
+        value=rest / count, spread=share * of_whole.spread, interval=share * of_whole.interval
     )
 
 

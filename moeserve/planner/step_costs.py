@@ -1,4 +1,4 @@
-"""How long one step of our engine takes on the machine of a profile: `StepCosts`.
+"""How long one step of our engine takes on the machine of a profile.
 
 A step is its products, its attention, its experts and what the engine adds. Products cost by weight
 and rows as the profile's experts of the same format do; what the engine adds is fitted to the steps
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -138,7 +137,7 @@ def with_threads(curve: Curve, profile: Profile, form: str, num_threads: int | N
 
 
 class EngineStepCosts:
-    """Costs of one model's steps; see the protocol `StepCosts`."""
+    """Costs of one model's steps."""
 
     def __init__(self, model: ModelShape, profile: Profile, num_threads: int | None = None) -> None:
         """num_threads: None for as many as were calibrated.
@@ -168,12 +167,6 @@ class EngineStepCosts:
         costs = self._experts[layer]
         assert costs is not None, f"layer {layer} has no experts"
         return costs
-
-    def step_us(self, load: StepLoad) -> float:
-        return self.step_work(load).us
-
-    def layer_us(self, layer: int, load: StepLoad) -> float:
-        return self.layer_work(layer, load).us
 
     def step_work(self, load: StepLoad) -> Work:
         """Once per step, and what of the machine that uses."""
@@ -231,12 +224,6 @@ class EngineStepCosts:
         if peak is None:
             raise ConfigError("profile: it has no peak of the CPU", field="profile")
         return attention_ops(self.model.layers[layer].attention, load) / peak * 1e6 * self._slower
-
-    def experts_us(self, layer: int, rows: Sequence[int]) -> float:
-        costs = self._experts[layer]
-        if costs is None or not rows:
-            return 0.0
-        return costs.cpu_start_us + sum(costs.cpu[count] for count in rows)
 
     def tier_us(self, layer: int, num_active: int, num_missing: int) -> float:
         return float(self.engine.in_parts[:3] @ (1.0, num_active, num_missing))

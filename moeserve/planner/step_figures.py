@@ -234,7 +234,9 @@ def _point(tiered: bool, streams: int, rows: int, context: int, steps: list[_Ste
     def figures(of: Callable[[_Step], dict[str, float]]) -> dict[str, Figure]:
         names = {name for step in steps for name in of(step)}
         return {
-            name: summarise([of(step).get(name, 0.0) for step in steps]) for name in sorted(names)
+            # The middle: what varies from step to step is Python's own and no other's.
+            name: summarise([of(step).get(name, 0.0) for step in steps], share=0.5)
+            for name in sorted(names)
         }
 
     return StepPoint(

@@ -31,7 +31,7 @@ from moeserve.planner.cpu_figures import CpuPlan, ExpertShape, measure_cpu, thre
 from moeserve.planner.device_figures import DevicePlan, measure_device, measure_link
 from moeserve.planner.disk_figures import DirectReader, DiskPlan, measure_disk
 from moeserve.planner.hardware import last_level_cache_bytes, this_hardware
-from moeserve.planner.repeats import Repeats, summarise, timed
+from moeserve.planner.repeats import Repeats, beyond, summarise, timed
 
 SHORT = Repeats(at_least=3, at_most=3, limit_s=0.01)
 SHAPE = (256, 128)
@@ -178,7 +178,7 @@ def test_repeats_stop_when_the_figure_is_known_or_the_samples_end() -> None:
     assert len(list(calls)) == 100 - 4 - 1
     growing = iter([0.0, *map(float, range(1, 21))])
     figure = Repeats(at_least=2, at_most=20, limit_s=60.0).figure(lambda: next(growing))
-    assert figure.value == pytest.approx(1.0 + 0.1 * 19)
+    assert figure.value == pytest.approx(1.0 + 0.25 * 19)
     assert not list(growing)
     with pytest.raises(MoeserveError, match="measure when nothing else runs"):
         SHORT.figure(lambda: -1.0)
@@ -200,14 +200,14 @@ def test_a_burst_of_other_work_changes_no_figure() -> None:
     assert repeats.rate(lambda: 1 / sample()).value > 0.98, f"seed {seed}"
 
 
-def test_the_interval_holds_the_decile_of_the_distribution() -> None:
+def test_the_interval_holds_the_quartile_of_the_distribution() -> None:
     rng = random.Random(seed := random.randrange(1 << 30))
     inside = 0
     for _ in range(400):
         samples = [rng.expovariate(1.0) for _ in range(25)]
         figure = summarise(samples)
-        decile = 0.10536  # -log(9/10)
-        inside += abs(figure.value - decile) <= 2 * figure.interval * figure.value
+        quartile = 0.28768  # -log(3/4)
+        inside += abs(figure.value - quartile) <= 2 * figure.interval * figure.value
     assert inside >= 0.9 * 400, f"seed {seed}"
 
 
@@ -225,6 +225,13 @@ def test_a_difference_is_that_of_the_shortest() -> None:
     assert figure.spread == pytest.approx((435.0**2 + 1.0**2) ** 0.5 / 20.0)
     with pytest.raises(MoeserveError, match="came out as nothing"):
         SHORT.difference(lambda: 1.0, lambda: 2.0, 1)
+
+
+def test_what_a_part_leaves_is_known_as_the_whole() -> None:
+    whole, part = iter([0.0, 80.0, 84.0, 88.0]), iter([0.0, 8.0, 8.0, 8.0])
+    figure = SHORT.measure([beyond(lambda: next(whole), lambda: next(part), 4)])[0]
+    assert figure.value == (82.0 - 8.0) / 4
+    assert figure.spread == pytest.approx(4.0 / 74.0)
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -159,9 +159,9 @@ def test_the_nearest_that_fits_changes_as_little_as_possible() -> None:
     shape = find_shape(request.engine)
 
     def machine(limit: int) -> Profile:
-        return msgspec.structs.replace(
-            sheet, cpu=msgspec.structs.replace(sheet.cpu, memory_bytes=limit)
-        )
+        cpu = msgspec.structs.replace(sheet.cpu, memory_bytes=limit)
+        disk = shipped_profile("rtx4090-pcie4").disk
+        return msgspec.structs.replace(sheet, cpu=cpu, disk=disk)
 
     def nearest(limit: int) -> Change:
         found = nearest_fit(request, machine(limit), shape)

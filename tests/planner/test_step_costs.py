@@ -50,12 +50,13 @@ def test_a_step_of_another_model_is_the_sum_of_its_parts(tmp_path: Path, other: 
     ops = (keys[0] + keys[1] + 62 * keys[2]) * 8 * 128
     attention = 3 * made.CALL_US + made.KV_US * kv * 2 * 128 + made.OP_US * ops
     wanted = products + attention + made.AROUND_ATTENTION_US
-    assert costs.layer_us(0, load) == pytest.approx(wanted, rel=0.01)
+    assert costs.layer_work(0, load).us == pytest.approx(wanted, rel=0.01)
     head = product_us(other.head.rows * other.head.cols, 3)
     once = made.ONCE_US + 3 * made.SEQUENCE_US + rows * made.ROW_ONCE_US + head
-    assert costs.step_us(load) == pytest.approx(once + made.SAMPLE_US * 3 * 512, rel=0.01)
+    assert costs.step_work(load).us == pytest.approx(once + made.SAMPLE_US * 3 * 512, rel=0.01)
     one = 3 * 512 * 192
-    assert costs.experts_us(0, [1, 4]) == pytest.approx(
+    experts = costs.expert_costs(0)
+    assert experts.cpu_start_us + experts.cpu[1] + experts.cpu[4] == pytest.approx(
         made.START_US + product_us(one, 1) + product_us(one, 4), rel=0.01
     )
 
