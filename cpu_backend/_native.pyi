@@ -265,8 +265,8 @@ class ExpertLayer:
     def __init__(
         self, norm_weight: _Array, norm_eps: float, router: Router, experts: PackedExperts
     ) -> None: ...
-    def count_into(self, rows: _Array, weights: _Array) -> None:
-        """Every run leaves what x asked of the experts in rows [E] int32, weights [E] float32."""
+    def count_into(self, rows: _Array) -> None:
+        """Every run leaves in rows [E] int32 how many rows of x chose each expert."""
 
     def run(self, runtime: Runtime, x: _Array) -> None:
         """x [T, H] += the chosen experts of its norm."""

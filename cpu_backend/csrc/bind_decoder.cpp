@@ -191,16 +191,12 @@ class ExpertLayer {
         &experts.experts()};
   }
 
-  void count_into(Array rows, Array weights) {
-    const auto experts = static_cast<std::size_t>(half_.rule.num_experts);
+  void count_into(Array rows) {
     check_dtype<std::int32_t>(rows, "rows", "int32");
     check_contiguous(rows, "rows");
-    check_size(rows, "rows", experts);
-    check_dtype<float>(weights, "weights", "float32");
-    check_contiguous(weights, "weights");
-    check_size(weights, "weights", experts);
-    use_ = {static_cast<std::int32_t *>(rows.data()), static_cast<float *>(weights.data())};
-    counts_ = {std::move(rows), std::move(weights)};
+    check_size(rows, "rows", static_cast<std::size_t>(half_.rule.num_experts));
+    uses_ = static_cast<std::int32_t *>(rows.data());
+    counted_ = std::move(rows);
   }
 
   void run(Runtime &runtime, const Tensor &x) const {
@@ -213,15 +209,15 @@ class ExpertLayer {
     }
     const nb::gil_scoped_release release;
     if (stream.num_rows == 0) return;
-    run_expert_half(runtime, half_, stream, use_.rows == nullptr ? nullptr : &use_);
+    run_expert_half(runtime, half_, stream, uses_);
   }
 
  private:
   ConstArray norm_weight_;
   nb::object owners_;
   ExpertHalf half_ = {};
-  ExpertUse use_ = {};
-  std::vector<Array> counts_;  // what use_ points into
+  std::int32_t *uses_ = nullptr;
+  Array counted_;  // what uses_ points into
 };
 
 }  // namespace
@@ -273,9 +269,8 @@ void bind_decoder(nb::module_ &m) {
                 nb::cast<const PackedExperts &>(experts), nb::make_tuple(router, experts));
           },
           nb::arg("norm_weight"), nb::arg("norm_eps"), nb::arg("router"), nb::arg("experts"))
-      .def(
-          "count_into", &ExpertLayer::count_into, nb::arg("rows"), nb::arg("weights"),
-          "Every run leaves in rows [E] int32 and weights [E] float32 what x asked of the experts.")
+      .def("count_into", &ExpertLayer::count_into, nb::arg("rows"),
+           "Every run leaves in rows [E] int32 how many rows of x chose each expert.")
       .def("run", &ExpertLayer::run, nb::arg("runtime"), nb::arg("x"),
            "x [T, H] += the chosen experts of its norm.");
 }

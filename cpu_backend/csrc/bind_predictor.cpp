@@ -28,7 +28,7 @@ float *chances_of(const Array &out, int num_ahead, int num_experts) {
   return static_cast<float *>(out.data());
 }
 
-// An array of float32 of that shape; a number below zero stands for any.
+// An array of float32 of exactly that shape.
 const float *floats(const ConstArray &array, const char *name, std::vector<std::int64_t> shape) {
   check_dtype<float>(array, name, "float32");
   check_contiguous(array, name);
@@ -122,6 +122,7 @@ class Residual {
         hidden_(hidden),
         predictor_(num_layers, num_experts) {
     if (num_layers < 1) refuse("num_layers", "must be at least 1");
+    if (num_experts < 1) refuse("num_experts", "must be at least 1");
   }
 
   void set_looking(int place, nb::object products, nb::object expert_in, int rank, int next_rank,
@@ -144,8 +145,7 @@ class Residual {
     view.units = units.layout.rows / num_experts_;
     check_rank("units", view.units);
     const bool fits = units.layout.rows == view.units * num_experts_ && units.bias != nullptr &&
-                      units.layout.format == product.layout.format &&
-                      units.layout.panel_bytes == product.layout.panel_bytes;
+                      units.layout.has_panels_of(product.layout);
     if (!fits || view.units < 1) refuse("expert_in", "must have a bias and the format of products");
     check_product(product, units.layout.cols);
     const int both = view.outputs + rank;

@@ -40,14 +40,9 @@ void add_to_stream(Runtime &runtime, const Stream &stream, const void *y) {
   });
 }
 
-void count_use(const ExpertUse &use, int num_experts, const std::int64_t *ids, const float *weights,
-               std::size_t choices) {
-  std::fill_n(use.rows, num_experts, 0);
-  std::fill_n(use.weights, num_experts, 0.0f);
-  for (std::size_t i = 0; i < choices; ++i) {
-    use.rows[ids[i]] += 1;
-    use.weights[ids[i]] += weights[i];
-  }
+void count_uses(std::int32_t *uses, int num_experts, const std::int64_t *ids, std::size_t choices) {
+  std::fill_n(uses, num_experts, 0);
+  for (std::size_t i = 0; i < choices; ++i) ++uses[ids[i]];
 }
 
 }  // namespace
@@ -96,7 +91,7 @@ void run_attention(Runtime &runtime, const AttentionHalf &half, const Stream &st
 }
 
 void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream,
-                     const ExpertUse *use) {
+                     std::int32_t *uses) {
   const std::lock_guard<std::mutex> lock(runtime.half_mutex);
   Workspace &workspace = runtime.workspace;
   void *normed = take_rows(workspace.normed, stream, stream.hidden);
@@ -110,7 +105,7 @@ void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &str
   laps.end(Part::kNorm);
   route(runtime, *half.gate, half.rule, stream.dtype, normed, stream.num_rows, stream.hidden, ids,
         weights);
-  if (use != nullptr) count_use(*use, half.rule.num_experts, ids, weights, choices);
+  if (uses != nullptr) count_uses(uses, half.rule.num_experts, ids, choices);
   laps.end(Part::kRouter);
   ExpertJob job = {};
   job.dtype = job.y_dtype = stream.dtype;

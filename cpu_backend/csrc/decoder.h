@@ -43,14 +43,8 @@ struct ExpertHalf {
   const Experts *experts;
 };
 
-// What the rows of a step asked of the experts: how many chose each, and their weights for it.
-struct ExpertUse {
-  std::int32_t *rows;  // [num_experts]
-  float *weights;      // [num_experts]
-};
-
-// use: overwritten; null where nobody counts.
+// uses: [num_experts], overwritten by how many rows chose each; null where nobody counts.
 void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream,
-                     const ExpertUse *use);
+                     std::int32_t *uses);
 
 }  // namespace moeserve

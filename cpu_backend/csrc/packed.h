@@ -67,6 +67,11 @@ struct PackedLayout {
 
   std::size_t bytes() const { return panel_bytes * static_cast<std::size_t>(num_panels); }
   bool has_float_scales() const { return format == Format::kInt8 || format == Format::kFp8; }
+  // Whether its panels are read by the same code, from the same kind of rows.
+  bool has_panels_of(const PackedLayout &other) const {
+    return format == other.format && cols == other.cols && group_cols == other.group_cols &&
+           asymmetric == other.asymmetric && weight_only == other.weight_only;
+  }
 };
 
 // group_cols: 32, 64 or 128 for int4; ignored for the others. Throws std::invalid_argument.

@@ -81,7 +81,7 @@ LookaheadPredictor::LookaheadPredictor(int num_layers, int num_experts, int top_
       views_(static_cast<std::size_t>(num_layers)) {}
 
 void LookaheadPredictor::set_view(int place, const Matrix &gates, int num_ahead, float *out) {
-  View &view = views_[static_cast<std::size_t>(place)];
+  View &view = views_[static_cast<std::size_t>(place)] = View{};
   view.gates = gates;
   view.num_ahead = num_ahead;
   view.out = out;

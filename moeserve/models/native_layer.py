@@ -72,10 +72,10 @@ class CountedExperts(FusedExperts):
         self, runtime: NativeRuntime, layer: _native.ExpertLayer, routed: MoELayer
     ) -> None:
         super().__init__(runtime, layer, routed)
-        num_experts = routed.router.spec.num_experts
-        rows, weights = np.zeros(num_experts, np.int32), np.zeros(num_experts, np.float32)
-        layer.count_into(rows, weights)
-        self._use = LayerUse(routed.layer, rows, weights)  # of the last run
+        rows = np.zeros(routed.router.spec.num_experts, np.int32)
+        layer.count_into(rows)
+        # of the last run; nobody asks for weights of a layer that is whole
+        self._use = LayerUse(routed.layer, rows, np.empty(0, np.float32))
         self._cache = routed.cache
 
     def __call__(self, x: Tensor) -> None:

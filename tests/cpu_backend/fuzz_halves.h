@@ -62,12 +62,10 @@ inline void fuzz_expert_half(Runtime &runtime) {
   Block<std::uint8_t> apart = copy_of(x);
   const Norm norm = {weight.data(), 1e-5f};
   const Matrix gates = gate.matrix();
-  Block<std::int32_t> use_rows(static_cast<std::size_t>(num_experts));
-  Block<float> use_weights(static_cast<std::size_t>(num_experts));
-  const ExpertUse use = {use_rows.data(), use_weights.data()};
+  Block<std::int32_t> uses(static_cast<std::size_t>(num_experts));
   const bool counted = chance(0.5);
   run_expert_half(runtime, {norm, &gates, rule, &experts}, {dtype, x.data(), rows, hidden},
-                  counted ? &use : nullptr);
+                  counted ? uses.data() : nullptr);
 
   const auto bytes = static_cast<std::int64_t>(hidden) * static_cast<std::int64_t>(size_of(dtype));
   Block<std::uint8_t> normed(apart.size()), sums(apart.size());
@@ -92,7 +90,7 @@ inline void fuzz_expert_half(Runtime &runtime) {
   std::vector<std::int32_t> counts(static_cast<std::size_t>(num_experts));
   for (std::size_t i = 0; i < choices; ++i) ++counts[static_cast<std::size_t>(ids[i])];
   for (std::size_t e = 0; e < counts.size(); ++e) {
-    if (counts[e] != use_rows[e]) fail("uses were counted wrongly");
+    if (counts[e] != uses[e]) fail("uses were counted wrongly");
   }
 }
 

@@ -132,7 +132,8 @@ void add_expert(const Kernels &kernels, const Experts &experts, const Expert &ex
 void fuzz_experts(Runtime &runtime) {
   const Kind first = random_kind();
   const Kind second = chance(0.3) ? random_kind() : first;
-  const int hidden = usable_cols(first, pick(1, 100)), inner = usable_cols(second, pick(1, 70));
+  const int hidden = usable_cols(first, pick(1, 100)),
+            inner = usable_cols(second, chance(0.15) ? pick(257, 600) : pick(1, 70));
   const int panels = (inner + kPanelOutputs - 1) / kPanelOutputs;
   const int num_experts = pick(1, 6), top_k = pick(1, 8), tokens = pick(0, 70);
   context += ", experts, formats " + std::to_string(static_cast<int>(first.format)) + " and " +

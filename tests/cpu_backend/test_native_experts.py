@@ -53,7 +53,7 @@ def random_layer(
 @given(
     num_tokens=st.integers(1, 40),
     hidden=st.integers(1, 150),
-    inner=st.integers(1, 100),
+    inner=st.integers(1, 100) | st.integers(257, 400),
     top_k=st.integers(1, 8),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     bias=st.booleans(),
@@ -100,7 +100,8 @@ def test_a_token_does_not_see_its_neighbours(kind: Kind, isa: str) -> None:
     """The same bits alone, in every size of batch, in every place, on 1 to 4 threads."""
     rng, generator = fresh_generators()
     bias = rng.random() < 0.5
-    layer = random_layer(kind, generator, rng.randint(1, 150), rng.randint(1, 100), bias=bias)
+    inner = rng.choice([rng.randint(1, 100), rng.randint(257, 400)])  # or in several items
+    layer = random_layer(kind, generator, rng.randint(1, 150), inner, bias=bias)
     x = torch.randn(90, layer.spec.hidden_size, generator=generator)
     routing = random_routing(90, layer.spec, rng.randint(1, 5), generator)
     together = layer.run(isa, x, routing)

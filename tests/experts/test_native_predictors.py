@@ -197,5 +197,7 @@ def test_what_does_not_fit_is_refused(native: NativeRuntime) -> None:
     product = native_predictors.pack_product(native, torch.zeros(16, 31), None).matrix
     with pytest.raises(ValueError, match="their width is not 32"):
         residual.set_last(0, product)
+    with pytest.raises(ValueError, match="num_experts: must be at least 1"):
+        _native.ResidualPredictor(4, 0, 32)
     with pytest.raises(ValueError, match="place: 4"):
         residual.set_last(4, product)
