@@ -16,8 +16,8 @@ from moeserve.planner.simulate.routing import (
     recorded,
 )
 
-#: layers that stand for all, and runs of tokens that are looked at
-LAYERS, RUNS = 2, 16
+#: runs of tokens that are looked at
+RUNS = 16
 
 
 class ExpertUse(Protocol):
@@ -109,4 +109,4 @@ def best_use(deployment: Deployment) -> ExpertUse:
         return EvenUse(model)
     if path is not None:
         return RoutedUse(model, recorded(load_trace(path), model))
-    return RoutedUse(model, drawn(HIGH_SKEW, model, seed=0, most_layers=LAYERS))
+    return RoutedUse(model, drawn(HIGH_SKEW, model, seed=0, most_experts=0))

@@ -20,9 +20,9 @@ from moeserve.planner.plan_types import ModelShape
 Ids = NDArray[np.int64]
 #: tokens that are drawn from a popularity
 DRAWN_TOKENS = 4096
-#: layers whose experts are simulated, at most, and experts of them all together: the other layers
-#: are like them
-MOST_LAYERS, MOST_EXPERTS = 8, 1024
+#: layers whose experts are simulated, at most, and experts of them all together (few: where many
+#: deployments are compared): the other layers are like them
+MOST_LAYERS, MOST_EXPERTS, FEW_EXPERTS = 8, 1024, 512
 #: tokens of a long text between two requests
 STRIDE = 797
 #: added to what a logarithm is taken of
@@ -119,12 +119,13 @@ def recorded(trace: RoutingTrace, model: ModelShape, neighbours: bool = False) -
 
 
 def drawn(
-    skew: Skew, model: ModelShape, seed: int, most_layers: int = MOST_LAYERS
+    skew: Skew, model: ModelShape, seed: int, most_experts: int = MOST_EXPERTS
 ) -> SimulatedRouting:
-    """Tokens of one long text after another, as `skew` has it."""
+    """Tokens of one long text after another, as `skew` has it, for layers that have no more than so
+    many experts all together; two at least."""
     sizes = {s.index: s.experts.spec.num_experts for s in model.layers if s.experts is not None}
     num_experts = max(sizes.values())
-    ranks = _sampled(len(sizes), max(2, min(most_layers, MOST_EXPERTS // num_experts)))
+    ranks = _sampled(len(sizes), max(2, min(MOST_LAYERS, most_experts // num_experts)))
     layers = tuple(list(sizes)[rank] for rank in ranks)
     ids, weights = _drawn(skew, num_experts, _top_k(model), len(layers), seed)
     return SimulatedRouting(ids, weights, num_experts, layers, len(sizes))

@@ -18,9 +18,11 @@ from moeserve.planner.simulate.on_device import DeviceLayerCosts
 from moeserve.planner.simulate.on_device_experts import DeviceClock
 from moeserve.planner.simulate.over_disk import DiskClock
 from moeserve.planner.simulate.routing import (
+    FEW_EXPERTS,
     HIGH_SKEW,
     LOW_SKEW,
     MID_SKEW,
+    MOST_EXPERTS,
     SimulatedRouting,
     drawn,
     recorded,
@@ -49,7 +51,7 @@ def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
     """
     routings = choose_routing(deployment, seed)
     runs = [steady_run(deployment, routings.mid)]
-    runs += [steady_run(deployment, other, LEAST_ROUNDS) for other in routings.others]
+    runs += [steady_run(deployment, other, LEAST_ROUNDS, quickly=True) for other in routings.others]
     return _estimate(deployment, routings, runs)
 
 
@@ -104,7 +106,7 @@ def choose_routing(deployment: Deployment, seed: int, alone: bool = False) -> Ro
         return Routings(mid, tuple(halves), f"experts as {trace_path.name} chose them")
     skews = () if alone else (LOW_SKEW, HIGH_SKEW)
     return Routings(
-        drawn(MID_SKEW, model, seed),
+        drawn(MID_SKEW, model, seed, FEW_EXPERTS if alone else MOST_EXPERTS),
         tuple(drawn(skew, model, seed) for skew in skews),
         "no routing is known: experts are assumed as unlike in use as between nearly even and"
         " gpt-oss (name a recorded one with --trace)",
