@@ -64,8 +64,9 @@ def build_disk_tier(
     num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
     policy = config.tier_policy
     cache = ExpertCache(Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts))
-    # Two chores a layer, policy and predictor: what is known is two steps old at most. In virtual
-    # time nothing is missed for it, and a tier that rarely waits learns while it does.
+    # One chore a layer from the policy, and one from a predictor that learns: what is known is two
+    # to four steps old at most. In virtual time nothing is missed for it, and a tier that rarely
+    # waits learns while it does.
     chores = Chores(most=4 * len(num_experts))
     cache.policy.put_off = chores.put_off
     read_rate = native.handle.measure_read_bandwidth(

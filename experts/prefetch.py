@@ -71,7 +71,10 @@ class WatchedPrefetch(InterLayerScheduler):
         for layer, chances in prediction.probabilities.items():
             self._cache.expect(layer, chances.numpy())
         self._source = protect.layer
-        self._distances = self.usefulness.distances(protect.layer)
+        # Once a step for every layer: one that says nothing, after what was foreseen, is no other.
+        self._distances = (
+            self.usefulness.distances(protect.layer) if prediction.probabilities else ()
+        )
         self._impact.prefetch(prediction, protect)
 
     def _depth(self, layer: int) -> int:

@@ -133,6 +133,7 @@ class ExpertRuntime:
         if predictor.recent_tokens:
             foreseen = predictor.foresee(recent_tokens(predictor.recent_tokens))
             if foreseen.probabilities:
+                self.supply.collect()
                 # As if said in the last layer of the step before, whose experts nobody needs now.
                 self.inter.prefetch(foreseen, Placement(self.cache.numbers.layers[-1]))
 

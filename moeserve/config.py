@@ -118,12 +118,18 @@ class ModelConfig:
                 field="quantize_group",
             )
         _one_of("quantize_head", self.quantize_head, ("int8", "int4"))
-        if self.quantize_head == "int4" and self.quantize != "int4":
-            raise ConfigError(
-                f"quantize_head: int4 is for the weights of --quantize int4, not {self.quantize}",
-                field="quantize_head",
-                hint="leave it out, or give --quantize int4",
-            )
+        for name, default in (
+            ("quantize_group", 32),
+            ("quantize_zero_points", False),
+            ("quantize_head", "int8"),
+        ):
+            value = getattr(self, name)
+            if value != default and self.quantize != "int4":
+                raise ConfigError(
+                    f"{name}: {value} is for weights of --quantize int4, not {self.quantize}",
+                    field=name,
+                    hint="leave it out, or give --quantize int4",
+                )
         index = self.device.removeprefix("cuda:")
         known = self.device in ("cpu", "cuda", "emulated")
         if not known and not (index != self.device and index.isdigit()):
@@ -310,6 +316,18 @@ class ExpertConfig:
                         field=name,
                         hint="give --host-memory, or leave it out",
                     )
+        if self.prefetch_depth is not None and self.predictor == "none":
+            raise ConfigError(
+                f"prefetch_depth: {self.prefetch_depth} layers, and nothing predicts them",
+                field="prefetch_depth",
+                hint="give --predictor, or leave it out",
+            )
+        if self.min_host_slots != 2 and self.host_memory_bytes is None:
+            raise ConfigError(
+                f"min_host_slots: {self.min_host_slots} are kept of what kv and experts share",
+                field="min_host_slots",
+                hint="give --host-memory, or leave it out",
+            )
         for name, least in (
             ("host_memory_bytes", 1),
             ("host_slots", 2),
@@ -328,6 +346,13 @@ class ExpertConfig:
         self._check_workers()
 
     def _check_workers(self) -> None:
+        if self.worker_curve_dir is not None and not self.workers:
+            raise ConfigError(
+                f"worker_curve_dir: {self.worker_curve_dir} holds keys of workers, and there are"
+                " none",
+                field="worker_curve_dir",
+                hint="give --worker, or leave it out",
+            )
         for endpoint in self.workers:
             _worker_endpoint(endpoint, self.worker_curve_dir is not None)
             if self.workers.count(endpoint) > 1:
@@ -474,7 +499,9 @@ class GatewayConfig:
     http: HttpConfig = field(default_factory=HttpConfig)
     zmq: ZmqConfig = field(default_factory=ZmqConfig)
     runtime_dir: Path | None = setting(
-        None, "directory for ipc sockets, made 0700; default: a fresh one per server"
+        None,
+        "directory for ipc sockets, made 0700; default: a fresh one per server, and for the "
+        "clients' socket the one where they look",
     )
     drain_s: float = setting(30.0, "seconds that running requests get after SIGTERM")
     max_engine_restarts: int = setting(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moeserve.chores import at_once
 from moeserve.core import Routing
 from moeserve.predictors.base import Prediction, Predictor, any_row
 from moeserve.predictors.layers import LayerRing
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 #: memory for the weights: a model with more experts looks at fewer layers behind and ahead
 MAX_WEIGHT_BYTES = 128 << 20
+#: rows of a step beyond which learning is not put off: what waits would take memory, and time of a
+#: later step that it has not
+MOST_ROWS_PUT_OFF = 32
 #: what a row chose where nobody has seen it: below 0 as a feature, too
 UNKNOWN = -(1 << 32)
 
@@ -127,7 +131,8 @@ class MarkovPredictor(Predictor):
         errors = said.chances
         first = errors.shape[1] * np.arange(len(came))[:, None, None]
         errors.reshape(-1)[came + self._starts[source] + first] -= 1
-        self.put_off(partial(self._models[source].correct, said.features, errors))
+        later = self.put_off if len(errors) <= MOST_ROWS_PUT_OFF else at_once
+        later(partial(self._models[source].correct, said.features, errors))
 
     def _say(self, place: int, top_k: int) -> dict[int, Tensor]:
         model, ring = self._models[place], self._ring

@@ -124,7 +124,7 @@ def run_case(
                 host_slots=round(settings["share"] * num_experts),
                 policy=policy,
                 predictor=predictor,
-                prefetch_depth=depth,
+                prefetch_depth=None if predictor == "none" else depth,
             ),
         )
     )

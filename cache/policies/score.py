@@ -45,9 +45,12 @@ class ScorePolicy(RankedPolicy):
         # Predictions since a layer's last use, which nobody has asked the consequences of: a step
         # that misses nothing asks for no worth.
         self._predicted: dict[int, NDArray[np.float32]] = {}
+        # Those that worths were made of: what is learnt later of an older use goes below them.
+        self._taken: dict[int, NDArray[np.float32]] = {}
 
     def observed(self, use: LayerUse) -> None:
         self._predicted.pop(use.layer, None)
+        self._taken.pop(use.layer, None)
         self._ahead = self._ahead_from[self.numbers.rank_of[use.layer]]
         self.put_off(partial(self._learn, use))
 
@@ -55,6 +58,8 @@ class ScorePolicy(RankedPolicy):
         self._model.learn(use)
         span = self.numbers.span_of[use.layer]
         np.add(self._log_cost[span], self._model.log_value[span], out=self._log_worth[span])
+        if use.layer in self._taken:
+            self._predicted.setdefault(use.layer, self._taken.pop(use.layer))
 
     def expected(self, layer: int, probabilities: NDArray[np.float32]) -> None:
         self._predicted[layer] = probabilities
@@ -65,6 +70,7 @@ class ScorePolicy(RankedPolicy):
             later = np.exp(self._model.log_value[span])
             value = self._model.gamma * (probabilities + (1 - probabilities) * later)
             self._log_worth[span] = self._log_cost[span] + np.log(value)
+        self._taken.update(self._predicted)
         self._predicted.clear()
 
     def used(self, layer: int, experts: Sequence[int]) -> None:

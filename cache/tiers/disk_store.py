@@ -48,15 +48,19 @@ def checksum(data: memoryview) -> int:
 
 
 class FileState(NamedTuple):
-    """What the system says of a file; another one after every change."""
+    """What the system says of a file; another one after every change that it knows of."""
 
     num_bytes: int
     modified_ns: int
     changed_ns: int
 
     @classmethod
-    def of(cls, file: int) -> FileState:
-        found = os.fstat(file)
+    def of(cls, file: int) -> FileState | None:
+        """None where the system does not say: the file may have changed."""
+        try:
+            found = os.fstat(file)
+        except OSError:  # as of a server that is gone; reading it says what is wrong
+            return None
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     @property
@@ -153,10 +157,10 @@ class DiskStore(ExpertSource):
         """Before the first byte is read."""
         record = self._records[key]
         state = FileState.of(self._files[record.path])
-        if self._right.get(key) == state:
+        if state is not None and self._right.get(key) == state:
             return UnchangedCheck(ChecksumCheck(key, record), partial(self._is_still, key, state))
         self._right.pop(key, None)
-        if state.is_racy:
+        if state is None or state.is_racy:
             return ChecksumCheck(key, record)
         return ChecksumCheck(key, record, partial(self._right.__setitem__, key, state))
 

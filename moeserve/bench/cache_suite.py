@@ -88,7 +88,14 @@ class Outcome:
 def run_job(job: Job) -> Outcome:
     """Raises MoeserveError for a trace that is none."""
     trace = load_trace(job.path, job.num_experts)
-    requests = whole_requests(part_of(trace.requests, job.part), job.num_tokens)
+    part = part_of(trace.requests, job.part)
+    if not len(part):
+        raise ConfigError(
+            f"part: {job.part!r} of the {len(trace.requests)} requests of {trace.name} is empty",
+            field="part",
+            hint="give --part all --history 0, or record more requests",
+        )
+    requests = whole_requests(part, job.num_tokens)
     steps = make_steps(requests, job.steps)
     contenders = list(_contenders(trace, steps, job))
     _remember(trace, job, contenders)

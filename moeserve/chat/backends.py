@@ -7,12 +7,13 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
+from urllib.parse import urlsplit
 
 import httpx
 
 from moeserve.client import Client, ClientError
 from moeserve.config import EngineConfig
-from moeserve.core import ErrorCode, MoeserveError
+from moeserve.core import ConfigError, ErrorCode, MoeserveError
 from moeserve.progress import LoadingBar
 
 
@@ -99,6 +100,11 @@ class HttpBackend:
     """Any server with the OpenAI chat API."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ConfigError(
+                f"url: {url!r} is no HTTP address", field="url", hint="as http://127.0.0.1:8000"
+            )
         base = url.rstrip("/").removesuffix("/v1") + "/v1/"
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # No read timeout: a long prompt on a slow machine is no error, and Ctrl-C ends the wait.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import closing
 from typing import Any
 
@@ -16,8 +17,9 @@ from moeserve.cli_options import (
     engine_config,
     sampling_params,
 )
-from moeserve.core import MoeserveError
+from moeserve.core import ErrorCode, MoeserveError
 from moeserve.environment import Environment, read_environment
+from moeserve.text.checks import check_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talks until /exit or the end of input."""
+    """Talks until /exit or the end of input. Exit status 1 where no server answers."""
     environment = read_environment()
     screen = Screen()
-    with closing(_backend(args, environment)) as backend:
+    try:
+        source = _backend(args, environment)
+    except MoeserveError as error:
+        if error.code is not ErrorCode.UNAVAILABLE:
+            raise
+        print(f"moeserve: {error}", file=sys.stderr)
+        return 1
+    with closing(source) as backend:
         screen.remark(f"{backend.name}: /help lists the commands, /exit leaves")
         reader = line_reader(environment.data_home / "chat_history")
         talk(backend, Session(system=args.system), reader, screen, sampling_params(args))
@@ -81,7 +90,7 @@ def talk(
 def _answer(
     backend: Backend, session: Session, line: str, screen: Screen, params: dict[str, Any]
 ) -> None:
-    session.ask(line)
+    session.ask(check_text(line, "message"))
     watch = Stopwatch()
     pieces: list[str] = []
     interrupted = ""

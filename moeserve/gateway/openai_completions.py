@@ -14,7 +14,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from moeserve.gateway.errors import invalid, json_response
+from moeserve.gateway.errors import ApiError, invalid, json_response
 from moeserve.gateway.http_json import read_json
 from moeserve.gateway.http_stream import EventStreamResponse, sse, unless_disconnected
 from moeserve.gateway.lifecycle import Lifecycle
@@ -114,8 +114,13 @@ class _Completion:
         body = self.body
         check_stream_options(body)
         if body.best_of not in (None, self.num_answers):
-            text = f"best_of: {body.best_of} is not implemented; leave it out or send n's value"
-            raise invalid(f"{text} ({self.num_answers})", "best_of")
+            raise ApiError(
+                400,
+                f"best_of: {body.best_of} is not implemented by this server; leave it out or send"
+                f" n's value ({self.num_answers})",
+                param="best_of",
+                code="unsupported_parameter",
+            )
         if body.prompt_logprobs is not None and body.stream:
             text = "prompt_logprobs: not available with stream: true; use echo and logprobs"
             raise invalid(text, "prompt_logprobs")

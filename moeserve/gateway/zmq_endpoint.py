@@ -19,12 +19,20 @@ MAX_IPC_PATH_BYTES = 107
 
 
 def make_private_directory(directory: Path) -> None:
-    """Creates the directory (0700, parents too) or checks the one that is there."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    """Creates the directory (0700, parents too) or checks the one that is there.
+
+    Raises ConfigError where it cannot be made or is not private.
+    """
+    if os.path.lexists(directory):
+        check_private(directory)
+        return
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
         directory.mkdir(mode=0o700)
     except FileExistsError:
-        check_private(directory)
+        check_private(directory)  # somebody made it meanwhile, or what is above is a file
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be made: {error.strerror}") from error
 
 
 def check_private(directory: Path) -> None:

@@ -171,7 +171,7 @@ def _find_index(path: Path) -> Path | None:
     if path.is_file():
         raise ModelError(f"{path}: a file", hint=f"name the directory that holds it: {path.parent}")
     if not path.is_dir():
-        raise ModelError(f"{path}: no such directory")
+        raise ModelError(f"{path}: no such file or directory")
     index, single = path / INDEX_FILE, path / SINGLE_FILE
     if not index.exists():
         if not single.exists():

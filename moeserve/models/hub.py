@@ -90,7 +90,7 @@ def resolve_model(
         )
     except HFValidationError as error:
         raise ModelError(
-            f"{config.model!r}: no such directory, and not a hub id (organisation/name)",
+            f"{config.model!r}: no such file or directory, and not a hub id (organisation/name)",
             field="model",
         ) from error
     except CONNECTION_ERRORS as error:
@@ -100,7 +100,7 @@ def resolve_model(
 def _check_hub_id(config: ModelConfig) -> None:
     model, revision = config.model, config.revision
     if model.startswith(LOCAL_PREFIXES):
-        raise ModelError(f"{model}: no such directory", field="model")
+        raise ModelError(f"{model}: no such file or directory", field="model")
     # The revision becomes part of a path in the cache.
     if revision is not None and (not revision or ".." in revision or revision.startswith("/")):
         raise ConfigError(

@@ -255,20 +255,21 @@ def _check_out(out: Path) -> None:
 def _directory(out: Path) -> Iterator[Path]:
     """A directory that becomes `out` if all goes well, and is deleted otherwise."""
     out = out.absolute()
-    path = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        yield path
-        path.chmod(0o755)
-        _sync(path)
-        os.rename(path, out)
-        _sync(out.parent)
+        path = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            yield path
+            path.chmod(0o755)
+            _sync(path)
+            os.rename(path, out)
+            _sync(out.parent)
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
         raise ModelError(
             f"{out}: cannot be written: {error.strerror}",
             hint="name a directory that you may write to, on a disk with room",
         ) from error
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

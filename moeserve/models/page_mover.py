@@ -174,13 +174,16 @@ class PageMover:
         pages: NDArray[np.uint8],
         place: NDArray[np.uint8],
     ) -> None:
-        if is_huge(pages):
+        huge = is_huge(pages)
+        if huge is None:
+            raise _Stop("this system does not tell which pages are huge (Linux 6.7 does)")
+        if huge:
             self._cached_huge_bytes += HUGE_PAGE_BYTES
             return
         # By a read, and not from the mapping: a file that was cut short then is an error with a
         # name instead of SIGBUS.
         mapped.file.read_into(start, place)
-        if is_huge(place) is False:
+        if not is_huge(place):
             drop_pages(place)
             self._num_refused += 1
             if self._num_refused == MOST_REFUSALS:

@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, default=0.5, help="probability to prefetch from (default: 0.5)"
     )
     parser.add_argument("--no-cost", action="store_true", help="measure no times")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; the tables go to stderr"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="recall by layer, as a picture")
 
 
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         loaded_model(config, experts, bar) as loaded,
     ):
         report, results = _evaluate_all(args, loaded, texts, Path(folder), bar)
-    console = Console()
+    console = Console(stderr=args.json)
     for result in results:
         _print(console, result)
     _print_costs(console, results)

@@ -14,6 +14,7 @@ from moeserve.bench.cache_report import below_lru, markdown
 from moeserve.bench.cache_suite import Job, run_job, whole_requests
 from moeserve.cache.routing_trace import Request
 from moeserve.cli import main
+from moeserve.core import ConfigError
 
 
 @pytest.fixture
@@ -71,6 +72,16 @@ def test_below_lru_names_the_groups() -> None:
         "mrs 0.5": {"a": 0.0, "b": 0.0},
     }
     assert below_lru(rates) == {"score 0.5": ["a"]}
+
+
+def test_a_part_without_requests_is_refused(tmp_path: Path) -> None:
+    """As a trace of one prompt has."""
+    made = topical_trace(random.randrange(2**32), num_tokens=30)
+    path = tmp_path / "alone.npz"
+    probs = made.weights.astype(np.float16)
+    np.savez(path, ids=made.ids.astype(np.uint8), probs=probs, lens=np.array([30]))
+    with pytest.raises(ConfigError, match=r"part: 'report' of the 1 requests .* is empty"):
+        run_job(Job(path, "single", (0.5,), ("lru",), part="report"))
 
 
 def test_whole_requests_come_from_all_over() -> None:

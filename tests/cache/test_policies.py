@@ -21,6 +21,7 @@ from moeserve.cache.policies.reuse_model import GAMMA, ReuseModel
 from moeserve.cache.policies.score import ScorePolicy
 from moeserve.cache.replay import Contender, Rules, TierReplay, all_uses, replay, uses_of
 from moeserve.cache.routing_trace import RoutingTrace, one_by_one
+from moeserve.chores import Chores
 from moeserve.core import ConfigError, LayerUse
 
 EXPERTS = {1: 4, 3: 6}
@@ -192,6 +193,24 @@ def test_expectations_count_until_the_layer_is_used() -> None:
     policy.expected(3, np.array([0, 0, 0, 1, 0, 0], np.float32))
     assert policy.victims(span, 6)[-1] == 7
     policy.observed(use_of(3, [0]))
+    assert policy.victims(span, 6)[-1] == 4
+
+
+def test_what_is_learnt_late_of_an_older_use_does_not_hide_an_expectation() -> None:
+    policy, chores = ScorePolicy(ExpertNumbers(EXPERTS)), Chores(most=1000)
+    for _ in range(30):
+        for layer in EXPERTS:
+            policy.observed(use_of(layer, [0]))
+    policy.put_off = chores.put_off
+    for layer in EXPERTS:
+        policy.observed(use_of(layer, [0]))
+    span = np.arange(4, 10)
+    policy.expected(3, np.array([0, 0, 0, 1, 0, 0], np.float32))
+    for _ in range(2):
+        assert policy.victims(span, 6)[-1] == 7
+        chores.do_while(lambda: True)
+    policy.observed(use_of(3, [0]))
+    chores.do_while(lambda: True)
     assert policy.victims(span, 6)[-1] == 4
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import socket
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from moeserve.chat.command import talk
 from moeserve.chat.session import HELP, Session, Stopwatch, Turn
+from moeserve.chat.terminal import PipeReader, Screen
+from moeserve.cli import main
 from moeserve.core import MoeserveError
 
 
@@ -94,6 +103,35 @@ def test_commands() -> None:
         session.command("/dance")
     session.command("/exit")
     assert session.ended
+
+
+def test_an_address_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for url in ("foo", "ftp://127.0.0.1", "127.0.0.1:8000", "http://"):
+        assert main(["chat", "--url", url]) == 2
+        assert f"url: {url!r} is no HTTP address" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+    assert main(["chat", "--url", f"http://127.0.0.1:{port}"]) == 1
+    assert "no answer from" in capsys.readouterr().err
+
+
+def test_bytes_that_are_no_text_are_refused_before_they_are_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stream(messages: object, params: object) -> None:
+        raise AssertionError("it was sent")
+
+    screen, session = io.StringIO(), talked()
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcff\n"))
+    backend: Any = SimpleNamespace(stream=stream)
+    talk(backend, session, PipeReader(), Screen(Console(file=screen)), {})
+    assert "U+DCFF at character 0" in screen.getvalue()
+    assert session.messages == talked().messages
 
 
 def test_question_without_answer_is_taken_back() -> None:

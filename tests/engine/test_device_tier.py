@@ -44,11 +44,12 @@ def test_same_bits_whatever_the_machinery(policy: str, packed: Path, host_only: 
     expected = answers(host_only, requests)
     total = host_only.loaded.runtime.cache.num_slots
     for num_slots in (1, rng.randint(2, total // 4), rng.randint(total // 4, total), total):
+        predictor = rng.choice(PREDICTORS)
         settings = {
             "device_slots": num_slots,
             "policy": policy,
-            "predictor": rng.choice(PREDICTORS),
-            "prefetch_depth": rng.randint(1, 4),
+            "predictor": predictor,
+            "prefetch_depth": None if predictor == "none" else rng.randint(1, 4),
             "emulate_cpu": rng.random() < 0.75,
         }
         print(settings)

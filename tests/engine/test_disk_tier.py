@@ -53,7 +53,7 @@ def test_same_bits_whatever_the_machinery(policy: str, packed: Path, resident: E
             "host_slots": num_slots,
             "policy": policy,
             "predictor": predictor,
-            "prefetch_depth": rng.randint(1, 4),
+            "prefetch_depth": None if predictor == "none" else rng.randint(1, 4),
             "disk_threads": rng.randint(1, 4),
         }
         print(settings)

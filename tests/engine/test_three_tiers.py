@@ -56,12 +56,13 @@ def test_same_bits_whatever_the_machinery(policy: str, packed: Path, resident: E
     expected = answers(resident, requests)
     total = resident.loaded.runtime.cache.num_slots
     for device_slots, host_slots in pairs_of_slots(rng, total):
+        predictor = rng.choice(PREDICTORS)
         settings = {
             "device_slots": device_slots,
             "host_slots": host_slots,
             "policy": policy,
-            "predictor": rng.choice(PREDICTORS),
-            "prefetch_depth": rng.randint(1, 4),
+            "predictor": predictor,
+            "prefetch_depth": None if predictor == "none" else rng.randint(1, 4),
             "disk_threads": rng.randint(1, 4),
             "emulate_cpu": rng.random() < 0.75,
         }

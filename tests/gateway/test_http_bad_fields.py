@@ -66,6 +66,11 @@ UNIMPLEMENTED = [(TEXT, name) for name in COMPLETION_UNIMPLEMENTED]
 UNIMPLEMENTED += [(CHAT, name) for name in CHAT_UNIMPLEMENTED]
 
 
+def test_best_of_other_than_n_is_not_implemented(server: BigramServer) -> None:
+    body = {"prompt": "a", "best_of": 2}
+    assert "not implemented" in refused(server, TEXT, body, param="best_of")
+
+
 @pytest.mark.parametrize(("path", "field"), UNIMPLEMENTED)
 def test_unimplemented_fields_are_refused_by_name(
     server: BigramServer, path: str, field: str
@@ -109,7 +114,6 @@ def test_unimplemented_parts_of_a_message(server: BigramServer) -> None:
         ({"prompt": [VOCAB]}, "prompt"),
         ({"prompt": [2**62]}, "prompt"),
         ({"prompt": ["a"] * 257}, "prompt"),
-        ({"prompt": "a", "best_of": 2}, "best_of"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "logprobs": -1}, "logprobs"),
         ({"prompt": "a", "logprobs": True}, "logprobs"),

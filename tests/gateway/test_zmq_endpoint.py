@@ -37,6 +37,15 @@ def test_directories_are_made_private(tmp_path: Path) -> None:
     make_private_directory(tmp_path / "a" / "b")  # a second time it is only checked
 
 
+def test_directories_that_cannot_be_made_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ConfigError, match="file/keys: "):
+        make_private_directory(file / "keys")
+    with pytest.raises(ConfigError, match=r"/proc/none/keys: cannot be made: "):
+        make_private_directory(Path("/proc/none/keys"))
+
+
 def test_directories_of_others_are_refused(tmp_path: Path) -> None:
     for bits in (0o755, 0o710, 0o701, 0o777):
         (tmp_path / "open").mkdir(exist_ok=True)

@@ -364,7 +364,7 @@ def test_directories_with_something_else(tmp_path: Path, name: str, said: str) -
 
 def test_no_directory(tmp_path: Path) -> None:
     assert "found an empty directory" in refusal(tmp_path)
-    assert "no such directory" in refusal(tmp_path / "nowhere")
+    assert "no such file or directory" in refusal(tmp_path / "nowhere")
     file = tmp_path / SINGLE
     file.touch()
     assert f"name the directory that holds it: {tmp_path}" in refusal(file)

@@ -89,10 +89,16 @@ def test_a_head_of_four_bits(group: int | str, expected: int) -> None:
     assert head == PackFormat("int4", expected)
 
 
-def test_a_head_of_four_bits_is_for_weights_of_four_bits() -> None:
+def test_what_is_for_weights_of_four_bits_is_not_ignored_elsewhere() -> None:
     for quantize in ("none", "int8"):
-        with pytest.raises(ConfigError, match=f"quantize_head: int4 .* not {quantize}"):
-            ModelConfig(quantize=quantize, quantize_head="int4")
+        for name, value in (
+            ("quantize_head", "int4"),
+            ("quantize_group", 64),
+            ("quantize_group", "auto"),
+            ("quantize_zero_points", True),
+        ):
+            with pytest.raises(ConfigError, match=f"{name}: {value} is .* not {quantize}"):
+                ModelConfig(quantize=quantize, **{name: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="quantize_head: 'fp8' is not one of"):
         ModelConfig(quantize="int4", quantize_head="fp8")
 

@@ -90,7 +90,7 @@ def test_neither_a_directory_nor_a_hub_id(
     name: str, offline: bool, environment: Environment, cache: Path
 ) -> None:
     config = ModelConfig(model=name, offline=offline)
-    assert "no such directory" in refusal(config, environment, cache, NOWHERE)
+    assert "no such file or directory" in refusal(config, environment, cache, NOWHERE)
 
 
 @pytest.mark.parametrize("revision", ["", "../../x", "/etc/passwd"])

@@ -224,7 +224,9 @@ def test_models_that_cannot_be_served_are_named(
     assert "'mamba' is not one of" in refusal(capsys, str(file), *hardware)
     file.write_text("{")
     assert "not JSON" in refusal(capsys, str(file), *hardware)
-    assert "no such directory" in refusal(capsys, str(tmp_path / "none"), "--offline", *hardware)
+    assert "no such file or directory" in refusal(
+        capsys, str(tmp_path / "none"), "--offline", *hardware
+    )
 
 
 def test_profiles_of_other_machines_and_versions_are_refused(
