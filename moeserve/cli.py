@@ -326,7 +326,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Exit status: 0 done, 1 nobody answers, 2 wrong input, 130 interrupted."""
+    """Runs one subcommand. Status: 0 done, 1 no server answers, 2 wrong input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in arguments if not word.startswith("-")), None)
     if command is not None and command not in COMMANDS and arguments[0] == command:

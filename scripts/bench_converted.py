@@ -74,7 +74,9 @@ def engines(args: argparse.Namespace) -> dict[str, Engine]:
 
 def engine(model: str, threads: int, **settings: Any) -> Engine:
     experts = ExpertConfig(cpu_backend="native", num_threads=threads, **settings)
-    return Engine.from_config(EngineConfig(model=ModelConfig(model=model), experts=experts))
+    found = Engine.from_config(EngineConfig(model=ModelConfig(model=model), experts=experts))
+    found.page_mover.wait()
+    return found
 
 
 def decode(

@@ -65,4 +65,6 @@ class Calibration:
         return torch.cat((self.learnt_from, self.held_back)).flatten()
 
     def digest(self) -> str:
-        return hashlib.sha256(self.token_ids.numpy().tobytes()).hexdigest()[:16]
+        """Of everything that is learnt from or measured on."""
+        ids = torch.cat((self.token_ids, self.tuned_on.flatten()))
+        return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]

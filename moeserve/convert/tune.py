@@ -21,6 +21,7 @@ from moeserve.convert.settings import ConvertSettings
 from moeserve.convert.tune_ffn import Worked
 from moeserve.convert.tune_model import TunedModel
 from moeserve.core import ConfigError, ModelError
+from moeserve.text_windows import evenly
 
 #: of one step, in whole windows
 STEP_TOKENS = 1024
@@ -154,9 +155,9 @@ class Tuner:
         return self.spent >= 1.0 and bool(checks) and checks[-1][0] == self.history.step
 
     def held_back_divergence(self) -> float:
-        """Nats per token, on some of the text that was kept back."""
+        """Nats per token, on windows from all over the text that was kept back."""
         rows = self._text.held_back
-        rows = rows[: max(1, CHECK_TOKENS // rows.shape[1])]
+        rows = rows[evenly(len(rows), max(1, CHECK_TOKENS // rows.shape[1]))]
         with torch.no_grad():
             tuned, _, _ = self.model.tuned(rows)
         return self.model.divergence(self.model.dense(rows), tuned)[0]

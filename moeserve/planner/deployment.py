@@ -10,6 +10,7 @@ from moeserve import __version__
 from moeserve.cache.expert_cache import Tier
 from moeserve.config import EngineConfig
 from moeserve.core import ConfigError
+from moeserve.engine.kv_limit import num_kv_blocks
 from moeserve.experts.schedule.profile import (
     Profile,
     check_profile,
@@ -27,8 +28,6 @@ from moeserve.planner.plan_types import (
     Traffic,
 )
 
-#: of kv where nothing is said (engine/kv_sizes.py)
-DEFAULT_KV_BYTES = 1 << 30
 #: of a process without a model where nobody measured it: as on our own test machine
 ASSUMED_PROCESS_BYTES = 257 << 20
 
@@ -110,7 +109,8 @@ def sized(request: PlanRequest, profile: Profile, shape: ModelShape) -> Deployme
     """Whether it fits or not. Raises ConfigError for what contradicts itself or the model."""
     check_traffic(request.traffic, shape)
     engine = request.engine
-    num_blocks = num_kv_blocks(engine, shape)
+    block_bytes = shape.kv_token_bytes * engine.kv.block_tokens
+    num_blocks = num_kv_blocks(engine, block_bytes, shape.rest_bytes, shape.context_tokens)
     per_sequence = -(-(request.traffic.sequence_tokens - 1) // engine.kv.block_tokens)
     if per_sequence > num_blocks:
         raise ConfigError(
@@ -167,26 +167,6 @@ def check_traffic(traffic: Traffic, shape: ModelShape) -> None:
             field="context_tokens",
             hint="plan for shorter requests, or raise --context up to the model's own",
         )
-
-
-def num_kv_blocks(engine: EngineConfig, shape: ModelShape) -> int:
-    """As the engine sizes its pool (engine/kv_sizes.py). Raises ConfigError."""
-    kv, block_bytes = engine.kv, shape.kv_token_bytes * engine.kv.block_tokens
-    if kv.num_blocks is not None:
-        return kv.num_blocks
-    if kv.kv_bytes is not None:
-        if kv.kv_bytes < block_bytes:
-            raise ConfigError(
-                f"kv_bytes: {kv.kv_bytes} is below one block of {block_bytes} bytes",
-                field="kv_bytes",
-                hint="raise --kv-bytes or lower --block-tokens",
-            )
-        return kv.kv_bytes // block_bytes
-    affordable = DEFAULT_KV_BYTES
-    if (budget_bytes := engine.experts.host_memory_bytes) is not None:
-        affordable = min(affordable, (budget_bytes - shape.rest_bytes) // 2)
-    per_sequence = -(-shape.context_tokens // kv.block_tokens)
-    return max(1, min(engine.scheduler.max_running * per_sequence, affordable // block_bytes))
 
 
 def _huge_pages(profile: Profile) -> bool:

@@ -182,7 +182,8 @@ def show_traffic(console: Console, workload: Workload, found: TrafficEstimate) -
     """The likeliest outcome, and those of an engine as slow and as fast as it may be."""
     console.print(
         f"\n[bold]{workload.name}[/bold]: {len(workload.requests)} requests in"
-        f" {workload.span_s:.0f} s, {found.confidence:.0%} of cases in the range; {found.basis}",
+        f" {workload.span_s:.0f} s, aimed at {found.confidence:.0%} of cases in the range;"
+        f" {found.basis}",
         soft_wrap=True,
     )
     table = Table(box=None, padding=(0, 2, 0, 0))

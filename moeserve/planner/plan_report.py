@@ -153,7 +153,7 @@ def _show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
     console.print(table)
     for estimate in estimates:
         console.print(
-            f"{_stage(estimate)}: {estimate.confidence:.0%} of cases in the range;"
+            f"{_stage(estimate)}: aimed at {estimate.confidence:.0%} of cases in the range;"
             f" {estimate.basis}",
             soft_wrap=True,
         )

@@ -69,10 +69,6 @@ class Repeats:
         """A time by itself."""
         return self.measure([timed(sample)])[0]
 
-    def rate(self, sample: Sample) -> Figure:
-        """A rate by itself."""
-        return self.measure([rated(sample)])[0]
-
     def difference(self, more: Sample, less: Sample, count: int) -> Figure:
         """A difference by itself."""
         return self.measure([differing(more, less, count)])[0]
@@ -164,7 +160,7 @@ def _difference(more: list[float], less: list[float], count: int) -> Figure:
     if difference <= 0:
         return Figure(value=0.0)
     spread = math.hypot(_quartiles(more), _quartiles(less)) / difference
-    # How far the shortest may be off: what lies between them and the next tenth of the samples.
+    # How far the shortest may be off: what lies between them and the quartile.
     intervals = [_quantile(sorted(column), UNDISTURBED) - min(column) for column in (more, less)]
     return Figure(
         value=difference / count, spread=spread, interval=math.hypot(*intervals) / difference

@@ -47,16 +47,14 @@ class WorkloadRequest:
     num_output: int
     hash_ids: tuple[int, ...] = ()
 
-    def tokens(self, number: int, vocab_size: int | None = None) -> list[int]:
+    def tokens(self, number: int) -> list[int]:
         """Prompt ids: equal exactly where the trace says that prefixes are equal. number: of the
-        request, for a prompt like no other's. vocab_size: ids are below it, and then two unlike
-        blocks may hold the same ids."""
+        request, for a prompt like no other's."""
         if not self.hash_ids:
-            return [number % (vocab_size or number + 1)] * self.num_prompt
+            return [number] * self.num_prompt
         tokens: list[int] = []
         for hash_id in self.hash_ids:
-            known = hash_id % (vocab_size or hash_id + 1)
-            tokens += [known] * min(MOONCAKE_BLOCK, self.num_prompt - len(tokens))
+            tokens += [hash_id] * min(MOONCAKE_BLOCK, self.num_prompt - len(tokens))
         return tokens
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 OUTPUT_TOKENS = 24
 FORMATS = ("none", "int8", "int4")
 STREAMS = (1, 4, 16)
@@ -127,11 +125,3 @@ def num_experts(shape: str) -> int:
     config = SHAPES[shape]
     per_layer = config.get("num_local_experts") or config["num_experts"]
     return int(per_layer * config["num_hidden_layers"])
-
-
-def prompts(case: Case, round_: int) -> list[list[int]]:
-    """Random token ids, other ones in every round, so that no kv is used again."""
-    rng = np.random.default_rng([round_, case.num_streams, case.context_tokens])
-    vocab = SHAPES[case.shape]["vocab_size"]
-    ids = rng.integers(1, vocab, (case.num_streams, case.context_tokens))
-    return [list(map(int, row)) for row in ids]

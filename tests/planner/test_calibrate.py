@@ -31,7 +31,7 @@ from moeserve.planner.cpu_figures import CpuPlan, ExpertShape, measure_cpu, thre
 from moeserve.planner.device_figures import DevicePlan, measure_device, measure_link
 from moeserve.planner.disk_figures import DirectReader, DiskPlan, measure_disk
 from moeserve.planner.hardware import last_level_cache_bytes, this_hardware
-from moeserve.planner.repeats import Repeats, beyond, summarise, timed
+from moeserve.planner.repeats import Repeats, beyond, rated, summarise, timed
 
 SHORT = Repeats(at_least=3, at_most=3, limit_s=0.01)
 SHAPE = (256, 128)
@@ -197,7 +197,7 @@ def test_a_burst_of_other_work_changes_no_figure() -> None:
     for figure in repeats.measure([timed(sample)] * 4):
         assert figure.value < 1.02, f"seed {seed}"
     clock = iter(disturbed)
-    assert repeats.rate(lambda: 1 / sample()).value > 0.98, f"seed {seed}"
+    assert repeats.measure([rated(lambda: 1 / sample())])[0].value > 0.98, f"seed {seed}"
 
 
 def test_the_interval_holds_the_quartile_of_the_distribution() -> None:

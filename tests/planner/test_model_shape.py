@@ -22,11 +22,11 @@ from moeserve.config import (
     SchedulerConfig,
 )
 from moeserve.core import ConfigError, ModelError
+from moeserve.engine.kv_limit import num_kv_blocks
 from moeserve.engine.kv_sizes import kv_sizes
 from moeserve.models.families import FAMILIES
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.packed_model import PAGE_BYTES
-from moeserve.planner.deployment import num_kv_blocks
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.random_model import write_random_packed
 
@@ -161,9 +161,10 @@ def test_kv_pool_is_sized_as_the_engine_does(tmp_path: Path) -> None:
             resident_bytes=shape.rest_bytes,
         )
         expected = kv_sizes(config, cast(Any, loaded)).num_blocks
-        assert num_kv_blocks(config, shape) == expected, f"seed {seed}"
         block_bytes = KvPool.bytes_per_block(spec, kv.block_tokens, torch.bfloat16)
         assert shape.kv_token_bytes * kv.block_tokens == block_bytes
+        found = num_kv_blocks(config, block_bytes, shape.rest_bytes, shape.context_tokens)
+        assert found == expected, f"seed {seed}"
 
 
 @pytest.mark.parametrize(

@@ -87,3 +87,14 @@ def test_answers_are_the_ends_of_recorded_requests(tmp_path: Path) -> None:
     assert second.tolist() == [*prompts[6:12], 26, 27, 28, 29]
     long = routing.places(0, np.arange(40), 30, 10)
     assert set(long[30:].tolist()) == {5, 6, 7, 8, 9}
+
+
+def test_more_requests_than_were_recorded_do_not_say_the_same_in_one_step(
+    gpt_oss: ModelShape,
+) -> None:
+    trace = topical_trace(3, 300, num_layers=12, num_experts=32, top_k=4)
+    alone = replace(trace, requests=(Request(40, 200),), layers=tuple(range(12)))
+    routing = recorded(alone, gpt_oss)
+    places = [int(routing.places(r, np.array([10 + 3]), 10, 20)[0]) for r in range(8)]
+    assert len(set(places)) == 8
+    assert 220 <= min(places) <= max(places) < 240, "all within the answer"

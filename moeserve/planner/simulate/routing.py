@@ -43,7 +43,7 @@ class Skew:
 
 
 #: where nothing is known. HIGH is like gpt-oss-20b while it decodes (of one stream's uses 0.65 are
-#: hits where LRU has slots for a quarter of a layer, 0.87 for half), and MID is between it and
+#: hits where LRU has slots for a quarter of a layer, 0.89 for half), and MID is between it and
 #: DeepSeek-V2-Lite (0.55, 0.79), as recorded; LOW is nearly as even as balanced training aims at
 LOW_SKEW, MID_SKEW, HIGH_SKEW = Skew(0.35, 0.7), Skew(0.8, 1.3), Skew(1.0, 1.5)
 
@@ -84,7 +84,9 @@ class SimulatedRouting:
             prompts = self._prompts[num_output] = np.concatenate(parts)
         start, length = self.requests[request % len(self.requests)]
         answer = _answer(length, num_output)
-        of_answer = start + length - answer + (positions - num_prompt) % max(answer, 1)
+        # More requests than were recorded say the same, but not all of them in one step.
+        shift = request // len(self.requests) * STRIDE - num_prompt
+        of_answer = start + length - answer + (positions + shift) % max(answer, 1)
         of_prompt = prompts[(request * num_prompt + positions) % len(prompts)]
         return np.where(positions < num_prompt, of_prompt, of_answer)
 

@@ -30,7 +30,7 @@ from moeserve.planner.simulate.routing import (
 from moeserve.planner.step_costs import EngineStepCosts
 
 #: aimed at: of the cases of `make bench-plan`, so many nearer to the prediction than MODEL_ERROR;
-#: how many of them are is said by its last result (benchmarks/results/*-plan.md)
+#: how many of them were is in docs/log.md
 CONFIDENCE, MODEL_ERROR = 0.8, 0.10
 #: for machines whose profile was not measured: rates of data sheets, and nothing of our engine
 SHEET_CONFIDENCE, SHEET_ERROR = 0.5, 0.35
