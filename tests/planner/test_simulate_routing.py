@@ -93,7 +93,7 @@ def test_more_requests_than_were_recorded_do_not_say_the_same_in_one_step(
     gpt_oss: ModelShape,
 ) -> None:
     trace = topical_trace(3, 300, num_layers=12, num_experts=32, top_k=4)
-    alone = replace(trace, requests=(Request(40, 200),), layers=tuple(range(12)))
+    alone = replace(trace, requests=(Request(40, 200, "alone"),), layers=tuple(range(12)))
     routing = recorded(alone, gpt_oss)
     places = [int(routing.places(r, np.array([10 + 3]), 10, 20)[0]) for r in range(8)]
     assert len(set(places)) == 8
