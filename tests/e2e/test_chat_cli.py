@@ -110,13 +110,13 @@ def test_lines_from_a_pipe(
 
 
 def test_wrong_places_are_named(server: Server, environment: dict[str, str]) -> None:
-    for flags, message in (
-        (("--url", "http://127.0.0.1:9"), "is `moeserve serve` running there?"),
-        (("--url", server.http, "some-model"), "leave MODEL or --url/--zmq out"),
-        (("/no/such/model",), "/no/such/model"),
+    for flags, status, message in (
+        (("--url", "http://127.0.0.1:9"), 1, "is `moeserve serve` running there?"),
+        (("--url", server.http, "some-model"), 2, "leave MODEL or --url/--zmq out"),
+        (("/no/such/model",), 2, "/no/such/model"),
     ):
         done = piped("hello\n", environment, *flags)
-        assert done.returncode == 2
+        assert done.returncode == status
         assert message in done.stderr
         assert "Traceback" not in done.stderr
     done = piped("hello\n/exit\n", environment, "--url", server.http, "--top-p", "7")
