@@ -39,18 +39,6 @@ def parallelism_memory_efficiency(prompt_tokens: int, output_tokens: int) -> flo
     return 2 * (p + g) / ((2 * p + g) * g)
 
 
-def most_tokens_per_s(
-    prompt_tokens: int, output_tokens: int, kv_tokens: float, weights_s: float, compute_rate: float
-) -> float:
-    """Equation 4: prompt and output tokens together, when prefill and decode overlap.
-
-    kv_tokens: that there is room for. weights_s: for all weights to cross the link (delta).
-    compute_rate: tokens per second where computing is the limit.
-    """
-    efficiency = parallelism_memory_efficiency(prompt_tokens, output_tokens)
-    return min(efficiency * kv_tokens / weights_s, compute_rate)
-
-
 def sequences_in_step(prompt_tokens: int, output_tokens: int, kv_tokens: float) -> float:
     """Sequences that kv has room for when they are at all stages of their outputs at once: each
     holds its prompt and half of its output. In lock step, all at their ends, it is p + g each."""

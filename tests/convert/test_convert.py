@@ -67,16 +67,8 @@ def test_all_experts_active_is_the_dense_model(
     assert made.quality.perplexity == pytest.approx(made.quality.dense_perplexity, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_and_moeserve_agree_on_the_output(
-    family: str, tmp_path: Path, text: Path, seed: int
-) -> None:
-    save_dense(tmp_path / "dense", family, seed)
-    rng = random.Random(seed)
-    router, share = rng.choice(ROUTERS), rng.choice([0.25, None])
-    run(tmp_path / "dense", tmp_path / "out", text, router=router, shared_share=share)
-    reference = load_converted(tmp_path / "out")
-    runner = Runner(load_native(tmp_path / "out"))
+def check_agreement(reference: Any, runner: Runner, seed: int) -> None:
+    """Of transformers and moeserve, on the logits of the same output."""
     compared = 0
     for number in range(6):
         tokens = prompt(seed + number, 40)
@@ -85,6 +77,17 @@ def test_transformers_and_moeserve_agree_on_the_output(
             assert relative_error(runner.logits(tokens), expected) < 1e-4
             compared += 1
     assert compared, "no prompt on which rounding decides nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_and_moeserve_agree_on_the_output(
+    family: str, tmp_path: Path, text: Path, seed: int
+) -> None:
+    save_dense(tmp_path / "dense", family, seed)
+    rng = random.Random(seed)
+    router, share = rng.choice(ROUTERS), rng.choice([0.25, None])
+    run(tmp_path / "dense", tmp_path / "out", text, router=router, shared_share=share)
+    check_agreement(load_converted(tmp_path / "out"), Runner(load_native(tmp_path / "out")), seed)
 
 
 def test_what_is_reported_is_what_transformers_computes(

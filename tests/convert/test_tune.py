@@ -12,8 +12,8 @@ import pytest
 import torch
 from dense_models import LAYERS, save_dense
 from support.model_runner import Runner, load_native
-from support.settled import is_settled, reference_logits, relative_error
-from test_convert import load_converted, prompt, run
+from support.settled import relative_error
+from test_convert import check_agreement, load_converted, prompt, run
 from test_resume import KilledError, files
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -104,14 +104,7 @@ def test_transformers_and_moeserve_agree_on_a_tuned_model(
     made = tune_for(tmp_path / "dense", tmp_path / "out", long_text, shared_share=None)
     reference = load_converted(tmp_path / "out").float()
     runner = Runner(load_native(tmp_path / "out", dtype="float32"))
-    compared = 0
-    for number in range(6):
-        tokens = prompt(seed + number, 40)
-        expected = reference_logits(reference, tokens)
-        if is_settled(reference, tokens, expected):
-            assert relative_error(runner.logits(tokens), expected) < 1e-4
-            compared += 1
-    assert compared, "no prompt on which rounding decides nothing"
+    check_agreement(reference, runner, seed)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "glm4_moe"
     assert made.tuning is not None
