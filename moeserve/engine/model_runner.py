@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.engine.batch import ScheduledBatch, ScheduledChunk
@@ -28,7 +30,8 @@ class StepOutput:
     def next_token_logits(self, batch: ScheduledBatch) -> Tensor:
         """[R, V] float32 for the R chunks that choose a token, in their order."""
         rows = [end - 1 for chunk, _, end in chunk_rows(batch) if chunk.samples]
-        return self.model.logits(self.hidden[rows])
+        every = rows == list(range(len(self.hidden)))  # as in a step of decodes
+        return self.model.logits(self.hidden if every else self.hidden[rows])
 
     def prompt_logits(self, start: int, num_rows: int) -> Iterator[tuple[slice, Tensor]]:
         """Logits of `num_rows` rows from `start`, in slices small enough to hold."""
@@ -52,7 +55,7 @@ class ModelRunner:
         self.kv = kv
         self.block_tokens = block_tokens
         self.device = device
-        self._offsets = torch.arange(block_tokens)
+        self._offsets = np.arange(block_tokens)
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         with torch.inference_mode():
@@ -61,25 +64,27 @@ class ModelRunner:
     def _inputs(self, batch: ScheduledBatch) -> ForwardBatch:
         token_ids: list[int] = []
         positions: list[int] = []
-        write_slots: list[Tensor] = []
+        write_slots: list[NDArray[np.int64]] = []
         spans: list[Span] = []
         for chunk, start, end in chunk_rows(batch):
-            context_tokens = chunk.start + chunk.num_tokens
+            context_tokens = chunk.stop
             slots = self._slots(chunk.block_ids, context_tokens)
             token_ids += chunk.sequence.token_ids[chunk.start : context_tokens]
             positions += range(chunk.start, context_tokens)
             write_slots.append(slots[chunk.start :])
-            slots = slots.to(self.device)
-            spans.append(Span(start, end, context_tokens, slots, chunk.sequence.num_tokens))
+            kv_slots = torch.from_numpy(slots).to(self.device)
+            spans.append(Span(start, end, context_tokens, kv_slots, chunk.sequence.num_tokens))
         return ForwardBatch(
             token_ids=torch.tensor(token_ids, device=self.device),
             positions=torch.tensor(positions, device=self.device),
-            kv_write_slots=torch.cat(write_slots).to(self.device),
+            kv_write_slots=torch.from_numpy(np.concatenate(write_slots)).to(self.device),
             spans=tuple(spans),
             step=batch.step,
         )
 
-    def _slots(self, block_ids: tuple[int, ...], num_tokens: int) -> Tensor:
-        """Flat kv slots of the first num_tokens of a sequence: [num_tokens] int64."""
-        first = torch.tensor(block_ids, dtype=torch.int64) * self.block_tokens
-        return (first[:, None] + self._offsets).flatten()[:num_tokens]
+    def _slots(self, block_ids: tuple[int, ...], num_tokens: int) -> NDArray[np.int64]:
+        """Flat kv slots of the first num_tokens of a sequence: [num_tokens]. With numpy: five
+        operators of torch for every sequence of a step are a tenth of a millisecond."""
+        first = np.array(block_ids, np.int64)[:, None] * self.block_tokens
+        slots: NDArray[np.int64] = (first + self._offsets).ravel()[:num_tokens]
+        return slots

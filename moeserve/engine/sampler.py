@@ -8,10 +8,12 @@ before any of this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,24 +93,34 @@ class Sampler:
         """
         if not rows:
             return []
-        logprobs = self._own_logprobs(logits, rows)
-        good = (~logits.amax(dim=-1).isnan()).tolist()  # a maximum is NaN where one number is
-        for row_logits, row in zip(logits, rows, strict=True):
-            self._transform(row_logits, row)
-        tokens = self._choose(logits, rows)
+        logprobs = [
+            None if row.params.logprobs is None else logits[i].log_softmax(dim=-1)
+            for i, row in enumerate(rows)
+        ]
+        tokens, largest = _largest(logits)
+        for i, row in enumerate(rows):
+            if self._is_transformed(row):
+                self._transform(logits[i], row)
+                tokens[i : i + 1] = _largest(logits[i : i + 1])[0]
+        self._draw_tokens(logits, rows, tokens)
         chosen: list[SampledToken | None] = []
-        for token, ok, own, row in zip(tokens, good, logprobs, rows, strict=True):
+        for token, top, own, row in zip(tokens, largest, logprobs, rows, strict=True):
             described = None if own is None else _describe(own, token, row.params.logprobs or 0)
-            chosen.append(SampledToken(token, described) if ok else None)
+            # The largest of a row is NaN where one number is.
+            chosen.append(None if math.isnan(top) else SampledToken(token, described))
         return chosen
 
     @staticmethod
-    def _own_logprobs(logits: Tensor, rows: Sequence[SampleRow]) -> list[Tensor | None]:
-        wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        found: list[Tensor | None] = [None] * len(rows)
-        for i, own in zip(wanted, logits[wanted].log_softmax(dim=-1), strict=True):
-            found[i] = own
-        return found
+    def _is_transformed(row: SampleRow) -> bool:
+        """Whether `_transform` would change anything."""
+        params = row.params
+        return bool(
+            params.repetition_penalty != 1
+            or params.presence_penalty
+            or params.frequency_penalty
+            or params.logit_bias
+            or len(row.token_ids) - row.num_prompt_tokens < params.min_tokens
+        )
 
     def _transform(self, logits: Tensor, row: SampleRow) -> None:
         """Penalties, bias and minimum length, in place. logits: [V]."""
@@ -143,8 +155,8 @@ class Sampler:
         counts.num_tokens = len(row.token_ids)
         return counts
 
-    def _choose(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
-        tokens = _largest(logits)
+    def _draw_tokens(self, logits: Tensor, rows: Sequence[SampleRow], tokens: list[int]) -> None:
+        """Puts what rows with a temperature draw in the place of their most likely tokens."""
         groups: dict[Filter, list[int]] = {}
         for i, row in enumerate(rows):
             p = row.params
@@ -156,15 +168,19 @@ class Sampler:
             u = torch.tensor(draws, dtype=torch.float64, device=self.device)
             for i, token in zip(members, _draw(logits[members], key, u), strict=True):
                 tokens[i] = token
-        return tokens
 
 
-def _largest(logits: Tensor) -> list[int]:
-    """The first of the largest numbers of each row, or the first NaN. numpy's search is 20 times as
-    fast as torch's on the CPU: of 16 rows of 32,000, 0.04 for 0.84 ms."""
-    on_cpu = logits.device.type == "cpu"
-    places: list[int] = (logits.numpy() if on_cpu else logits).argmax(-1).tolist()
-    return places
+def _largest(logits: Tensor) -> tuple[list[int], list[float]]:
+    """The first of the largest numbers of each row, or the first NaN: its places and the numbers.
+
+    numpy's search is 20 times as fast as torch's on the CPU: of 16 rows of 32,000, 0.04 for 0.84
+    ms."""
+    if logits.device.type == "cpu":
+        numbers = logits.numpy()
+        places = numbers.argmax(-1)
+        return places.tolist(), numbers[np.arange(len(numbers)), places].tolist()
+    found = logits.max(dim=-1)
+    return found.indices.tolist(), found.values.tolist()
 
 
 def _draw(logits: Tensor, key: Filter, u: Tensor) -> list[int]:
