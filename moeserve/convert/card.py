@@ -102,8 +102,9 @@ active a tuned model is *not* the dense one; an untuned conversion with all part
 | steps, tokens | {tuning.num_steps}, {tuning.num_tokens:,} |
 | minutes | {tuning.seconds / 60:.1f} |
 | perplexity before | {tuning.untuned_perplexity:.4f} ({tuning.untuned_perplexity / dense:.4f} ×) |
-| divergence from the dense model, nats per token, text that was kept back | {before:.4f}, then \
-{after:.4f} |
+| written | the mean of the weights up to step {tuning.best_step}, the best of those measured |
+| divergence from the dense model, nats per token, on the text it was chosen by | {before:.4f}, \
+then {after:.4f} |
 | best experts that the router names, by layer | {by_layer} |
 
 ![divergence over steps]({PICTURE})

@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     if made.tuning is not None:
         tuning = made.tuning
         print(
-            f"tuned for {tuning.seconds / 60:.1f} min, {tuning.num_steps} steps; perplexity before "
-            f"{tuning.untuned_perplexity:.3f}"
+            f"tuned for {tuning.seconds / 60:.1f} min, {tuning.num_steps} steps, best at "
+            f"{tuning.best_step}; perplexity before {tuning.untuned_perplexity:.3f}"
         )
     if made.pregate_recall:
         mean = sum(made.pregate_recall) / len(made.pregate_recall)

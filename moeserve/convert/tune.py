@@ -3,14 +3,17 @@
 What is made small is the Kullback-Leibler divergence of the converted model's next tokens from
 the dense model's on the calibration text, all layers at once, and a little of the prior-
 approximate loss of every router (`tune_ffn.py`). AdamW, a warm-up, then a cosine to zero over the
-budget. docs/conversion.md has what else was tried.
+budget. What comes of it is the mean of the last steps' weights (Polyak averaging), where that was
+best on text that no step learns from; the untuned model is the first of those.
+docs/conversion.md has what else was tried.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from moeserve.convert.calibration import Calibration
 from moeserve.convert.settings import ConvertSettings
-from moeserve.convert.tune_ffn import Worked
+from moeserve.convert.tune_ffn import INNER, Worked
 from moeserve.convert.tune_model import TunedModel
 from moeserve.core import ConfigError, ModelError
 from moeserve.text_windows import evenly
@@ -36,8 +39,15 @@ BETAS = (0.9, 0.95)
 GRADIENT_CLIP = 1.0
 #: of the prior-approximate loss, the mean over layers, beside the divergence in nats
 PRIOR_WEIGHT = 0.1
-#: tokens that were kept back, on which the divergence is measured now and then
-CHECK_TOKENS = 2048
+#: of factors that begin as noise: less than that of those that begin as zeros, so that their
+#: product does not change faster and faster as they grow (LoRA+, arXiv:2402.12354)
+INNER_RATE = 1 / 16
+#: steps whose weights the mean is of
+MEAN_STEPS = 50
+#: tokens that no step learns from, on which the divergence is measured now and then
+CHECK_TOKENS = 4096
+#: of the windows, at most one in so many for that
+CHECK_WINDOWS = 5
 #: of the budget, from one such measurement to the next
 CHECK_SHARE = 0.1
 #: what a kill may cost
@@ -49,23 +59,30 @@ Progress = Callable[[str, float], None]
 @dataclass
 class History:
     """What has happened so far. seconds: of tuning, over all runs. divergences: [step, nats per
-    token, prior-approximate loss] of every step on its own text; checks: [step, nats per token] on
-    text that was kept back."""
+    token, prior-approximate loss] of every step on its own text; checks: [step, nats per token] of
+    the mean weights on text that no step learns from."""
 
     step: int = 0
     seconds: float = 0.0
     divergences: list[list[float]] = field(default_factory=list)
     checks: list[list[float]] = field(default_factory=list)
 
+    @property
+    def best(self) -> list[float]:
+        """The check with the least divergence, the first of those."""
+        return min(self.checks, key=lambda check: check[1])
+
 
 @dataclass(frozen=True)
 class Tuning:
-    """What came of it, on text that was kept back. divergences: nats per token, before and after.
-    agreement: by layer, the share of the best experts that the tuned router names."""
+    """What came of it. divergences: nats per token, before and after, on the text that the best
+    step was chosen by. agreement: by layer, the share of the best experts that the tuned router
+    names, on text that was kept back. best_step: whose weights were written."""
 
     untuned_perplexity: float
     divergences: tuple[float, float]
     agreement: tuple[float, ...]
+    best_step: int
     num_steps: int
     num_tokens: int
     seconds: float
@@ -73,10 +90,10 @@ class Tuning:
 
 @dataclass(frozen=True)
 class TuningText:
-    """learnt_from, held_back: [N, W] token ids."""
+    """learnt_from, chosen_by: [N, W] token ids; by the latter, how far tuning went well."""
 
     learnt_from: Tensor
-    held_back: Tensor
+    chosen_by: Tensor
 
     @property
     def windows_per_step(self) -> int:
@@ -84,8 +101,12 @@ class TuningText:
 
     @staticmethod
     def of(text: Calibration) -> TuningText:
+        windows = text.tuned_on
+        wanted = min(CHECK_TOKENS // text.window_tokens, len(windows) // CHECK_WINDOWS)
+        chosen_by = torch.zeros(len(windows), dtype=torch.bool)
+        chosen_by[evenly(len(windows), wanted)] = True
         # Not the tensors of inference mode, of which torch takes no derivative.
-        return TuningText(text.tuned_on.clone(), text.held_back.clone())
+        return TuningText(windows[~chosen_by].clone(), windows[chosen_by].clone())
 
     def check(self) -> None:
         """Raises ConfigError where there is too little to tune on."""
@@ -118,7 +139,9 @@ class Tuner:
         self._text = text
         self._settings = settings
         self._parameters = model.parameters()
-        groups = [{"params": [p], "rate": _rate_of(p)} for p in self._parameters.values()]
+        self._mean = self._now()
+        self._best = self._now()
+        groups = [{"params": [p], "rate": _rate_of(n, p)} for n, p in self._parameters.items()]
         self._optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
 
     @property
@@ -138,7 +161,7 @@ class Tuner:
             started = time.monotonic()
             spent = self.spent
             if spent >= min(1.0, len(history.checks) * CHECK_SHARE):
-                history.checks.append([history.step, self.held_back_divergence()])
+                self._check()
             if spent < 1.0:
                 self._step()
             history.seconds += time.monotonic() - started
@@ -154,13 +177,36 @@ class Tuner:
         checks = self.history.checks
         return self.spent >= 1.0 and bool(checks) and checks[-1][0] == self.history.step
 
-    def held_back_divergence(self) -> float:
-        """Nats per token, on windows from all over the text that was kept back."""
-        rows = self._text.held_back
-        rows = rows[evenly(len(rows), max(1, CHECK_TOKENS // rows.shape[1]))]
-        with torch.no_grad():
+    def _check(self) -> None:
+        """Measures the mean of the weights, and remembers the best one."""
+        with self._weights(self._mean), torch.no_grad():
+            rows = self._text.chosen_by
             tuned, _, _ = self.model.tuned(rows)
-        return self.model.divergence(self.model.dense(rows), tuned)[0]
+            divergence, _ = self.model.divergence(self.model.dense(rows), tuned)
+        history = self.history
+        history.checks.append([history.step, divergence])
+        if history.best is history.checks[-1]:
+            self._best = {name: tensor.clone() for name, tensor in self._mean.items()}
+
+    def take_best(self) -> None:
+        """Makes the model the best one that was found."""
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(self._best[name])
+
+    def _now(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @contextmanager
+    def _weights(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with others for the time being."""
+        own = {name: p.data for name, p in self._parameters.items()}
+        for name, parameter in self._parameters.items():
+            parameter.data = tensors[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data = own[name]
 
     def _step(self) -> None:
         history, model = self.history, self.model
@@ -175,6 +221,10 @@ class Tuner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         history.step += 1
+        # Of few steps so far only the last ones: the first are far from where it goes.
+        newest = max(1 / MEAN_STEPS, 10 / (10 + history.step))
+        for name, parameter in self._parameters.items():
+            self._mean[name].lerp_(parameter.detach(), newest)
         history.divergences.append([history.step, divergence, float(prior.detach())])
         if not math.isfinite(divergence):
             raise ModelError(
@@ -190,10 +240,17 @@ class Tuner:
         warm = min(1.0, (self.history.step + 1) / WARM_UP_STEPS)
         return warm * 0.5 * (1 + math.cos(math.pi * self.spent))
 
+    def _kept(self) -> dict[str, dict[str, Tensor]]:
+        return {"parameter": self._parameters, "mean": self._mean, "best": self._best}
+
     def tensors(self) -> dict[str, Tensor]:
         """Whatever the next step reads and changes, beside the history."""
         state = self._optimizer.state_dict()["state"]
-        named = {f"parameter.{name}": p.detach() for name, p in self._parameters.items()}
+        named = {
+            f"{kind}.{name}": tensor.detach()
+            for kind, tensors in self._kept().items()
+            for name, tensor in tensors.items()
+        }
         for index, moments in state.items():
             named |= {f"moment.{index}.{name}": moment for name, moment in moments.items()}
         return named
@@ -201,11 +258,12 @@ class Tuner:
     def restore(self, tensors: Mapping[str, Tensor], history: History) -> None:
         """The inverse of `tensors`."""
         self.history = history
+        weights = self._kept()
         moments: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
-            if kind == "parameter":
-                self._parameters[name].data.copy_(tensor)
+            if kind in weights:
+                weights[kind][name].data.copy_(tensor)
             else:
                 index, _, moment = name.partition(".")
                 moments.setdefault(int(index), {})[moment] = tensor.clone()
@@ -213,6 +271,7 @@ class Tuner:
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
-def _rate_of(parameter: Tensor) -> float:
+def _rate_of(name: str, parameter: Tensor) -> float:
     columns = 1 if parameter.dim() == 1 else parameter.shape[-1]
-    return RATE * min(1.0, RATE_COLUMNS / columns)
+    rate = RATE * min(1.0, RATE_COLUMNS / columns)
+    return rate * INNER_RATE if name.endswith(INNER) else rate

@@ -1,7 +1,8 @@
 """One converted FFN as it is tuned: its router, and a low-rank correction of every part.
 
 The written weights stand still; a part's gate, up and down become W + B A with B [out, R] and
-A [R, in], R small (LoRA, arXiv:2106.09685), which is added up when the model is written. All parts
+A [R, in], R small (LoRA, arXiv:2106.09685), which is added up when the model is written. Where the
+factors would have as many numbers as W, the correction is one matrix [out, in]. All parts
 are computed for all tokens and multiplied with the choice, so that a part that was not chosen
 still says by how much it would have helped. The choice of the k best is hard, as it will be when
 the model is served; its derivative is that of a sigmoid of the distance from the border between
@@ -25,6 +26,8 @@ from moeserve.models.safetensors_file import SafetensorsFile
 #: of a correction
 RANK = 16
 KINDS = ("gate", "up", "down")
+#: names of a correction: its factors, or the one matrix
+INNER, OUTER, WHOLE = ".inner", ".outer", ".whole"
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,12 @@ class TunedFfn:
         self.parameters = {"router.weight": router.weight, "router.bias": router.bias}
         for kind in KINDS:
             num_parts, rows, columns = getattr(written, kind).shape
-            rank = min(RANK, rows, columns)
-            inner = torch.randn(num_parts, rank, columns, generator=generator)
-            self.parameters[f"{kind}.inner"] = inner * columns**-0.5
-            self.parameters[f"{kind}.outer"] = torch.zeros(num_parts, rows, rank)
+            if RANK * (rows + columns) >= rows * columns:
+                self.parameters[kind + WHOLE] = torch.zeros(num_parts, rows, columns)
+                continue
+            inner = torch.randn(num_parts, RANK, columns, generator=generator)
+            self.parameters[kind + INNER] = inner * columns**-0.5
+            self.parameters[kind + OUTER] = torch.zeros(num_parts, rows, RANK)
         for parameter in self.parameters.values():
             parameter.requires_grad_()
 
@@ -137,13 +142,15 @@ class TunedFfn:
     def merged(self) -> CutFfn:
         """With the corrections added up."""
         parameters = self.parameters
-        weights = {
-            kind: getattr(self._written, kind)
-            + torch.bmm(parameters[f"{kind}.outer"], parameters[f"{kind}.inner"])
-            for kind in KINDS
-        }
+        weights = {kind: getattr(self._written, kind) + self._correction(kind) for kind in KINDS}
         router = LinearRouter(parameters["router.weight"], parameters["router.bias"])
         return replace(self._written, **weights, router=router)
+
+    def _correction(self, kind: str) -> Tensor:
+        parameters = self.parameters
+        if kind + WHOLE in parameters:
+            return parameters[kind + WHOLE]
+        return torch.bmm(parameters[kind + OUTER], parameters[kind + INNER])
 
 
 def best_experts(norms: Tensor, k: int) -> Tensor:

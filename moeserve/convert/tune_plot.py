@@ -33,7 +33,9 @@ def draw_history(history: History, out: Path) -> None:
     steps, divergences, priors = zip(*history.divergences, strict=True)
     left.plot(steps, divergences, color="0.8", linewidth=0.8, label="each step, its own text")
     left.plot(steps, _smooth(divergences), label=f"mean of {SMOOTH_STEPS} steps")
-    left.plot(*zip(*history.checks, strict=True), marker=".", label="text that was kept back")
+    label = "mean weights, text that no step learns from"
+    left.plot(*zip(*history.checks, strict=True), marker=".", label=label)
+    left.plot(*history.best, "o", fillstyle="none", label="what was written")
     left.set(xlabel="step", ylabel="divergence (nats per token)", ylim=(0, None))
     left.legend(fontsize=8)
     right.plot(steps, priors, color="0.8", linewidth=0.8)

@@ -81,6 +81,7 @@ def _tune(
         workplace.save_last("tuning", Saved(tuner.history.step, tuner.tensors(), notes))
 
     tuner.run(save, progress)
+    tuner.take_best()
     history = tuner.history
     draw_history(history, workplace.out)
     progress("writing what was tuned", 1.0)
@@ -90,11 +91,12 @@ def _tune(
             merged = tuned.ffns[index].merged()
             target = workplace.next_shard(index + 1, total + 1)
             _write(shard, target, index, merged, normed)
-        agreement = _agreement(tuned, own.held_back)
+        agreement = _agreement(tuned, text.held_back)
     return Tuning(
         untuned_perplexity=conversion.quality.perplexity,
-        divergences=(history.checks[0][1], history.checks[-1][1]),
+        divergences=(history.checks[0][1], history.best[1]),
         agreement=agreement,
+        best_step=int(history.best[0]),
         num_steps=history.step,
         num_tokens=history.step * own.windows_per_step * text.window_tokens,
         seconds=history.seconds,
