@@ -12,12 +12,17 @@ Predicted: by stage 2 of the plan from the profile that `moeserve calibrate` wro
 experts of another size (2048 x 768) and another small model, none of these. Hit rates follow from
 routing that is recorded of other prompts than the timed ones, as `moeserve trace` would.
 Measured: the engine in a process of its own, clients that send their next request when the last has
-ended; a round to warm up, then played until 6 s have passed; medians.
+ended; a round to warm up, then played until 5 s have passed; medians.
+
+The disk of a virtual machine may read half as much again a minute later, and no plan can know. So
+the disk is looked at again right before and right after a case that reads from it (blocks of
+256 KiB and 1 MiB, as `calibrate` does), and the prediction is made from that. What it would have
+been with the disk as it was calibrated is reported beside it.
 
 Every case is kept in --state as soon as it is measured, and a run goes on where the last one
-stopped. What was measured under another profile is measured anew (a disk of a virtual machine may
-read half as much again an hour later), and so is everything with --again. Predictions are made anew
-in every run. Last line: one JSON object.
+stopped. What was measured under another profile or with another engine (its sources, or how it is
+measured) is measured anew, and so is everything with --again. Predictions are made anew in every
+run. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,13 +46,19 @@ tune_native_libraries()
 
 from plan_bench.cases import OUTPUT_TOKENS, Case, all_cases, write_config  # noqa: E402
 from plan_bench.measure import measure, record_routing  # noqa: E402
-from plan_bench.predict import predict  # noqa: E402
-from plan_bench.report import accuracy, draw, markdown, summarise  # noqa: E402
+from plan_bench.predict import on_disk, predict  # noqa: E402
+from plan_bench.report import PARTS, accuracy, draw, markdown, summarise  # noqa: E402
 
 from moeserve.cpu_backend.machine import cpu_model  # noqa: E402
 from moeserve.experts.schedule.profile import Profile, encode_profile  # noqa: E402
 from moeserve.planner.deployment import find_hardware  # noqa: E402
 from moeserve.planner.random_model import write_random_packed  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+#: sources of which decide what is measured
+ENGINE_ROOMS = (
+    "moeserve/engine", "moeserve/models", "experts", "cache", "cpu_backend", "predictors",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -59,7 +71,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="measure what was measured already")
     parser.add_argument("--out", type=Path, help="folder for <date>-plan.json, .md and .png")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--trace-prompts", type=int, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
         return run_child(args)
@@ -99,24 +111,30 @@ def chosen(count: int | None, name: str) -> list[Case]:
 def all_rows(
     args: argparse.Namespace, profile: Profile, cases: list[Case]
 ) -> Iterator[dict[str, Any]]:
+    of = {"profile": digest(profile), "engine": engine_digest()}
     for name in dict.fromkeys(case.model for case in cases):
         own = [case for case in cases if case.model == name]
-        model, trace = args.state / name, args.state / f"{name}.npz"
-        known = {case: measured(args.state, case, profile) for case in own}
-        missing = [case for case in own if args.again or known[case] is None]
+        model = args.state / name
+        known = {case: None if args.again else measured(args.state, case, of) for case in own}
         shutil.rmtree(model, ignore_errors=True)  # of a run that was stopped
         write_random_packed(write_config(own[0].shape, args.state), model, own[0].quantize)
-        if missing and (args.again or not trace.exists()):
-            child(model, own[0], trace)
+        lacking = {case.context_tokens for case in own if not trace_of(args.state, case).exists()}
+        if lacking:
+            child(model, own[0], sorted(lacking))
         for case in own:
-            if case in missing:
-                known[case] = child(model, case)
-                text = json.dumps({"profile": digest(profile), "measured": known[case]})
-                kept(args.state, case).write_text(text)
+            found = known[case]
+            if found is None:
+                found = child(model, case)
+                kept(args.state, case).write_text(json.dumps({**of, "measured": found}))
+            trace = trace_of(args.state, case)
+            here = on_disk(profile, found["disk"])
+            predicted = predict(model, trace, case, here)
+            before = predicted if here is profile else predict(model, trace, case, profile)
             row = {
                 **case.as_json(),
-                "measured": known[case],
-                "predicted": predict(model, trace, case, profile),
+                "measured": found,
+                "predicted": predicted,
+                "with_calibrated_disk": {part: before[part] for part in PARTS},
             }
             show(row)
             yield row
@@ -127,23 +145,42 @@ def kept(state: Path, case: Case) -> Path:
     return state / f"{case.name}.json"
 
 
-def measured(state: Path, case: Case, profile: Profile) -> dict[str, Any] | None:
-    """What is kept of a case under this profile; None: nothing."""
+def trace_of(state: Path, case: Case) -> Path:
+    """Routing of the case's model on prompts as long as the case's."""
+    return state / f"{case.model}-{case.context_tokens}.npz"
+
+
+def measured(state: Path, case: Case, of: dict[str, str]) -> dict[str, Any] | None:
+    """What is kept of a case under this profile and with this engine; None: nothing."""
     path = kept(state, case)
     found = json.loads(path.read_text()) if path.exists() else {}
-    return dict(found["measured"]) if found.get("profile") == digest(profile) else None
+    return dict(found["measured"]) if {key: found.get(key) for key in of} == of else None
+
+
+def engine_digest() -> str:
+    """Of the sources of what is measured, and of how it is measured."""
+    files = {path for room in ENGINE_ROOMS for path in (ROOT / room).rglob("*") if is_source(path)}
+    files |= {ROOT / "scripts/plan_bench" / name for name in ("measure.py", "cases.py")}
+    found = hashlib.sha256()
+    for path in sorted(files):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def is_source(path: Path) -> bool:
+    return path.suffix in (".py", ".cpp", ".h")
 
 
 def digest(profile: Profile) -> str:
     return hashlib.sha256(encode_profile(profile)).hexdigest()
 
 
-def child(model: Path, case: Case, trace: Path | None = None) -> dict[str, Any]:
-    """A process for one case, or, with a trace to write, for recording the model's routing."""
+def child(model: Path, case: Case, trace_prompts: list[int] | None = None) -> dict[str, Any]:
+    """A process for one case, or, with tokens of prompts, for recording the model's routing."""
     command = [sys.executable, __file__, "--state", str(model.parent)]
     command += ["--case", json.dumps(case.as_json())]
-    if trace is not None:
-        command += ["--trace", str(trace)]
+    if trace_prompts is not None:
+        command += ["--trace-prompts", *map(str, trace_prompts)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -153,8 +190,11 @@ def run_child(args: argparse.Namespace) -> int:
     fields.pop("name")
     case = Case(**fields)
     model = args.state / case.model
-    if args.trace is not None:
-        record_routing(model, case.shape, args.trace)
+    if args.trace_prompts is not None:
+        outs = {
+            n: trace_of(args.state, replace(case, context_tokens=n)) for n in args.trace_prompts
+        }
+        record_routing(model, case.shape, outs)
         print("{}")
     else:
         print(json.dumps(measure(model, case)))

@@ -19,7 +19,7 @@ import msgspec
 from moeserve.core import ConfigError, ExpertSpec
 
 #: to be raised when a field of the profile changes its meaning
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
 #: where the package keeps profiles of machines that are not at hand
 SHIPPED = files("moeserve") / "planner" / "profiles"
 
@@ -189,19 +189,29 @@ class StepPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One kind of step of our engine, by what its parts took, as its timeline names them.
 
     num_streams: sequences in the step. num_rows: tokens. once_us: of the step, without the layers.
-    layer_us: mean of a layer. tiered: experts stood in slots, with num_missing of the num_active
-    experts of a layer to be read, in num_groups runs.
+    layer_us: mean of a layer. tiered: experts stood in slots over the disk.
     """
 
     tiered: bool
     num_streams: int
     num_rows: int
     context_tokens: int
-    num_active: float
-    num_missing: float
-    num_groups: float
     once_us: dict[str, Figure]
     layer_us: dict[str, Figure]
+
+
+class TierPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Layers over the disk that are alike: num_rows tokens, and so many of the experts that they
+    chose to be read. num_layers: that were seen. num_active, num_groups: means, of chosen experts
+    and of runs in which these were computed, the sum of a row's experts being one of them. us: of a
+    layer, by part (`planner/tier_figures.py`)."""
+
+    num_rows: int
+    num_missing: int
+    num_layers: int
+    num_active: float
+    num_groups: float
+    us: dict[str, Figure]
 
 
 class SamplePoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -215,6 +225,7 @@ class SamplePoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class StepFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What steps of our engine take on this CPU, measured on a model made for it: `config`, its
     config.json, packed with `quantize`. What the engine adds to its products is the difference.
+    tier: the layers of the steps over the disk.
     """
 
     config: dict[str, int | float | str | bool | list[str]]
@@ -222,6 +233,7 @@ class StepFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     attention: list[AttentionPoint]
     sampling: list[SamplePoint]
     steps: list[StepPoint]
+    tier: list[TierPoint]
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -20,7 +20,7 @@ from pathlib import Path
 from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import DiskPoint
-from moeserve.planner.repeats import Repeats, rated
+from moeserve.planner.repeats import Repeats, usual
 
 WRITE_BYTES = 4 << 20
 #: memory that is read into, in turn: what a processor's cache holds is another's business
@@ -49,10 +49,20 @@ def measure_disk(plan: DiskPlan, report: Callable[[str], None]) -> list[DiskPoin
     with tempfile.TemporaryDirectory(dir=_writable(plan.directory), prefix=".calibrate-") as folder:
         path = Path(folder) / "blocks"
         _write(path, plan.file_bytes)
-        points: list[DiskPoint] = []
-        for block in plan.block_bytes:
-            report(f"disk: blocks of {block >> 10} KiB")
-            points += _points(plan, path, block)
+        return measure_file(plan, path, report)
+
+
+def measure_file(
+    plan: DiskPlan, path: Path, report: Callable[[str], None] = lambda text: None
+) -> list[DiskPoint]:
+    """Of reads from a file that is there. Raises ConfigError where its file system has no O_DIRECT.
+
+    What varies is the disk's own, so a rate is the middle of its samples.
+    """
+    points: list[DiskPoint] = []
+    for block in plan.block_bytes:
+        report(f"disk: blocks of {block >> 10} KiB")
+        points += _points(plan, path, block)
     return points
 
 
@@ -77,7 +87,7 @@ def _points(plan: DiskPlan, path: Path, block: int) -> list[DiskPoint]:
     """Of one block size by depth, which take turns."""
     with ExitStack() as stack:
         wanted = [
-            rated(
+            usual(
                 partial(
                     stack.enter_context(DirectReader(path, block, depth)).bytes_per_s,
                     max(depth, plan.sample_bytes // block),

@@ -44,6 +44,11 @@ def rated(sample: Sample) -> Measurement:
     return Measurement((sample,), lambda columns: summarise(columns[0], is_rate=True))
 
 
+def usual(sample: Sample) -> Measurement:
+    """What varies by itself: the middle, since what is rare belongs to it."""
+    return Measurement((sample,), lambda columns: summarise(columns[0], share=0.5))
+
+
 def differing(more: Sample, less: Sample, count: int) -> Measurement:
     """(more - less) / count, of the shortest of each: a difference takes the noise of both."""
     return Measurement((more, less), lambda columns: _difference(columns[0], columns[1], count))

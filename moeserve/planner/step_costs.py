@@ -225,18 +225,6 @@ class EngineStepCosts:
             raise ConfigError("profile: it has no peak of the CPU", field="profile")
         return attention_ops(self.model.layers[layer].attention, load) / peak * 1e6 * self._slower
 
-    def tier_us(self, layer: int, num_active: int, num_missing: int) -> float:
-        return float(self.engine.in_parts[:3] @ (1.0, num_active, num_missing))
-
-    def parts_us(self, layer: int, num_rows: int, num_groups: int) -> float:
-        """What computing experts in so many runs adds, their sum being one of them, and what each
-        row adds to deciding."""
-        experts = self.model.layers[layer].experts
-        assert experts is not None, f"layer {layer} has no experts"
-        numbers = num_rows * experts.top_k * self.model.hidden_size
-        us = float(self.engine.pairs @ (num_groups, numbers))
-        return us + float(self.engine.in_parts[3]) * num_rows
-
 
 def attention_ops(attention: AttentionShape, load: StepLoad) -> float:
     """Of the scores and values of all rows of one layer; a multiply-add is two."""

@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -34,6 +33,8 @@ from moeserve.experts.schedule.profile import (
 )
 from moeserve.planner.random_model import write_random_packed
 from moeserve.planner.repeats import Repeats, summarise
+from moeserve.planner.step_fit import rows_at_random
+from moeserve.planner.tier_figures import TierLayer, tier_layers, tier_points
 from moeserve.timeline import Span
 
 QUANTIZE = "int8"
@@ -72,16 +73,9 @@ CONTEXT_TOKENS = 16
 #: steps of each kind, the first few of which are cold
 NUM_STEPS, NUM_COLD = 20, 4
 PARTS_ONCE = ("schedule", "inputs", "final norm", "commit", "head and sampler")
-PARTS_OF_LAYER = (
-    "attention",
-    "router",
-    "place",
-    "acquire",
-    "predict and prefetch",
-    "experts",
-    "feed forward",
-    "stall",
-)
+PARTS_OF_LAYER = ("attention", "experts", "feed forward")
+#: of the experts: few and many layers that find what they want
+TIER_SHARES = (0.75, 0.375)
 Report = Callable[[str], None]
 
 
@@ -103,13 +97,20 @@ def measure_steps(
         config = Path(scratch) / "config.json"
         config.write_text(json.dumps(CONFIG))
         write_random_packed(config, model, QUANTIZE)
+        layers: list[TierLayer] = []
+        num_experts = NUM_LAYERS * NUM_EXPERTS
         steps = [
             point
-            for slots in (None, NUM_LAYERS * NUM_EXPERTS * 3 // 4)
-            for point in step_points(model, runtime.num_threads, slots)
+            for slots in (None, *(round(num_experts * share) for share in TIER_SHARES))
+            for point in step_points(model, runtime.num_threads, slots, layers)
         ]
     return StepFigures(
-        config=CONFIG, quantize=QUANTIZE, attention=attention, sampling=sampling, steps=steps
+        config=CONFIG,
+        quantize=QUANTIZE,
+        attention=attention,
+        sampling=sampling,
+        steps=steps,
+        tier=tier_points(layers),
     )
 
 
@@ -159,17 +160,17 @@ def sample_point(repeats: Repeats, num_rows: int, vocab_size: int) -> SamplePoin
 
 @dataclass
 class _Step:
-    """One step's times, and what its layers asked for."""
+    """One step's times."""
 
     once_us: dict[str, float]
     layer_us: dict[str, float]
-    num_active: float
-    num_missing: float
-    num_groups: float
+    spans: list[Span]
 
 
-def step_points(model: Path, num_threads: int, slots: int | None) -> Iterator[StepPoint]:
-    """slots: for experts; None: all are resident."""
+def step_points(
+    model: Path, num_threads: int, slots: int | None, layers: list[TierLayer]
+) -> Iterator[StepPoint]:
+    """slots: for experts; None: all are resident. layers: those over the disk are added."""
     engine = Engine.from_config(
         EngineConfig(
             model=ModelConfig(model=str(model)),
@@ -180,14 +181,20 @@ def step_points(model: Path, num_threads: int, slots: int | None) -> Iterator[St
     )
     engine.page_mover.wait()
     rng = np.random.default_rng(0)
-    make = partial(_point, slots is not None)
+
+    def point(streams: int, rows: int, context: int, steps: list[_Step]) -> StepPoint:
+        if slots is not None:
+            usual = sum(count for _, count in rows_at_random(rows, NUM_EXPERTS, TOP_K))
+            layers.extend(each for s in steps for each in tier_layers(s.spans, rows, usual))
+        return _point(slots is not None, streams, rows, context, steps)
+
     for streams in DECODES:
         steps = list(_run(engine, rng, streams, CONTEXT_TOKENS, NUM_STEPS))
         decodes = steps[-NUM_STEPS + NUM_COLD :]
-        yield make(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes)
+        yield point(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes)
     for rows in PROMPTS:
         prompts = [next(_run(engine, rng, 1, rows, 1)) for _ in range(NUM_STEPS // 2)]
-        yield make(1, rows, rows, prompts[2:])
+        yield point(1, rows, rows, prompts[2:])
     engine.close()
 
 
@@ -200,37 +207,25 @@ def _run(
         ids = rng.integers(1, VOCAB_SIZE, prompt).tolist()
         engine.add(EngineRequest(request_id=str(stream), token_ids=ids, params=params))
     found = []
-    counters = engine.loaded.runtime.cache.counters
     while engine.has_work:
-        before = counters.totals()
         engine.timeline.start()
         engine.step()
-        spans = engine.timeline.stop().spans
-        after = counters.totals()
-        wanted = {key: after[key] - before[key] for key in ("hits", "late", "misses")}
-        found.append(_step(spans, sum(wanted.values()), wanted["misses"]))
+        found.append(_step(engine.timeline.stop().spans))
     return iter(found)
 
 
-def _step(spans: list[Span], num_active: int, num_missing: int) -> _Step:
+def _step(spans: list[Span]) -> _Step:
     times: dict[str, float] = defaultdict(float)
-    groups = 0
     for span in spans:
         times[span.name] += (span.end_s - span.start_s) * 1e6
-        groups += span.name == "experts"
     return _Step(
         {name: times[name] for name in PARTS_ONCE},
         {name: times[name] / NUM_LAYERS for name in PARTS_OF_LAYER if name in times},
-        num_active / NUM_LAYERS,
-        num_missing / NUM_LAYERS,
-        groups / NUM_LAYERS,
+        spans,
     )
 
 
 def _point(tiered: bool, streams: int, rows: int, context: int, steps: list[_Step]) -> StepPoint:
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     def figures(of: Callable[[_Step], dict[str, float]]) -> dict[str, Figure]:
         names = {name for step in steps for name in of(step)}
         return {
@@ -244,9 +239,6 @@ def _point(tiered: bool, streams: int, rows: int, context: int, steps: list[_Ste
         num_streams=streams,
         num_rows=rows,
         context_tokens=context,
-        num_active=mean([step.num_active for step in steps]),
-        num_missing=mean([step.num_missing for step in steps]),
-        num_groups=mean([step.num_groups for step in steps]),
         once_us=figures(lambda step: step.once_us),
         layer_us=figures(lambda step: step.layer_us),
     )

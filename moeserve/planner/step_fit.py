@@ -12,39 +12,22 @@ from math import comb
 
 import numpy as np
 from msgspec import structs
-from numpy.typing import NDArray
 
-from moeserve.experts.schedule.profile import AttentionPoint, Figure, StepFigures, StepPoint
+from moeserve.experts.schedule.profile import (
+    AttentionPoint,
+    Figure,
+    StepFigures,
+    StepPoint,
+    TierPoint,
+)
+from moeserve.planner.least_squares import Costs, fit_costs
 from moeserve.planner.plan_types import AttentionShape, LayerShape, ModelShape
+from moeserve.planner.tier_fit import LayerProducts, TierCosts, fit_tier
 
 #: keys that attention computes together (csrc/attention.h): a row pays for whole blocks
 BLOCK_KEYS = 64
 #: pairs of rows and heads that read keys together, at most (csrc/attention.cpp)
 TILE_PAIRS = 96
-#: what a layer of experts over tiers consists of: "experts" and "stall" lie in the last of them.
-#: Of a resident layer the last one is all (models/transformer.py, experts/layer.py)
-LAPS = ("router", "place", "acquire", "predict and prefetch", "feed forward")
-Costs = NDArray[np.float64]
-
-
-def fit_costs(features: Sequence[Sequence[float] | Costs], us: Sequence[float]) -> Costs:
-    """Costs >= 0 of each feature [F], by least squares of relative errors. features: [N, F].
-
-    A feature whose cost comes out negative is left out and the others are fitted again: with as few
-    as here that is the constrained optimum, or close to it.
-    """
-    matrix, wanted = np.asarray(features, np.float64), np.asarray(us, np.float64)
-    weights = 1 / np.maximum(np.abs(wanted), 1.0)
-    costs = np.zeros(matrix.shape[1])
-    kept = list(range(matrix.shape[1]))
-    while kept:
-        weighted = matrix[:, kept] * weights[:, None]
-        solution = np.linalg.lstsq(weighted, wanted * weights, rcond=None)[0]
-        if (solution >= 0).all():
-            costs[kept] = solution
-            break
-        del kept[int(solution.argmin())]
-    return costs
 
 
 def attention_features(
@@ -91,9 +74,7 @@ class EngineCosts:
 
     attention: of `attention_features`. sampling: of a step, of a row's number of the vocabulary.
     once: of a step, of a sequence, of a row. around_attention, around_experts: of a layer, of a
-    number of a row. in_parts: of a layer, of an active expert, of a missing one, of a row: counting
-    uses, deciding, leasing, prefetching. pairs: of a run of experts and of adding up, of a number
-    of a row that chose an expert.
+    number of a row. tier: of a layer over the disk.
     """
 
     attention: Costs = field(default_factory=lambda: np.zeros(3))
@@ -101,8 +82,7 @@ class EngineCosts:
     once: Costs = field(default_factory=lambda: np.zeros(3))
     around_attention: Costs = field(default_factory=lambda: np.zeros(2))
     around_experts: Costs = field(default_factory=lambda: np.zeros(2))
-    in_parts: Costs = field(default_factory=lambda: np.zeros(4))
-    pairs: Costs = field(default_factory=lambda: np.zeros(2))
+    tier: TierCosts = field(default_factory=TierCosts)
 
     def attention_us(self, shape: AttentionShape, start: int, num_rows: int) -> float:
         return float(self.attention @ attention_features(shape, [start], [num_rows]))
@@ -123,14 +103,13 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
     )
     known = EngineCosts(attention=attention, sampling=sampling)
     resident = [point for point in figures.steps if not point.tiered]
-    tiered = [point for point in figures.steps if point.tiered]
     around_experts = _fit(
         resident,
         lambda p: (1.0, p.num_rows * model.hidden_size),
         lambda p: (
             _value(p, "feed forward")
             - products.router_us(layer, p.num_rows)
-            - _experts_us(products, layer, p)
+            - _experts_us(products, layer, p.num_rows)
             - products.start_us
         ),
     )
@@ -156,24 +135,16 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
             ),
         ),
         around_experts=around_experts,
-        in_parts=_fit(
-            tiered,
-            lambda p: (1.0, p.num_active, p.num_missing, p.num_rows),
-            lambda p: (
-                sum(_value(p, lap) for lap in LAPS)
-                - _value(p, "experts")
-                - _value(p, "stall")
-                - products.router_us(layer, p.num_rows)
-                - float(around_experts @ (1.0, p.num_rows * model.hidden_size))
-            ),
-        ),
-        pairs=_fit(
-            tiered,
-            lambda p: (p.num_groups, p.num_rows * _top_k(layer) * model.hidden_size),
-            lambda p: (
-                _value(p, "experts")
-                - _experts_us(products, layer, p)
-                - max(1.0, p.num_groups - 1) * products.start_us
+        tier=fit_tier(
+            figures.tier,
+            LayerProducts(
+                numbers=_top_k(layer) * model.hidden_size,
+                start_us=products.start_us,
+                experts_us=lambda rows, active: _some_experts_us(products, layer, rows, active),
+                other_us=lambda rows: (
+                    products.router_us(layer, rows)
+                    + float(around_experts @ (1.0, rows * model.hidden_size))
+                ),
             ),
         ),
     )
@@ -220,12 +191,23 @@ def _attend_us(known: EngineCosts, layer: LayerShape, point: StepPoint) -> float
     return point.num_streams * known.attention_us(layer.attention, start, rows)
 
 
-def _experts_us(products: ProductCosts, layer: LayerShape, point: StepPoint) -> float:
+def _experts_us(products: ProductCosts, layer: LayerShape, num_rows: int) -> float:
     """As if every choice were as likely: the model's routers are random."""
+    return sum(count * products.expert_us(layer, rows) for rows, count in _spread(layer, num_rows))
+
+
+def _some_experts_us(
+    products: ProductCosts, layer: LayerShape, num_rows: int, num_active: float
+) -> float:
+    """Of a layer in which so many were chosen, which may be more or fewer than usual."""
+    usual = sum(count for _, count in _spread(layer, num_rows))
+    return _experts_us(products, layer, num_rows) * num_active / usual
+
+
+def _spread(layer: LayerShape, num_rows: int) -> list[tuple[int, float]]:
     experts = layer.experts
     assert experts is not None, "the model that is measured has experts in all layers"
-    spread = rows_at_random(point.num_rows, experts.spec.num_experts, experts.top_k)
-    return sum(count * products.expert_us(layer, rows) for rows, count in spread)
+    return rows_at_random(num_rows, experts.spec.num_experts, experts.top_k)
 
 
 def _sum(parts: dict[str, Figure]) -> float:
@@ -247,22 +229,39 @@ def rebased(
     def more_us(costs: Callable[[ProductCosts], float]) -> float:
         return costs(after) - costs(before)
 
+    def router_us(rows: int) -> float:
+        return more_us(lambda costs: costs.router_us(layer, rows))
+
     def step(point: StepPoint) -> StepPoint:
         rows = point.num_rows
         head = more_us(lambda costs: costs.head_us(point.num_streams))
         attention = more_us(lambda costs: costs.attention_us(layer, rows))
-        router = more_us(lambda costs: costs.router_us(layer, rows))
-        experts = more_us(lambda costs: costs.start_us + _experts_us(costs, layer, point))
+        experts = more_us(lambda costs: costs.start_us + _experts_us(costs, layer, rows))
         of_layer = {"attention": attention, "experts": experts, "feed forward": experts}
-        lap = "router" if point.tiered else "feed forward"
-        of_layer[lap] = of_layer.get(lap, 0.0) + router
+        if not point.tiered:
+            of_layer["feed forward"] += router_us(rows)
         return structs.replace(
             point,
             once_us=_with_more(point.once_us, {"head and sampler": head}),
             layer_us=_with_more(point.layer_us, of_layer),
         )
 
-    return structs.replace(figures, steps=[step(point) for point in figures.steps])
+    def tier(point: TierPoint) -> TierPoint:
+        rows, starts = point.num_rows, max(1.0, point.num_groups - 1)
+        experts = more_us(
+            lambda costs: (
+                starts * costs.start_us + _some_experts_us(costs, layer, rows, point.num_active)
+            )
+        )
+        router = router_us(rows)
+        changed = {"experts": experts, "books": router, "layer": experts + router}
+        return structs.replace(point, us=_with_more(point.us, changed))
+
+    return structs.replace(
+        figures,
+        steps=[step(point) for point in figures.steps],
+        tier=[tier(point) for point in figures.tier],
+    )
 
 
 def _with_more(parts: dict[str, Figure], more_us: dict[str, float]) -> dict[str, Figure]:

@@ -15,17 +15,24 @@ from moeserve.core import EngineRequest, SamplingParams
 from moeserve.engine.engine import Engine
 from moeserve.engine.simulation import RequestTimes
 from moeserve.models.packed_model import config_sha256
+from moeserve.planner.disk_figures import DiskPlan, measure_file
 from moeserve.planner.plan_types import Traffic
 from moeserve.planner.process_memory import resident_bytes
+from moeserve.planner.repeats import Repeats
 from moeserve.planner.simulate.system import num_requests, steady_window
 from moeserve.predictor_tools.trace import RoutingRecorder
 from plan_bench.cases import OUTPUT_TOKENS, SHAPES, Case, num_experts
 
 BLOCK_TOKENS = 16
 #: a case is played until so much time has passed, and at least so often
-LEAST_S, LEAST_TIMES = 6.0, 1
-#: sequences whose routing is recorded: other prompts than those that are timed
-TRACED, TRACED_PROMPT = 24, 64
+LEAST_S, LEAST_TIMES = 5.0, 1
+#: requests of each client: of many clients fewer make the same number of requests
+ROUNDS = {1: 4, 4: 4, 16: 3}
+#: sequences whose routing is recorded, by the tokens of their prompts: other prompts than those
+#: that are timed, but as long, because what a token chooses follows from what it can see
+TRACED = {64: 24, 256: 16, 768: 12}
+#: how the disk is looked at beside a case: blocks, depths, bytes of a sample
+DISK_BLOCKS, DISK_DEPTHS, DISK_SAMPLE_BYTES = (256 << 10, 1 << 20), (1, 2, 4, 8), 32 << 20
 
 
 def engine_settings(model: Path, case: Case) -> EngineConfig:
@@ -41,7 +48,8 @@ def engine_settings(model: Path, case: Case) -> EngineConfig:
 
 
 def measure(model: Path, case: Case) -> dict[str, Any]:
-    """Medians over the times that the case is played, after a round that warms caches up."""
+    """Medians over the times that the case is played, after a round that warms caches up. "disk":
+    of a case with experts there, the disk as it was before and after."""
     engine = Engine.from_config(engine_settings(model, case))
     engine.page_mover.wait()
     traffic = Traffic(
@@ -49,18 +57,35 @@ def measure(model: Path, case: Case) -> dict[str, Any]:
         prompt_tokens=case.context_tokens,
         output_tokens=OUTPUT_TOKENS,
     )
+    count = num_requests(traffic, ROUNDS[case.num_streams])
     rng = np.random.default_rng(7)
     play(engine, case, rng, case.num_streams)
+    disk = disk_points(model, case)
     runs: list[dict[str, float]] = []
     began_s = time.perf_counter()
     while len(runs) < LEAST_TIMES or time.perf_counter() - began_s < LEAST_S:
-        runs.append(steady(engine, case, rng, num_requests(traffic)))
+        runs.append(steady(engine, case, rng, count))
+    disk += disk_points(model, case)
     result: dict[str, Any] = {key: median(run[key] for run in runs) for key in runs[0]}
     result["rss_bytes"] = resident_bytes()
     speeds = [run["tokens_per_s"] for run in runs]
-    result |= {"times": len(runs), "fastest": max(speeds), "slowest": min(speeds)}
+    result |= {"times": len(runs), "fastest": max(speeds), "slowest": min(speeds), "disk": disk}
     engine.close()
     return result
+
+
+def disk_points(model: Path, case: Case) -> list[dict[str, float]]:
+    """Reads of blocks from the model's file, each kind for a moment. Nothing where all experts are
+    in memory."""
+    if case.share == 100:
+        return []
+    path = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    once = Repeats(at_least=3, at_most=8, limit_s=0.1)
+    plan = DiskPlan(model, 0, DISK_BLOCKS, DISK_DEPTHS, DISK_SAMPLE_BYTES, once)
+    return [
+        {"block": p.block_bytes, "depth": p.queue_depth, "bytes_per_s": p.bytes_per_s.value}
+        for p in measure_file(plan, path)
+    ]
 
 
 def steady(engine: Engine, case: Case, rng: np.random.Generator, count: int) -> dict[str, float]:
@@ -112,27 +137,30 @@ def requests(case: Case, rng: np.random.Generator, count: int) -> Iterator[Engin
         yield EngineRequest(request_id=str(number), token_ids=ids, params=params)
 
 
-def record_routing(model: Path, shape: str, out: Path) -> None:
+def record_routing(model: Path, shape: str, outs: dict[int, Path]) -> None:
     """Routing of other random prompts and their answers, one after the other: hit rates of the
-    prediction follow from it, as a user would record them with `moeserve trace`."""
+    prediction follow from it, as a user would record them with `moeserve trace`. outs: by the
+    tokens of a prompt."""
+    blocks = -(-(max(outs) + OUTPUT_TOKENS) // BLOCK_TOKENS)
     engine = Engine.from_config(
         EngineConfig(
             model=ModelConfig(model=str(model)),
-            kv=KvConfig(num_blocks=16),
+            kv=KvConfig(num_blocks=blocks, block_tokens=BLOCK_TOKENS, prefix_reuse=False),
             experts=ExpertConfig(cpu_backend="native"),
         )
     )
     sizes = {i: ffn.experts.num_experts for i, ffn in engine.loaded.spec.moe_layers.items()}
-    recorder = RoutingRecorder(sizes)
-    engine.loaded.runtime.observers.append(recorder)
     rng = np.random.default_rng(99)
     params = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0, ignore_eos=True)
-    for number in range(TRACED):
-        ids = rng.integers(1, SHAPES[shape]["vocab_size"], TRACED_PROMPT).tolist()
-        engine.add(EngineRequest(request_id=str(number), token_ids=ids, params=params))
-        answer = [token for _ in iter_steps(engine) for token in _]
-        recorder.end_sequence(ids + answer[:-1])
-    recorder.save(out, config_sha256(model))
+    for prompt_tokens, out in outs.items():
+        recorder = RoutingRecorder(sizes)
+        engine.loaded.runtime.observers[:] = [recorder]
+        for number in range(TRACED[prompt_tokens]):
+            ids = rng.integers(1, SHAPES[shape]["vocab_size"], prompt_tokens).tolist()
+            engine.add(EngineRequest(request_id=str(number), token_ids=ids, params=params))
+            answer = [token for _ in iter_steps(engine) for token in _]
+            recorder.end_sequence(ids + answer[:-1])
+        recorder.save(out, config_sha256(model))
     engine.close()
 
 

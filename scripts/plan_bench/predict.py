@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from moeserve.cache.expert_cache import Tier
-from moeserve.experts.schedule.profile import Profile
+from moeserve.experts.schedule.profile import DiskPoint, Figure, Profile
 from moeserve.planner.deployment import find_shape, sized
 from moeserve.planner.plan_types import PlanRequest, Traffic
 from moeserve.planner.simulate.system import simulate
 from plan_bench.cases import OUTPUT_TOKENS, Case
 from plan_bench.measure import engine_settings
+
+
+def on_disk(profile: Profile, measured: list[dict[str, float]]) -> Profile:
+    """The profile with the disk as it was beside a case, the mean of before and after. What the
+    profile has of the disk stays where nothing is known."""
+    rates: dict[tuple[float, float], list[float]] = defaultdict(list)
+    for point in measured:
+        rates[point["block"], point["depth"]].append(point["bytes_per_s"])
+    points = [
+        DiskPoint(
+            block_bytes=int(block),
+            queue_depth=int(depth),
+            bytes_per_s=Figure(value=sum(found) / len(found)),
+        )
+        for (block, depth), found in rates.items()
+    ]
+    return structs.replace(profile, disk=points) if points else profile
 
 
 def predict(model: Path, trace: Path, case: Case, profile: Profile) -> dict[str, Any]:

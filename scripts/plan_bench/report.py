@@ -12,7 +12,9 @@ NAMES = {
     "tokens_per_s": "output tokens/s",
     "ttft_s": "time to first token, s",
     "tpot_s": "time per output token, s",
+    "tokens_per_s_with_calibrated_disk": "output tokens/s, from the disk as it was calibrated",
 }
+CALIBRATED_DISK = "tokens_per_s_with_calibrated_disk"
 MARKS = {100: "o", 75: "^", 50: "s", 25: "v"}
 
 
@@ -25,13 +27,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """rows: of the cases, each with "measured" and "predicted"."""
     summary: dict[str, Any] = {"configurations": len(rows)}
     for part in PARTS:
-        found = [accuracy(row["predicted"][part], row["measured"][part]) for row in rows]
-        worst = rows[int(np.argmin(found))]["name"]
-        summary[part] = {
-            "mean_accuracy": round(float(np.mean(found)), 4),
-            "worst_accuracy": round(min(found), 4),
-            "worst": worst,
-        }
+        summary[part] = _accuracies(rows, "predicted", part)
+    summary[CALIBRATED_DISK] = _accuracies(rows, "with_calibrated_disk", "tokens_per_s")
     memory = [accuracy(r["predicted"]["rss_bytes"], r["measured"]["rss_bytes"]) for r in rows]
     summary["memory"] = {
         "mean_error": round(1 - float(np.mean(memory)), 4),
@@ -46,6 +43,15 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def _accuracies(rows: list[dict[str, Any]], which: str, part: str) -> dict[str, Any]:
+    found = [accuracy(row[which][part], row["measured"][part]) for row in rows]
+    return {
+        "mean_accuracy": round(float(np.mean(found)), 4),
+        "worst_accuracy": round(min(found), 4),
+        "worst": rows[int(np.argmin(found))]["name"],
+    }
+
+
 def markdown(record: dict[str, Any]) -> str:
     rows, summary, machine = record["rows"], record["summary"], record["machine"]
     lines = [
@@ -56,12 +62,15 @@ def markdown(record: dict[str, Any]) -> str:
         " times are those of clients that wait for their answers, all busy; a case is a process"
         f" of its own. {record['output_tokens']} output tokens each.",
         "",
+        "The disk was looked at again beside each case that reads from it, and predictions are made"
+        " from that; with the disk as it was calibrated the first line would be the last.",
+        "",
         "| what | mean accuracy | worst | of |",
         "| --- | --- | --- | --- |",
         *(
             f"| {NAMES[part]} | {summary[part]['mean_accuracy']:.1%} |"
             f" {summary[part]['worst_accuracy']:.1%} | {summary[part]['worst']} |"
-            for part in PARTS
+            for part in (*PARTS, CALIBRATED_DISK)
         ),
         "",
         f"Memory: {summary['memory']['mean_error']:.1%} off on average, at most"

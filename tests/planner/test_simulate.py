@@ -20,7 +20,7 @@ from moeserve.cache.routing_trace import RoutingTrace, one_by_one
 from moeserve.cache.types import ExpertState
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
 from moeserve.core import ConfigError, ExpertKey, MoeserveError, Placement
-from moeserve.experts.schedule.profile import Profile, shipped_profile
+from moeserve.experts.schedule.profile import DiskPoint, Figure, Profile, shipped_profile
 from moeserve.planner.deployment import sized
 from moeserve.planner.plan_types import (
     Deployment,
@@ -178,6 +178,44 @@ def test_reads_are_faster_together(profile: Profile) -> None:
     assert many == pytest.approx(8 * record / made.DISK_BYTES_PER_S * 1e6)
     assert read_time_us(profile.disk, record, 0, None) == 0
     assert read_time_us(profile.disk, record, 8, 1) == pytest.approx(8 * one)
+
+
+def test_blocks_that_were_not_measured_lie_on_a_line() -> None:
+    """2 us to begin a read, then 1 GB/s; smaller ones too, beyond them the rate is known."""
+    disk = [
+        DiskPoint(
+            block_bytes=size,
+            queue_depth=1,
+            bytes_per_s=Figure(value=size / (2e-6 + size * 1e-9)),
+        )
+        for size in (64 << 10, 512 << 10)
+    ]
+    for record in (16 << 10, 100 << 10, 512 << 10):
+        assert read_time_us(disk, record, 3, 1) == pytest.approx(3 * (2 + record * 1e-3))
+    rate = disk[1].bytes_per_s.value
+    assert read_time_us(disk, 1 << 20, 1, 1) == pytest.approx((1 << 20) / rate * 1e6)
+
+
+def test_a_layer_over_the_disk_by_hand(shape: ModelShape, profile: Profile) -> None:
+    """Two experts are there and two arrive, the second while the first is computed."""
+    deployment = deploy(shape, profile, host_slots=16)
+    clock = DiskClock(
+        EngineStepCosts(shape, profile), recorded(model_trace(), shape), 64, deployment
+    )
+    tier, one_us = clock._tier, product_us(3 * 256 * 128, 1)
+    first, second = 1000.0, 1000.0 + made.LATE_US + 1.0
+    us, own_us, runs = clock._beside_reading(20.0, [1, 1], [1, 1], np.array([first, second]))
+    numbers = made.NUMBER_US * 256
+    beside = made.BESIDE * 1.0  # of the second read beside the first one's run
+    last = made.START_US + one_us + made.RUN_US + numbers
+    assert us == pytest.approx(first + made.LATE_US + last + beside + last + made.RUN_US, rel=1e-3)
+    assert runs == 4
+    alone_us = made.START_US + 2 * one_us + made.RUN_US + 2 * numbers
+    slowed = alone_us / (1 - made.BESIDE)  # the reads go on until it is over
+    assert tier.run_us(made.START_US + 2 * one_us, 512, 1e6) == pytest.approx(slowed, rel=1e-3)
+    assert own_us == pytest.approx(
+        20 + slowed - made.START_US - 2 * one_us + 3 * made.RUN_US + 2 * numbers + beside, rel=1e-3
+    )
 
 
 def test_clients_that_wait_for_kv_are_named(shape: ModelShape, profile: Profile) -> None:

@@ -11,9 +11,9 @@ from support import engine_profile as made
 from support.engine_profile import made_profile, product_us, read_config
 from support.randomness import fresh_seed
 
+from moeserve.planner.least_squares import fit_costs
 from moeserve.planner.plan_types import Chunk, ModelShape, Resource, StepLoad
 from moeserve.planner.step_costs import EngineStepCosts, on_other_cpu
-from moeserve.planner.step_fit import fit_costs
 
 OTHER = {
     **made.CALIBRATED,
@@ -35,8 +35,12 @@ def test_the_fit_finds_what_the_engine_adds(tmp_path: Path, other: ModelShape) -
     assert engine.once == pytest.approx([made.ONCE_US, made.SEQUENCE_US, made.ROW_ONCE_US], 1e-3)
     assert engine.attention == pytest.approx([made.CALL_US, made.KV_US, made.OP_US], 1e-3)
     assert engine.around_attention[0] == pytest.approx(made.AROUND_ATTENTION_US, rel=0.05)
-    assert engine.in_parts[:2] == pytest.approx([made.BOOKS_US, made.ACTIVE_US], rel=0.02)
-    assert engine.pairs[0] == pytest.approx(made.RUN_US, rel=0.02)
+    tier = engine.tier
+    assert tier.books == pytest.approx(made.BOOKS_US, rel=0.01)
+    assert tier.begin == pytest.approx(made.BEGIN_US, rel=1e-3)
+    assert tier.to_read == pytest.approx(made.TO_READ_US, rel=1e-3)
+    assert tier.late_us == pytest.approx(made.LATE_US)
+    assert tier.runs == pytest.approx([made.RUN_US, made.NUMBER_US, made.BESIDE], rel=0.01)
     assert engine.sampling_us(3, 1000) == pytest.approx(3000 * made.SAMPLE_US, rel=1e-6)
 
 

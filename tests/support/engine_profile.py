@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moeserve import __version__
 from moeserve.config import ModelConfig
 from moeserve.experts.schedule.profile import (
@@ -23,6 +25,7 @@ from moeserve.experts.schedule.profile import (
     SamplePoint,
     StepFigures,
     StepPoint,
+    TierPoint,
 )
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.plan_types import ModelShape
@@ -34,9 +37,14 @@ ROWS = [1, 4, 16, 64, 256, 512]
 READ_US, ROW_US = 1e-4, 1e-6
 EXPERT_SHAPE = (512, 256)
 START_US = 20.0
-#: what the engine adds: of a step, a sequence, a row; of a layer, for each run of experts
+#: what the engine adds: of a step, a sequence, a row; of a layer
 ONCE_US, SEQUENCE_US, ROW_ONCE_US = 300.0, 25.0, 2.0
-AROUND_ATTENTION_US, BOOKS_US, ACTIVE_US, RUN_US = 15.0, 60.0, 5.0, 80.0
+AROUND_ATTENTION_US = 15.0
+#: of a layer over the disk: of each, of one that reads, of a record, of a run, of a row
+BOOKS_US = (30.0, 20.0, 15.0, 5.0, 0.5)
+BEGIN_US, TO_READ_US, LATE_US = (20.0, 2.0, 0.25), (15.0, 1.0), 25.0
+#: of a run, of a number that it adds, as a share of the time beside reads
+RUN_US, NUMBER_US, BESIDE = 30.0, 1e-4, 0.25
 #: of a call of attention, a number of kv, a multiply-add
 CALL_US, KV_US, OP_US = 6.0, 2e-4, 2e-5
 SAMPLE_US = 2e-3
@@ -141,17 +149,9 @@ def made_steps(tmp_path: Path) -> StepFigures:
     def step(tiered: bool, streams: int, rows: int) -> StepPoint:
         each, start = rows // streams, 31 if rows == streams else 0
         spread = rows_at_random(rows, 8, 2)
-        of_experts = sum(n * product_us(weights, r) for r, n in spread)
-        active = sum(n for _, n in spread)
-        groups = 2.0 if tiered else 1.0
         router = products(rows, lambda name: name.startswith("router"))
-        run = (RUN_US * groups + START_US) if tiered else START_US
-        experts = of_experts + run
-        laps = {"feed forward": experts + (0 if tiered else router)}
-        if tiered:
-            laps |= {"router": router, "place": BOOKS_US / 2, "acquire": ACTIVE_US * active}
-            laps |= {"predict and prefetch": BOOKS_US / 4}
-            laps["feed forward"] += BOOKS_US / 4
+        experts = START_US + sum(n * product_us(weights, r) for r, n in spread)
+        laps = {"feed forward": experts + router}
         head = product_us(model.head.rows * model.head.cols, streams)
         once = ONCE_US + SEQUENCE_US * streams + ROW_ONCE_US * rows
         attention = products(rows, lambda name: not name.startswith("router"))
@@ -161,9 +161,6 @@ def made_steps(tmp_path: Path) -> StepFigures:
             num_streams=streams,
             num_rows=rows,
             context_tokens=start + each,
-            num_active=active if tiered else 0.0,
-            num_missing=rows % 5 if tiered else 0.0,
-            num_groups=groups,
             once_us={
                 "inputs": Figure(value=once),
                 "head and sampler": Figure(value=head + SAMPLE_US * streams * 512),
@@ -173,6 +170,33 @@ def made_steps(tmp_path: Path) -> StepFigures:
                 "experts": Figure(value=experts),
                 **{name: Figure(value=us) for name, us in laps.items()},
             },
+        )
+
+    def tier(rows: int, missing: int) -> TierPoint:
+        """Records arrive in a few runs, beside what was there and the sum."""
+        spread = rows_at_random(rows, 8, 2)
+        of_experts = sum(n * product_us(weights, r) for r, n in spread)
+        runs = 2 + min(missing, 1 + rows % 4) if missing else 1
+        numbers = rows * 2 * CALIBRATED["hidden_size"] if missing else 0
+        beside = 100.0 * missing
+        extra = RUN_US * runs + NUMBER_US * numbers + BESIDE * beside
+        experts = of_experts + max(1, runs - 1) * START_US + extra
+        reads = float(missing > 0)
+        books = sum(np.multiply(BOOKS_US, (1, reads, missing, runs, rows)))
+        books += products(rows, lambda name: name.startswith("router"))
+        begin = sum(np.multiply(BEGIN_US, (1, missing, rows))) if missing else 5.0
+        us = {"experts": experts, "books": books, "begin": begin, "stall": 400.0 * missing}
+        us["layer"] = sum(us.values())
+        if missing:
+            us |= {"beside": beside, "late": LATE_US}
+            us["to read"] = TO_READ_US[0] + TO_READ_US[1] * missing
+        return TierPoint(
+            num_rows=rows,
+            num_missing=missing,
+            num_layers=1 + rows % 3,
+            num_active=sum(n for _, n in spread),
+            num_groups=runs,
+            us={name: Figure(value=float(value)) for name, value in us.items()},
         )
 
     kinds = ((1, 1), (4, 4), (16, 16), (1, 32), (1, 128), (1, 512))
@@ -196,4 +220,5 @@ def made_steps(tmp_path: Path) -> StepFigures:
             for n in (1, 8)
         ],
         steps=[step(tiered, *kind) for tiered in (False, True) for kind in kinds],
+        tier=[tier(rows, missing) for rows in (1, 4, 16, 128) for missing in (0, 1, 2, 5)],
     )

@@ -46,8 +46,11 @@ class DiskReads:
     def read_us(self, count: int) -> float:
         return read_time_us(self._disk, self._record_bytes, count, self._threads)
 
-    def fetch(self, layer: int, now: tuple[int, ...], wanted: tuple[int, ...]) -> dict[int, float]:
-        """When each wanted expert has arrived. now: those that are computed meanwhile."""
+    def fetch(
+        self, layer: int, now: tuple[int, ...], wanted: tuple[int, ...], from_us: float = 0.0
+    ) -> dict[int, float]:
+        """When each wanted expert has arrived. now: those that are computed meanwhile. from_us:
+        before which nothing can be read."""
         arrivals: dict[int, float] = {}
         each_us = self.read_us(len(wanted)) / len(wanted) if wanted else 0.0
         rest = wanted
@@ -55,7 +58,8 @@ class DiskReads:
             fetched, rest = self._split(layer, now, rest)
             with self.cache.acquire(Placement(layer, fetch_first=fetched, on_cpu=now)):
                 keys = [ExpertKey(layer, expert) for expert in fetched]
-                arrivals |= zip(fetched, self.link.demand(keys, each_us), strict=True)
+                there_us = [from_us] * len(keys)
+                arrivals |= zip(fetched, self.link.demand(keys, each_us, there_us), strict=True)
             now = ()
         return arrivals
 
@@ -100,6 +104,8 @@ class DiskClock(ExpertsClock):
         self._reads = DiskReads(config, sizes, slots, expert_bytes, deployment.profile.disk)
         self._cache = self._reads.cache
         self._order = FetchOrder(dict.fromkeys(self._layers, self._model))
+        self._tier = costs.engine.tier
+        self._hidden_size = costs.model.hidden_size
         self._now_us = 0.0
         self._foresight: Foresight | None = None
         if config.predictor != "none":
@@ -128,44 +134,63 @@ class DiskClock(ExpertsClock):
         before_us = link.busy_us
         self._cache.observe(use)
         placement = self._order.place(use, self._cache.residency(layer))
-        arrivals = self._reads.fetch(layer, placement.on_cpu, placement.fetch_first)
+        wanted = placement.fetch_first
+        from_us = self._now_us + self._tier.to_read_us(len(wanted))
+        arrivals = self._reads.fetch(layer, placement.on_cpu, wanted, from_us)
         read_us = link.busy_us - before_us
         if self._foresight is not None:
             self._prefetch.prefetch(self._foresight.predict(layer, tokens), placement)
         order = sorted(arrivals, key=arrivals.__getitem__)
         now = [int(rows[e]) for e in placement.on_cpu]
-        busy_us, num_groups = self._beside_reading(
+        begin_us = self._tier.begin_us(len(tokens), len(order))
+        busy_us, own_us, num_runs = self._beside_reading(
+            begin_us,
             now,
             [int(rows[e]) for e in order],
             np.array([arrivals[e] - self._now_us for e in order]),
         )
-        books_us = self._costs.tier_us(layer, len(now) + len(order), len(order))
-        books_us += self._costs.parts_us(layer, len(tokens), num_groups + bool(order))
+        books_us = self._tier.books_us(len(tokens), len(order), num_runs)
         self._now_us += busy_us + books_us
         total.us += busy_us + books_us
         total.used[Resource.DISK] += read_us
-        total.used[Resource.OVERHEAD] += books_us
+        total.used[Resource.OVERHEAD] += books_us + own_us
         total.hits += len(now)
         total.asked += len(now) + len(order)
 
     def _beside_reading(
-        self, now: Sequence[int], fetched: Sequence[int], arrivals: np.ndarray
-    ) -> tuple[float, int]:
-        """Until all are computed, and in how many runs: what has arrived meanwhile is one run.
+        self, begin_us: float, now: Sequence[int], fetched: Sequence[int], arrivals: np.ndarray
+    ) -> tuple[float, float, int]:
+        """Until all are computed, what of that the engine adds, and in how many runs: what has
+        arrived meanwhile is one, and their sum is the last.
 
-        now, fetched: rows of each expert. arrivals: of the fetched, rising.
+        begin_us: before the first run. now, fetched: rows of each expert. arrivals: of the
+        fetched, rising.
         """
-        start_us = self._model.cpu_start_us
-        us = start_us + float(self._cpu_us[list(now)].sum()) if now else 0.0
-        num_groups = int(bool(now))
-        done = 0
+        tier, reads_end_us = self._tier, float(arrivals[-1]) if fetched else 0.0
+        us = own_us = begin_us
+        num_runs = done = 0
+
+        def run(rows: Sequence[int]) -> None:
+            nonlocal us, own_us, num_runs
+            products_us = self._model.cpu_start_us + float(self._cpu_us[list(rows)].sum())
+            numbers = sum(rows) * self._hidden_size if fetched else 0
+            run_us = tier.run_us(products_us, numbers, reads_end_us - us)
+            us += run_us
+            own_us += run_us - products_us
+            num_runs += 1
+
+        if now:
+            run(now)
         while done < len(fetched):
-            us = max(us, float(arrivals[done]))
+            if arrivals[done] > us:
+                us = float(arrivals[done]) + tier.late_us
             here = max(done + 1, int(np.searchsorted(arrivals, us, side="right")))
-            us += start_us + float(self._cpu_us[list(fetched[done:here])].sum())
-            num_groups += 1
+            run(fetched[done:here])
             done = here
-        return us, num_groups
+        if fetched:
+            sum_us = float(tier.runs[0])
+            us, own_us, num_runs = us + sum_us, own_us + sum_us, num_runs + 1
+        return us, own_us, num_runs
 
 
 def read_time_us(
@@ -179,11 +204,27 @@ def read_time_us(
         return 0.0
     chunk = min(record_bytes, CHUNK_BYTES)
     num_chunks = count * -(-record_bytes // chunk)
-    blocks = sorted({point.block_bytes for point in points})
-    nearest = min(blocks, key=lambda block: max(block / chunk, chunk / block))
-    rates = {p.queue_depth: p.bytes_per_s.value for p in points if p.block_bytes == nearest}
+    rates = {depth: _rate(points, chunk, depth) for depth in {p.queue_depth for p in points}}
     depths = sorted(rates)
     enough = [depth for depth in depths if rates[depth] >= NEAR * max(rates.values())]
     depth = min(num_chunks, threads or enough[0])
     rate = float(np.interp(depth, depths, [rates[each] for each in depths]))
     return count * record_bytes / rate * 1e6
+
+
+def _rate(points: Sequence[DiskPoint], chunk: int, depth: int) -> float:
+    """Bytes per second of chunks with so many in flight. Between two blocks that were measured a
+    read takes a time between theirs, below them the same line goes on; beyond them it takes a time
+    in proportion, and so with one block alone."""
+    times = {
+        p.block_bytes: p.block_bytes / p.bytes_per_s.value for p in points if p.queue_depth == depth
+    }
+    blocks = sorted(times)
+    least, largest = blocks[0], blocks[-1]
+    if chunk >= largest or len(blocks) == 1:
+        return largest / times[largest]
+    if chunk > least:
+        return chunk / float(np.interp(chunk, blocks, [times[block] for block in blocks]))
+    slope = (times[blocks[1]] - times[least]) / (blocks[1] - least)
+    time_s = times[least] - slope * (least - chunk)
+    return chunk / max(time_s, times[least] * chunk / least)

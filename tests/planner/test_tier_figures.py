@@ -1,0 +1,84 @@
+"""Layers over the disk, read from a timeline that was written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moeserve.planner.tier_figures import tier_layers, tier_points
+from moeserve.timeline import Span
+
+MAIN = "MainThread"
+
+
+def spans(layer: int, *parts: tuple[str, float, float, dict[str, Any]]) -> list[Span]:
+    """(name, from, to, details), in microseconds."""
+    return [
+        Span(name, details.pop("track", MAIN), start / 1e6, end / 1e6, {"layer": layer, **details})
+        for name, start, end, details in parts
+    ]
+
+
+def reading(layer: int) -> list[Span]:
+    """Two experts there, two read one after the other: computed as they come, then summed."""
+    return spans(
+        layer,
+        ("attention", 0, 100, {}),
+        ("router", 100, 110, {}),
+        ("place", 110, 130, {}),
+        ("acquire", 130, 200, {}),
+        ("predict and prefetch", 200, 205, {}),
+        ("experts", 240, 300, {"experts": (1, 2)}),
+        ("read", 220, 400, {"expert": 5, "track": "expert-transfer-0"}),
+        ("read", 230, 500, {"expert": 6, "track": "expert-transfer-1"}),
+        ("stall", 310, 450, {"experts": [5, 6]}),
+        ("experts", 460, 520, {"experts": (5,)}),
+        ("experts", 530, 570, {"experts": (6,)}),
+        ("experts", 580, 585, {"experts": ()}),
+        ("feed forward", 205, 600, {}),
+    )
+
+
+def test_a_layer_that_reads_is_the_sum_of_its_parts() -> None:
+    (layer,) = tier_layers(reading(3), 2, 3.5)
+    assert (layer.num_rows, layer.num_active, layer.num_missing, layer.num_groups) == (2, 4, 2, 4)
+    assert layer.us == pytest.approx(
+        {
+            "layer": 500.0,
+            "experts": 165.0,
+            "stall": 140.0,
+            "begin": 40.0,
+            "books": 155.0,
+            "to read": 20.0,
+            "beside": 60.0 + 40.0,
+            "late": 50.0,
+        }
+    )
+
+
+def test_layers_that_are_alike_are_one_point() -> None:
+    still = spans(
+        0,
+        ("router", 0, 10, {}),
+        ("place", 10, 20, {}),
+        ("acquire", 20, 30, {}),
+        ("predict and prefetch", 30, 30, {}),
+        ("experts", 35, 90, {"experts": None}),
+        ("feed forward", 30, 100, {}),
+    )
+    layers = tier_layers([*still, *reading(1), *reading(2)], 2, 3.5)
+    assert not tier_points(layers), "too few to say anything"
+    none, two = tier_points(4 * layers)
+    assert (none.num_missing, none.num_layers, none.num_active, none.num_groups) == (0, 4, 3.5, 1)
+    assert "to read" not in none.us
+    assert none.us["books"].value == pytest.approx(40.0)
+    assert (two.num_missing, two.num_layers, two.num_active, two.num_groups) == (2, 8, 4, 4)
+    assert two.us["late"].value == pytest.approx(50.0)
+
+
+def test_what_had_arrived_before_a_stall_is_not_late() -> None:
+    parts = [span for span in reading(0) if span.name != "stall"]
+    parts += spans(0, ("stall", 505, 515, {"experts": [6]}))
+    (layer,) = tier_layers(parts, 2, 3.5)
+    assert "late" not in layer.us
