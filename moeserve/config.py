@@ -179,6 +179,9 @@ class SchedulerConfig:
     history_requests: int = setting(
         1000, "finished requests whose output lengths past_future remembers"
     )
+    overtaking: int = setting(
+        16, "smaller requests that may start before one that kv has no room for; 0: strict order"
+    )
     decode_group: int | None = setting(
         None, "most decodes in a step, chosen to want the same experts; default: all of them"
     )
@@ -192,7 +195,8 @@ class SchedulerConfig:
             _at_least(name, getattr(self, name), 1)
         if self.decode_group is not None:
             _at_least("decode_group", self.decode_group, 1)
-        _at_least("decode_wait_steps", self.decode_wait_steps, 0)
+        for name in ("overtaking", "decode_wait_steps"):
+            _at_least(name, getattr(self, name), 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,16 @@ Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024, section 4: decodes nev
 long prompt, prompts fill the compute that decodes leave over).
 
 Order everywhere is (priority, arrival): smaller priority first, first come first served within
-one. The first waiting request is never overtaken by one behind it that would fit, so equal
-priorities cannot starve each other; a steady stream of more urgent requests can starve less urgent
-ones, which is what priorities ask for. A running request is not stopped because a more urgent one
-arrives; priorities decide who starts next and who gives way when kv runs out.
+one. A steady stream of more urgent requests can starve less urgent ones, which is what priorities
+ask for. A running request is not stopped because a more urgent one arrives; priorities decide who
+starts next and who gives way when kv runs out.
+
+A waiting request that kv has no room for, a long prompt mostly, may be overtaken by smaller ones of
+its priority behind it, which would otherwise wait beside room that nobody uses. Everyone is
+overtaken a limited number of times and then starts next, so nobody starves (`SequenceQueue`).
+Backfilling, as batch systems call it (Feitelson and Weil, "Utilization and Predictability in
+Scheduling the IBM SP2 with Backfilling", IPPS 1998), but with a count in place of the reservation
+that theirs makes from the run times that users state.
 
 A sequence gets blocks for all its tokens when it starts, so a prefill never stops half-way for
 want of kv; only decodes grow. When a decode finds no block, the last sequence in order gives up
@@ -262,27 +268,39 @@ class RequestScheduler:
         return int(switch is not None and sequence.num_tokens > switch)
 
     def _start_next(self, now_s: float) -> Sequence | None:
-        """Starts the first waiting sequence, if there is one and it may; None otherwise."""
-        if not self._waiting or len(self._running) >= self._max_running:
+        """Starts the first waiting sequence that may start; None where none may."""
+        if len(self._running) >= self._max_running:
             return None
-        sequence, blocks = self._waiting[0], self._blocks
-        num_reused = blocks.match(sequence.table, sequence.token_ids, sequence.num_reusable_tokens)
-        if blocks.num_blocks_to_take(sequence.table, sequence.num_tokens) > blocks.num_available:
-            return None
+        blocks, least_refused = self._blocks, self._blocks.num_blocks + 1
+        for sequence in self._waiting.in_turn(self._config.overtaking):
+            num_reused = blocks.match(
+                sequence.table, sequence.token_ids, sequence.num_reusable_tokens
+            )
+            wanted = blocks.num_blocks_to_take(sequence.table, sequence.num_tokens)
+            # Who wants as much as one that was refused need not ask: rules cost time.
+            if wanted < least_refused and self._may_start(sequence, wanted):
+                self._start(sequence, num_reused, now_s)
+                return sequence
+            least_refused = min(least_refused, wanted)
+        return None
+
+    def _may_start(self, sequence: Sequence, num_blocks: int) -> bool:
+        if num_blocks > self._blocks.num_available:
+            return False
         # Alone everybody may start, whatever is predicted: `add` saw that it fits.
-        if self._running and not self._admission.admits(sequence, self._running, blocks):
-            return None
-        self._waiting.remove(sequence)
+        return not self._running or self._admission.admits(sequence, self._running, self._blocks)
+
+    def _start(self, sequence: Sequence, num_reused: int, now_s: float) -> None:
+        self._waiting.start(sequence)
         self._running.add(sequence)
-        blocks.claim(sequence.table)
-        blocks.extend(sequence.table, sequence.num_tokens)
+        self._blocks.claim(sequence.table)
+        self._blocks.extend(sequence.table, sequence.num_tokens)
         sequence.num_computed_tokens = num_reused
         if sequence.started_s is None:
             sequence.started_s = now_s
             sequence.num_cached_tokens = num_reused
             self._count.prompt_tokens += sequence.num_prompt_tokens
             self._count.cached_prompt_tokens += num_reused
-        return sequence
 
     def shrink_kv(self, extent: int) -> list[tuple[int, int]]:
         """See BlockManager.shrink; between `commit` and `schedule`."""

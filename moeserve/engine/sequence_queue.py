@@ -40,6 +40,26 @@ class SequenceQueue(Collection[Sequence]):
     def remove(self, sequence: Sequence) -> None:
         del self._sequences[bisect_left(self._sequences, sequence.order, key=_BY_ORDER)]
 
+    def in_turn(self, overtaking: int) -> Iterator[Sequence]:
+        """The first, and those behind it that may start in its stead where it cannot, in order.
+
+        They are of its priority, and no request is overtaken more than `overtaking` times. A
+        preempted one is not overtaken at all: its reader has a part of the answer and waits.
+        """
+        for sequence in self._sequences[: overtaking + 1]:
+            if sequence.order[0] != self._sequences[0].order[0]:
+                return
+            yield sequence
+            if sequence.started_s is not None or sequence.num_overtaken >= overtaking:
+                return
+
+    def start(self, sequence: Sequence) -> None:
+        """Takes out one that starts, and so overtakes all before it."""
+        place = bisect_left(self._sequences, sequence.order, key=_BY_ORDER)
+        for other in self._sequences[:place]:
+            other.num_overtaken += 1
+        del self._sequences[place]
+
     def pop_last(self) -> Sequence:
         return self._sequences.pop()
 

@@ -39,6 +39,7 @@ PLAN_SETTINGS = frozenset(
         "quantize_activations",
         *("block_tokens", "kv_bytes", "num_blocks", "prefix_reuse"),
         *("max_batch_tokens", "max_running", "max_waiting", "admission", "history_requests"),
+        "overtaking",
         *("host_memory_bytes", "host_slots", "min_host_slots", "policy"),
         *("device_memory_bytes", "device_slots", "num_threads"),
         *("predictor", "prefetch_depth", "disk_threads"),
