@@ -15,9 +15,9 @@ Measured: the engine in a process of its own, clients that send their next reque
 ended; a round to warm up, then played until 5 s have passed; medians.
 
 The disk of a virtual machine may read half as much again a minute later, and no plan can know. So
-the disk is looked at again right before and right after a case that reads from it (blocks of
-256 KiB and 1 MiB, as `calibrate` does), and the prediction is made from that. What it would have
-been with the disk as it was calibrated is reported beside it.
+the disk is looked at again right before and right after a case that reads from it (records of
+256 KiB, 1 and 16 MiB, as `calibrate` does), and the prediction is made from that. What it would
+have been with the disk as it was calibrated is reported beside it.
 
 Every case is kept in --state as soon as it is measured, and a run goes on where the last one
 stopped. What was measured under another profile or with another engine (its sources, or how it is

@@ -165,7 +165,8 @@ class TransferPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class DiskPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Bytes per second of O_DIRECT reads of one block size with so many in flight."""
+    """Bytes per second of O_DIRECT reads: records of block_bytes, with so many reads in flight (of
+    a large record several at once)."""
 
     block_bytes: int
     queue_depth: int

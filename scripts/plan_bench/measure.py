@@ -31,8 +31,9 @@ ROUNDS = {1: 4, 4: 4, 16: 3}
 #: sequences whose routing is recorded, by the tokens of their prompts: other prompts than those
 #: that are timed, but as long, because what a token chooses follows from what it can see
 TRACED = {64: 24, 256: 16, 768: 12}
-#: how the disk is looked at beside a case: blocks, depths, bytes of a sample
-DISK_BLOCKS, DISK_DEPTHS, DISK_SAMPLE_BYTES = (256 << 10, 1 << 20), (1, 2, 4, 8), 32 << 20
+#: how the disk is looked at beside a case: records, threads, bytes of a sample
+DISK_BLOCKS, DISK_DEPTHS = (256 << 10, 1 << 20, 16 << 20), (1, 2, 4, 8)
+DISK_SAMPLE_BYTES = 64 << 20
 
 
 def engine_settings(model: Path, case: Case) -> EngineConfig:
@@ -75,7 +76,7 @@ def measure(model: Path, case: Case) -> dict[str, Any]:
 
 
 def disk_points(model: Path, case: Case) -> list[dict[str, float]]:
-    """Reads of blocks from the model's file, each kind for a moment. Nothing where all experts are
+    """Reads of records from the model's file, each kind for a moment. Nothing where all experts are
     in memory."""
     if case.share == 100:
         return []

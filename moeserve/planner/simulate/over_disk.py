@@ -202,9 +202,8 @@ def read_time_us(
     """
     if not count:
         return 0.0
-    chunk = min(record_bytes, CHUNK_BYTES)
-    num_chunks = count * -(-record_bytes // chunk)
-    rates = {depth: _rate(points, chunk, depth) for depth in {p.queue_depth for p in points}}
+    num_chunks = count * -(-record_bytes // CHUNK_BYTES)
+    rates = {depth: _rate(points, record_bytes, depth) for depth in {p.queue_depth for p in points}}
     depths = sorted(rates)
     enough = [depth for depth in depths if rates[depth] >= NEAR * max(rates.values())]
     depth = min(num_chunks, threads or enough[0])
@@ -212,19 +211,19 @@ def read_time_us(
     return count * record_bytes / rate * 1e6
 
 
-def _rate(points: Sequence[DiskPoint], chunk: int, depth: int) -> float:
-    """Bytes per second of chunks with so many in flight. Between two blocks that were measured a
-    read takes a time between theirs, below them the same line goes on; beyond them it takes a time
-    in proportion, and so with one block alone."""
+def _rate(points: Sequence[DiskPoint], record_bytes: int, depth: int) -> float:
+    """Bytes per second of such records with so many reads in flight. Between two sizes that were
+    measured a record takes a time between theirs, below them the same line goes on; beyond them it
+    takes a time in proportion, and so with one size alone."""
     times = {
         p.block_bytes: p.block_bytes / p.bytes_per_s.value for p in points if p.queue_depth == depth
     }
-    blocks = sorted(times)
-    least, largest = blocks[0], blocks[-1]
-    if chunk >= largest or len(blocks) == 1:
+    sizes = sorted(times)
+    least, largest = sizes[0], sizes[-1]
+    if record_bytes >= largest or len(sizes) == 1:
         return largest / times[largest]
-    if chunk > least:
-        return chunk / float(np.interp(chunk, blocks, [times[block] for block in blocks]))
-    slope = (times[blocks[1]] - times[least]) / (blocks[1] - least)
-    time_s = times[least] - slope * (least - chunk)
-    return chunk / max(time_s, times[least] * chunk / least)
+    if record_bytes > least:
+        return record_bytes / float(np.interp(record_bytes, sizes, [times[n] for n in sizes]))
+    slope = (times[sizes[1]] - times[least]) / (sizes[1] - least)
+    time_s = times[least] - slope * (least - record_bytes)
+    return record_bytes / max(time_s, times[least] * record_bytes / least)
