@@ -20,7 +20,13 @@ from moeserve.convert.dense import DenseModel
 from moeserve.convert.routers import LinearRouter
 from moeserve.convert.settings import MoeShape
 from moeserve.experts.router import RouterSpec
-from moeserve.models.spec import QkNorm
+from moeserve.models.spec import (
+    LinearScaling,
+    Llama3Scaling,
+    QkNorm,
+    RopeScaling,
+    YarnScaling,
+)
 
 #: standard deviation of experts' weights around one. Choosing and weighing are the same number in
 #: this architecture: smaller, and experts that are hardly better would fall by the rounding of
@@ -118,18 +124,44 @@ def glm_config(model: DenseModel, shape: MoeShape) -> dict[str, Any]:
 
 
 def rope_parameters(model: DenseModel) -> dict[str, Any]:
-    """transformers 5's one section, from whichever form the dense config has."""
-    raw = model.raw
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
-    rope.pop("type", None)
-    rope["rope_theta"] = model.attention.rope.theta
-    rope["partial_rotary_factor"] = 1.0  # glm4_moe's default is a half
-    context = "original_max_position_embeddings"
-    if model.context_tokens != model.spec.context_tokens and rope["rope_type"] != "default":
-        # Scaling by the context goes by that of the dense model, of which the window is less.
-        rope.setdefault(context, model.spec.context_tokens)
-    return rope
+    """transformers 5's one section, from what the dense config was understood to say.
+
+    Every number is written out: none is left to be derived from max_position_embeddings, which is
+    another one here where a window slides, nor from fields of other forms of config.json.
+    """
+    rope = model.attention.rope
+    return {
+        **_scaling(rope.scaling, model),
+        "rope_theta": rope.theta,
+        "partial_rotary_factor": 1.0,  # glm4_moe's default is a half
+    }
+
+
+def _scaling(scaling: RopeScaling | None, model: DenseModel) -> dict[str, Any]:
+    if scaling is None:
+        section = model.raw.get("rope_parameters") or model.raw.get("rope_scaling") or {}
+        if "dynamic" in (section.get("rope_type"), section.get("type")):
+            # Not there up to the context, but other programs may go beyond it.
+            return {"rope_type": "dynamic", "factor": section["factor"]}
+        return {"rope_type": "default"}
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    original = {"original_max_position_embeddings": scaling.original_context_tokens}
+    if isinstance(scaling, Llama3Scaling):
+        names: tuple[str, ...] = ("factor", "low_freq_factor", "high_freq_factor")
+        return {"rope_type": "llama3", **original, **{n: getattr(scaling, n) for n in names}}
+    if isinstance(scaling, YarnScaling):
+        names = ("factor", "beta_fast", "beta_slow", "attention_factor", "truncate")
+        return {"rope_type": "yarn", **original, **{n: getattr(scaling, n) for n in names}}
+    return {
+        "rope_type": "longrope",
+        **original,
+        "short_factor": list(scaling.short_factors),
+        "long_factor": list(scaling.long_factors),
+        "attention_factor": scaling.attention_factor,
+        # what attention_factor would follow from; transformers asks for it
+        "factor": max(1.0, model.spec.context_tokens / scaling.original_context_tokens),
+    }
 
 
 def layer_names(index: int) -> Mapping[str, str]:
