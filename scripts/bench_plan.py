@@ -45,7 +45,7 @@ from moeserve.environment import tune_native_libraries
 tune_native_libraries()
 
 from plan_bench.cases import OUTPUT_TOKENS, Case, all_cases, write_config  # noqa: E402
-from plan_bench.measure import measure, record_routing  # noqa: E402
+from plan_bench.measure import disk_points, measure, record_routing  # noqa: E402
 from plan_bench.predict import on_disk, predict  # noqa: E402
 from plan_bench.report import PARTS, accuracy, draw, markdown, summarise  # noqa: E402
 
@@ -124,7 +124,9 @@ def all_rows(
         for case in own:
             found = known[case]
             if found is None:
+                disk = disk_points(model, case)
                 found = child(model, case)
+                found["disk"] = disk + disk_points(model, case)
                 kept(args.state, case).write_text(json.dumps({**of, "measured": found}))
             trace = trace_of(args.state, case)
             here = on_disk(profile, found["disk"])

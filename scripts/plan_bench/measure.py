@@ -49,8 +49,7 @@ def engine_settings(model: Path, case: Case) -> EngineConfig:
 
 
 def measure(model: Path, case: Case) -> dict[str, Any]:
-    """Medians over the times that the case is played, after a round that warms caches up. "disk":
-    of a case with experts there, the disk as it was before and after."""
+    """Medians over the times that the case is played, after a round that warms caches up."""
     engine = Engine.from_config(engine_settings(model, case))
     engine.page_mover.wait()
     traffic = Traffic(
@@ -61,16 +60,14 @@ def measure(model: Path, case: Case) -> dict[str, Any]:
     count = num_requests(traffic, ROUNDS[case.num_streams])
     rng = np.random.default_rng(7)
     play(engine, case, rng, case.num_streams)
-    disk = disk_points(model, case)
     runs: list[dict[str, float]] = []
     began_s = time.perf_counter()
     while len(runs) < LEAST_TIMES or time.perf_counter() - began_s < LEAST_S:
         runs.append(steady(engine, case, rng, count))
-    disk += disk_points(model, case)
     result: dict[str, Any] = {key: median(run[key] for run in runs) for key in runs[0]}
     result["rss_bytes"] = resident_bytes()
     speeds = [run["tokens_per_s"] for run in runs]
-    result |= {"times": len(runs), "fastest": max(speeds), "slowest": min(speeds), "disk": disk}
+    result |= {"times": len(runs), "fastest": max(speeds), "slowest": min(speeds)}
     engine.close()
     return result
 
