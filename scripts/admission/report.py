@@ -15,7 +15,8 @@ def mean_capacity(settings: list[dict[str, Any]]) -> float | None:
 
 
 def summarise(settings: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Per trace and policy: mean goodput over all runs, mean capacity, and all evictions."""
+    """Per trace and policy: goodput and the longest TTFT as means over all runs, mean capacity,
+    requests within the SLO and evictions as sums."""
     summary: dict[str, dict[str, dict[str, Any]]] = {}
     for trace in WINDOWS:
         for policy in POLICIES:
@@ -24,6 +25,8 @@ def summarise(settings: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, A
             summary.setdefault(trace, {})[policy] = {
                 "goodput_per_s": round(sum(r["goodput_per_s"] for r in rows) / len(rows), 4),
                 "capacity": mean_capacity(own),
+                "in_time": sum(r["in_time"] for r in rows),
+                "worst_ttft_s": round(sum(r["worst_ttft_s"] for r in rows) / len(rows), 2),
                 "preemptions": sum(r["preemptions"] for r in rows),
                 "recomputed_tokens": sum(r["recomputed_tokens"] for r in rows),
             }
@@ -32,7 +35,7 @@ def summarise(settings: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, A
 
 def over_windows(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One line for the windows of one setting and load: means, and sums of what is counted."""
-    means = ("goodput_per_s", "slo_attained", "mean_kv_use")
+    means = ("goodput_per_s", "slo_attained", "mean_ttft_s", "worst_ttft_s", "mean_kv_use")
     sums = ("late_first_tokens", "long_gaps", "preemptions", "recomputed_tokens")
     return {
         **{key: rows[0][key] for key in ("trace", "pool", "load", "policy")},
@@ -69,17 +72,19 @@ def markdown(record: dict[str, Any]) -> str:
         f"At 64 running sequences, median of 200 steps: `schedule` {overhead['schedule_median_us']}"
         f" us, `commit` {overhead['commit_median_us']} us.",
         "",
-        "Per trace: goodput as the mean of all runs, capacity (highest load with 90 % of requests "
-        "within the SLO) as the mean of its pools, evictions as the sum of all runs at the three "
-        "loads:",
+        "Per trace: goodput and the longest TTFT as means of all runs, requests in time (within "
+        "the SLO) and evictions as sums of all runs at the three loads, capacity (highest load "
+        "with 90 % of requests within the SLO) as the mean of its pools:",
         "",
     ]
     costs = ("preemptions", "recomputed_tokens")
-    measures = ("goodput_per_s", "slo_attained", "late_first_tokens", "long_gaps")
+    latencies = ("mean_ttft_s", "worst_ttft_s", "late_first_tokens", "long_gaps")
+    measures = ("goodput_per_s", "slo_attained", *latencies)
+    sums = ("goodput_per_s", "in_time", "capacity", "worst_ttft_s")
     return "\n".join(
         [
             *head,
-            *table(("trace", "policy", "goodput_per_s", "capacity", *costs), totals),
+            *table(("trace", "policy", *sums, *costs), totals),
             *["", "Capacity of every pool:", ""],
             *table(("trace", "pool", "policy", "capacity"), settings),
             *["", "Every load, over its three windows (means; counts are sums):", ""],

@@ -20,12 +20,17 @@ MAX_RUNNING = 256
 LOADS = (0.6, 0.9, 1.2)
 SLO_SHARE = 0.9
 BISECTIONS = 6
-POLICIES: dict[str, Callable[[], AdmissionPolicy]] = {
+IN_ORDER = "_in_order"  # ends the name of a rule without overtaking
+RULES: dict[str, Callable[[], AdmissionPolicy]] = {
     "past_future": lambda: PastFuture(HISTORY),
     "aggressive": Aggressive,
     "aggressive_1pct": lambda: Aggressive(0.01),
     "conservative": Conservative,
 }
+POLICIES = (
+    *RULES,
+    *(rule + IN_ORDER for rule in ("past_future", "aggressive", "conservative")),
+)
 
 
 def memory_bound_rate(trace: Trace, pool_tokens: int) -> tuple[float, float]:
@@ -92,9 +97,12 @@ def run_window(trace: Trace, pool_tokens: int, load: float, policy: str) -> dict
     """One simulation."""
     rate = load * memory_bound_rate(trace, pool_tokens)[0]
     config = SchedulerConfig(
-        max_batch_tokens=BATCH_TOKENS, max_running=MAX_RUNNING, max_waiting=len(trace.rows)
+        max_batch_tokens=BATCH_TOKENS,
+        max_running=MAX_RUNNING,
+        max_waiting=len(trace.rows),
+        overtaking=0 if policy.endswith(IN_ORDER) else SchedulerConfig().overtaking,
     )
-    admission = POLICIES[policy]()
+    admission = RULES[policy.removesuffix(IN_ORDER)]()
     for num_output in trace.history:
         admission.observe(num_output)
     simulation = Simulation(config, pool_tokens // BLOCK_TOKENS, BLOCK_TOKENS, COST, admission)
@@ -110,9 +118,12 @@ def run_window(trace: Trace, pool_tokens: int, load: float, policy: str) -> dict
         "rate_per_s": round(rate, 3),
         "policy": policy,
         "goodput_per_s": round(good / len(trace.rows) * rate, 4),
+        "in_time": good,
         "slo_attained": round(good / len(trace.rows), 4),
         "late_first_tokens": sum(times.ttft_s > SLO.ttft_s for times in result.requests),
         "long_gaps": sum(times.longest_gap_s > SLO.max_tpot_s for times in result.requests),
+        "mean_ttft_s": round(sum(times.ttft_s for times in result.requests) / len(trace.rows), 3),
+        "worst_ttft_s": round(max(times.ttft_s for times in result.requests), 2),
         "preemptions": stats.num_preemptions,
         "recomputed_tokens": int(stats.extra["recomputed_tokens"]),
         "mean_running": round(result.mean_running, 2),
