@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.engine.batch import ScheduledBatch, ScheduledChunk
@@ -30,7 +29,7 @@ class StepOutput:
     def next_token_logits(self, batch: ScheduledBatch) -> Tensor:
         """[R, V] float32 for the R chunks that choose a token, in their order."""
         rows = [end - 1 for chunk, _, end in chunk_rows(batch) if chunk.samples]
-        every = rows == list(range(len(self.hidden)))  # as in a step of decodes
+        every = len(rows) == self.hidden.shape[0]  # as in a step of decodes
         return self.model.logits(self.hidden if every else self.hidden[rows])
 
     def prompt_logits(self, start: int, num_rows: int) -> Iterator[tuple[slice, Tensor]]:
@@ -55,7 +54,7 @@ class ModelRunner:
         self.kv = kv
         self.block_tokens = block_tokens
         self.device = device
-        self._offsets = np.arange(block_tokens)
+        self._slots = np.arange(kv.null_slot).reshape(-1, block_tokens)  # of every block
 
     def forward(self, batch: ScheduledBatch) -> StepOutput:
         with torch.inference_mode():
@@ -64,27 +63,25 @@ class ModelRunner:
     def _inputs(self, batch: ScheduledBatch) -> ForwardBatch:
         token_ids: list[int] = []
         positions: list[int] = []
-        write_slots: list[NDArray[np.int64]] = []
+        places: list[int] = []  # of the rows' slots among those of all blocks
+        block_ids: list[int] = []
+        firsts: list[int] = []
+        for chunk, _, _ in chunk_rows(batch):
+            first = len(block_ids) * self.block_tokens
+            token_ids += chunk.sequence.token_ids[chunk.start : chunk.stop]
+            positions += range(chunk.start, chunk.stop)
+            places += range(first + chunk.start, first + chunk.stop)
+            block_ids += chunk.block_ids
+            firsts.append(first)
+        # As few operators as can be, whatever the number of sequences, and numpy's: a decode step
+        # leaves caches cold, where each costs more than what it does.
+        slots = self._slots[block_ids].ravel()
+        rows = np.array([token_ids, positions, places], np.int64)  # [3, T]
+        rows[2] = slots[rows[2]]
+        tokens, at, write_slots = torch.from_numpy(rows).to(self.device).unbind()
+        kv_slots = torch.from_numpy(slots).to(self.device)
         spans: list[Span] = []
-        for chunk, start, end in chunk_rows(batch):
-            context_tokens = chunk.stop
-            slots = self._slots(chunk.block_ids, context_tokens)
-            token_ids += chunk.sequence.token_ids[chunk.start : context_tokens]
-            positions += range(chunk.start, context_tokens)
-            write_slots.append(slots[chunk.start :])
-            kv_slots = torch.from_numpy(slots).to(self.device)
-            spans.append(Span(start, end, context_tokens, kv_slots, chunk.sequence.num_tokens))
-        return ForwardBatch(
-            token_ids=torch.tensor(token_ids, device=self.device),
-            positions=torch.tensor(positions, device=self.device),
-            kv_write_slots=torch.from_numpy(np.concatenate(write_slots)).to(self.device),
-            spans=tuple(spans),
-            step=batch.step,
-        )
-
-    def _slots(self, block_ids: tuple[int, ...], num_tokens: int) -> NDArray[np.int64]:
-        """Flat kv slots of the first num_tokens of a sequence: [num_tokens]. With numpy: five
-        operators of torch for every sequence of a step are a tenth of a millisecond."""
-        first = np.array(block_ids, np.int64)[:, None] * self.block_tokens
-        slots: NDArray[np.int64] = (first + self._offsets).ravel()[:num_tokens]
-        return slots
+        for (chunk, start, end), first in zip(chunk_rows(batch), firsts, strict=True):
+            own = kv_slots[first : first + chunk.stop]
+            spans.append(Span(start, end, chunk.stop, own, chunk.sequence.num_tokens))
+        return ForwardBatch(tokens, at, write_slots, tuple(spans), batch.step)

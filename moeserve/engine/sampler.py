@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,8 +176,8 @@ def _largest(logits: Tensor) -> tuple[list[int], list[float]]:
     ms."""
     if logits.device.type == "cpu":
         numbers = logits.numpy()
-        places = numbers.argmax(-1)
-        return places.tolist(), numbers[np.arange(len(numbers)), places].tolist()
+        places: list[int] = numbers.argmax(-1).tolist()
+        return places, [numbers.item(row, place) for row, place in enumerate(places)]
     found = logits.max(dim=-1)
     return found.indices.tolist(), found.values.tolist()
 
