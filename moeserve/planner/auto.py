@@ -63,15 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def expected_traffic(args: argparse.Namespace) -> Traffic | None:
-    """What to plan for; None without --auto. ConfigError for expectations without it."""
+    """What to plan for; None without --auto. ConfigError for expectations without it, and for
+    expert workers, which a plan does not know."""
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     if not args.auto:
         if given:
             name = next(iter(given))
             raise ConfigError(f"{name}: it is for --auto", field=name, hint="add --auto")
         return None
-    from moeserve.planner.plan_types import Traffic  # numpy, which most servers have no use for
+    from moeserve.planner.plan_types import Traffic, check_no_workers  # numpy: most need none
 
+    check_no_workers(args.local_workers, args.workers)
     return Traffic(
         concurrency=given.get(FLAGS[0], CONCURRENCY),
         prompt_tokens=given.get(FLAGS[1], PROMPT_TOKENS),

@@ -21,6 +21,7 @@ from moeserve.planner.plan_types import (
     Estimate,
     PlanRequest,
     Traffic,
+    check_no_workers,
     check_predictor,
 )
 from moeserve.planner.workload import Workload, add_workload_flags, workload_if_any
@@ -110,6 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=int, dest="context_tokens", metavar="TOKENS", help=argparse.SUPPRESS
     )
+    for flag in ("--local-workers", "--worker"):  # of `serve`: refused by name
+        parser.add_argument(flag, help=argparse.SUPPRESS)
     parser.set_defaults(device=None)
 
 
@@ -124,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot is not None:
         check_plot(args.plot)
+    check_no_workers(args.local_workers, args.worker)
     workload = workload_if_any(args)
     slo = SloTargets(args.slo_ttft, args.slo_tpot)
     profile = find_hardware(args.hardware, args.foreign)

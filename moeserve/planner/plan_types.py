@@ -312,3 +312,14 @@ def check_predictor(config: ExpertConfig) -> None:
             field="predictor",
             hint="plan with one of these",
         )
+
+
+def check_no_workers(local_workers: int | None, workers: Sequence[str] | None) -> None:
+    """ConfigError for expert workers, whose costs a plan does not know."""
+    for name, given in (("local_workers", local_workers), ("workers", workers)):
+        if given:
+            raise ConfigError(
+                f"{name}: a plan knows no expert workers",
+                field=name,
+                hint="plan without them; `moeserve bench serve` measures a server that has them",
+            )

@@ -92,6 +92,11 @@ def test_expectations_are_for_auto_alone(capsys: pytest.CaptureFixture[str]) -> 
     assert "expect_concurrency: it is for --auto" in capsys.readouterr().err
 
 
+def test_workers_are_not_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--auto", "--local-workers", "2"]) == 2
+    assert "local_workers: a plan knows no expert workers" in capsys.readouterr().err
+
+
 def test_a_gateway_that_searches_imports_no_torch() -> None:
     code = "import sys, moeserve.planner.auto; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

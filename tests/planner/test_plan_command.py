@@ -202,6 +202,8 @@ def test_a_picture_of_both_stages(
         (["--slo-ttft", "1"], "slo_ttft: it is for --workload"),
         (["--workload", "w.csv", "--output-tokens", "3"], "output_tokens: contradicts --workload"),
         (["--host-slots", "9", "--predictor", "gate_lookahead"], "a plan has no hidden states"),
+        (["--local-workers", "2"], "local_workers: a plan knows no expert workers"),
+        (["--worker", "ipc:///tmp/w"], "workers: a plan knows no expert workers"),
         (["--plot", "/nowhere/at/all.png"], "is no directory"),
         (["--plot", "plan.exe"], "no kind of picture"),
     ],
