@@ -23,21 +23,23 @@ PRICE_ROUNDS = 60
 
 
 def balanced_assignment(cost: Floats) -> Ints:
-    """cost: [N, E] of item i in cluster e; E divides N. Returns [N], N / E items per cluster.
+    """cost: [N, E], finite, of item i in cluster e; E divides N. Returns [N], N / E items each.
 
     The sum of the costs is the least one that is possible.
     """
     num_items, num_clusters = cost.shape
     assert num_items % num_clusters == 0, f"{num_items} items, {num_clusters} clusters"
+    assert np.isfinite(cost).all(), "costs that are not finite have no least sum"
     capacity = num_items // num_clusters
     cluster = _by_prices(cost, capacity)
     excess = np.bincount(cluster, minlength=num_clusters) - capacity
     moves = _Moves(cost, cluster)
-    while (excess > 0).any():
+    for _ in range(excess.clip(min=0).sum()):  # each chain takes one item from what is too large
         for start, stop in moves.cheapest_chain(excess):
             moves.apply(start, stop)
             excess[start] -= 1
             excess[stop] += 1
+    assert not excess.any(), "every chain of moves begins where there is too much"
     return cluster
 
 
@@ -69,6 +71,9 @@ class _Moves:
         self._cost = cost
         self._cluster = cluster
         num_clusters = cost.shape[1]
+        # A way is shorter only by more than rounding: a cycle of moves that costs nothing could
+        # look like one that gains, and the way back along it would have no end.
+        self._rounding = 8 * num_clusters * np.finfo(np.float64).eps * np.abs(cost).max(initial=0.0)
         #: [E, E] what the cheapest item costs more in the second cluster than in the first
         self._price = np.full((num_clusters, num_clusters), np.inf)
         self._item = np.zeros((num_clusters, num_clusters), np.int64)
@@ -90,13 +95,15 @@ class _Moves:
             through = far[:, None] + self._price
             best = through.argmin(axis=0)
             shorter = through[best, np.arange(len(far))]
-            better = shorter < far
+            better = shorter < far - self._rounding
             if not better.any():
                 break
             far[better], before[better] = shorter[better], best[better]
         stop = int(np.where(excess < 0, far, np.inf).argmin())
         chain = []
-        while excess[stop] <= 0 and before[stop] >= 0:
+        for _ in range(len(far)):
+            if excess[stop] > 0:
+                break
             chain.append((int(before[stop]), stop))
             stop = int(before[stop])
         return chain

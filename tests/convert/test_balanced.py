@@ -58,3 +58,21 @@ def test_clusters_that_are_there_are_found() -> None:
 def test_equal_points_fill_every_cluster() -> None:
     found = balanced_kmeans(np.ones((12, 3)), 4, 0)
     assert (np.bincount(found) == 3).all()
+
+
+def test_costs_that_are_not_finite_are_no_endless_search() -> None:
+    cost = np.zeros((12, 3))
+    cost[4, 1] = np.nan
+    with pytest.raises(AssertionError, match="not finite"):
+        balanced_assignment(cost)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-20, 1.0, 1e150])
+def test_costs_within_rounding_of_each_other(scale: float) -> None:
+    """Moves whose gain is rounding alone: no cycle of them may look like a gain."""
+    print(f"seed {SEED}")
+    rng = np.random.default_rng(SEED)
+    for _ in range(20):
+        cost = scale * (1 + 1e-16 * rng.integers(0, 4, size=(48, 6)) + rng.normal(size=(48, 1)))
+        cost[:, 0] -= scale * rng.integers(0, 2)
+        assert (np.bincount(balanced_assignment(cost), minlength=6) == 8).all()
