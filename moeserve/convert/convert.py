@@ -127,14 +127,11 @@ def _convert_layer(
     index, total = state.num_layers, model.spec.num_layers
     runner = LayerRunner(model, index, text.window_tokens)
     after, normed = runner.attend(state.hidden["dense"])
+    _check_size(model, index, after.norm())
     activations = runner.ffn.activations(normed)
-    if not torch.isfinite(activations).all():
-        raise ModelError(
-            f"{model.path}: layer {index}: activations that are not finite",
-            hint="the checkpoint is damaged; fetch it again",
-        )
     rows = text.learnt_rows
     sample = LayerSample.of(runner.ffn, normed[rows], activations[rows])
+    _check_size(model, index, sample.cost)
     split = split_layer(sample, settings, shape, index)
     dtype = model.checkpoint.dtype(f"model.layers.{index}.mlp.gate_proj.weight")
     router = _fit(settings, shape, split, sample)
@@ -149,6 +146,7 @@ def _convert_layer(
     report = judge(router, layer, held)
     del held
     dense = after + product(activations, runner.ffn.down)
+    _check_size(model, index, dense.norm())
     del after, normed, activations
     after, normed = runner.attend(state.hidden["moe"])
     moe = after + layer.output(runner.ffn, normed, runner.ffn.activations(normed))
@@ -160,6 +158,21 @@ def _convert_layer(
     }
     reports = [*state.reports, report]
     return State(index + 1, {"dense": dense, "moe": moe}, reports)
+
+
+def _check_size(model: DenseModel, index: int, squares: Tensor) -> None:
+    """squares: of what the layer computes. Weights are finite, but float32 may be too small for
+    what comes of them. Raises ModelError that names the largest of them."""
+    if torch.isfinite(squares).all():
+        return
+    names = [n for n in model.checkpoint.names() if n.startswith(f"model.layers.{index}.")]
+    sizes = {name: float(model.checkpoint.read(name).abs().max()) for name in names}
+    largest = max(sizes, key=lambda name: sizes[name])
+    raise ModelError(
+        f"{model.path}: layer {index}: what it computes is too large for squares in float32 "
+        f"(at most 3.4e38); its largest weight is {sizes[largest]:.3g}, in {largest}",
+        hint="the checkpoint is damaged; fetch it again",
+    )
 
 
 def _fit(

@@ -15,7 +15,7 @@ from moeserve.config import ModelConfig
 from moeserve.core import ModelError
 from moeserve.models.checkpoint import Checkpoint
 from moeserve.models.family import Family
-from moeserve.models.loader import check_names, load_weights
+from moeserve.models.loader import Progress, check_finite, check_names, load_weights
 from moeserve.models.packed_model import is_packed
 from moeserve.models.registry import find_model
 from moeserve.models.spec import AttentionSpec, DenseFfnSpec, ModelSpec, Quantization
@@ -85,8 +85,11 @@ class DenseModel:
 
 
 @contextmanager
-def open_dense(config: ModelConfig) -> Iterator[DenseModel]:
-    """Raises ModelError for a model that is not there, not dense, or cannot be cut up."""
+def open_dense(config: ModelConfig, progress: Progress | None = None) -> Iterator[DenseModel]:
+    """Reads all weights once, to see that they are numbers.
+
+    Raises ModelError for a model that is not there, not dense, damaged, or cannot be cut up.
+    """
     found = find_model(config)
     spec = found.spec
     if is_packed(found.path):
@@ -110,6 +113,7 @@ def open_dense(config: ModelConfig) -> Iterator[DenseModel]:
         load_weights(  # compares copies of tied weights
             checkpoint, norm, ignore=(".*",), tied=tied, dtype=torch.float32, device=CPU
         )
+        check_finite(checkpoint, rules, progress)
         yield DenseModel(
             found.path, config.name, found.raw, found.family, spec, checkpoint, tuple(rules)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,10 @@ from moeserve.convert.dense import DenseModel
 from moeserve.convert.methods import LayerSample
 from moeserve.convert.routers import LinearRouter, agreement, chosen_experts, expert_norms
 from moeserve.convert.run_layers import STEP_TOKENS, product
+from moeserve.core import ModelError
+
+#: of loss per token; beyond e ** that float64 ends
+MOST_NATS = 700
 
 
 def judge(
@@ -28,9 +34,12 @@ def judge(
     output = product(held.activations, held.ffn.down)
     size = output.square().sum()
 
+    def share(part: Tensor) -> float:
+        return float(part.square().sum() / size) if size > 0 else 0.0  # of nothing none is missing
+
     def lost(choice: Tensor) -> float:
         left_out = held.activations * _mask(choice, experts, len(held.cost))
-        return float(product(left_out, held.ffn.down).square().sum() / size)
+        return share(product(left_out, held.ffn.down))
 
     idle = len(experts) - k
     converted = layer.output(held.ffn, held.normed, held.activations)
@@ -39,7 +48,7 @@ def judge(
         "chance": k / len(experts),
         "lost": lost(scores.topk(idle, 1, largest=False).indices),
         "lost_best": lost(norms.topk(idle, 1, largest=False).indices),
-        "error": float((converted - output).square().sum() / size),
+        "error": share(converted - output),
     }
 
 
@@ -53,7 +62,10 @@ def _mask(choice: Tensor, experts: Tensor, num_neurons: int) -> Tensor:
 
 def measure_perplexity(model: DenseModel, hidden: Tensor, windows: Tensor) -> float:
     """hidden: [T, H] after the last layer. The vocabulary comes piece by piece, as it lies on
-    disk: its weights in float32 may be larger than a layer."""
+    disk: its weights in float32 may be larger than a layer.
+
+    Raises ModelError where logits are so large that there is none.
+    """
     hidden = F.rms_norm(hidden, hidden.shape[1:], model.end("norm"), model.spec.norm_eps)
     length = windows.shape[1]
     hidden = hidden.view(-1, length, hidden.shape[1])[:, :-1].flatten(0, 1)
@@ -71,4 +83,12 @@ def measure_perplexity(model: DenseModel, hidden: Tensor, windows: Tensor) -> fl
             mine = part[inside[part]]
             own[mine] = logits[inside[part]].gather(1, (targets[mine] - start)[:, None])[:, 0]
     model.checkpoint.release(model.head_name)
-    return float((total - own).mean().exp())
+    loss = float((total - own).mean())
+    if not loss < MOST_NATS:
+        raise ModelError(
+            f"{model.path}: {loss:.3g} nats per token on the calibration text; a perplexity can be "
+            f"told below {MOST_NATS}: logits are too large, from norm or {model.head_name}",
+            field="text",
+            hint="try the dense model on the text with `moeserve eval ppl`; it may be damaged",
+        )
+    return math.exp(loss)

@@ -44,7 +44,7 @@ def convert(
     progress: Progress,
 ) -> Conversion:
     """Raises ConfigError, ModelError. Whatever ends it, the same call goes on from there."""
-    with open_dense(config) as model:
+    with open_dense(config, progress) as model:
         MoeShape.of(settings, model.ffn.intermediate_size)
         if settings.tunes:
             check_plot()

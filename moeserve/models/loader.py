@@ -199,6 +199,27 @@ def pieces(
         yield slice(start, start + rows), piece, piece.nbytes
 
 
+def check_finite(
+    checkpoint: Checkpoint, rules: Sequence[WeightRule], progress: Progress | None = None
+) -> None:
+    """Reads all weights once, piece by piece; keeps none. Raises ModelError that names every tensor
+    with NaN or Inf in it."""
+    report = progress or (lambda stage, fraction: None)
+    parts = [(part, rule) for rule in rules for part in rule.parts]
+    parts.sort(key=lambda item: checkpoint.position(item[0].names[0]))
+    not_finite: dict[str, Counter[str]] = {}
+    for number, (part, rule) in enumerate(parts):
+        report("checking weights", number / len(parts))
+        for _, piece, _ in pieces(checkpoint, part, rule, torch.device("cpu")):
+            _count_not_finite(piece, " + ".join(part.names), not_finite)
+            del piece  # a view of the mapping: none outlives its turn
+            for name in part.names:
+                checkpoint.release(name)
+    checkpoint.check_unchanged()
+    if not_finite:
+        raise _not_finite_error(checkpoint, not_finite)
+
+
 def _count_not_finite(tensor: Tensor, name: str, counts: dict[str, Counter[str]]) -> None:
     if not tensor.is_floating_point():
         return

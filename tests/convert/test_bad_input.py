@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_convert import run
 
 from moeserve.config import BUNDLED_MODEL
-from moeserve.convert.settings import ConvertSettings
+from moeserve.convert.settings import METHODS, ConvertSettings
 from moeserve.core import ConfigError, ModelError, MoeserveError
 
 WEIGHTS = "model.safetensors"
@@ -76,13 +77,49 @@ def test_missing_and_misshapen_weights(dense: Path, tmp_path: Path, text: Path) 
     refused(dense, tmp_path / "out", text, r"missing .*up_proj.*misshapen .*model\.norm")
 
 
-def test_weights_that_are_not_finite(dense: Path, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.2.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight",
+     "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.k_norm.weight"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite(
+    name: str, value: str, dense: Path, tmp_path: Path, text: Path
+) -> None:
+    """Wherever they are, in rows that no token of the text uses, too."""
+
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+        tensors[name][-1] = float(value)
 
     change_weights(dense, spoil)
-    with pytest.raises(ModelError, match="layer 1: activations that are not finite"):
+    match = rf"not finite: 1 \({re.escape(name)}: .*the checkpoint is damaged"
+    refused(dense, tmp_path / "out", text, match)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["mlp.down_proj", "self_attn.o_proj"])
+def test_weights_that_are_too_large(
+    name: str, method: str, dense: Path, tmp_path: Path, text: Path
+) -> None:
+    """Finite ones whose squares are not."""
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"model.layers.1.{name}.weight"][3, 4] = 1e25
+
+    change_weights(dense, spoil)
+    match = rf"layer 1: .*too large for squares in float32.* 1e\+25, in .*{name}"
+    with pytest.raises(ModelError, match=match):
+        run(dense, tmp_path / "out", text, method=method)
+
+
+def test_logits_that_are_too_large(dense: Path, tmp_path: Path, text: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"] *= 1e6
+
+    change_weights(dense, spoil)
+    with pytest.raises(ModelError, match=r"nats per token .* below 700: .*from norm or"):
         run(dense, tmp_path / "out", text)
+    assert not (tmp_path / "out" / "README.md").exists()
 
 
 def test_what_glm4_moe_cannot_express(tmp_path: Path, text: Path, seed: int) -> None:
