@@ -1,12 +1,13 @@
 """Compare ways of converting a dense model: methods, routers, shares of the FFN that are idle.
 
     python scripts/bench_conversion.py DENSE --text calibration.txt --held-out held_out.txt
-        [--experts 16] [--tune-minutes 5] [--plot out.png]
+        [--experts 16] [--tune-minutes 5] [--lines kept.json] [--plot out.png]
 
 Every line is a whole conversion. Perplexities are those of the held-out text, by the engine, over
 that of the dense model; without such a text those of the card, on windows of the calibration text
 that nothing was fitted to. Tuned lines come last, each takes the minutes. Prints a table in
-Markdown and, as its last line, all figures as JSON.
+Markdown and, as its last line, all figures as JSON. With --lines those of earlier runs are in the
+picture and in that JSON, too.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     add("--tune-minutes", type=float, help="also tuned conversions, by the best router")
     add("--tune-methods", choices=METHODS, nargs="+", default=["activation"], help="of those")
     add("--tuned-only", action="store_true", help="no others")
+    add("--lines", type=Path, help="JSON of earlier runs, to which this one's figures are added")
     add("--plot", type=Path, help="picture to write")
     return parser.parse_args()
 
@@ -129,6 +131,21 @@ def measure(args: argparse.Namespace, settings: ConvertSettings, dense: float | 
     )
 
 
+def with_earlier(lines: list[Line], path: Path) -> list[Line]:
+    """Those in the file but for what was measured again, then these; written back to it."""
+
+    def case(line: Line) -> tuple[object, ...]:
+        return line.method, line.router, line.refit, line.tune_minutes, line.idle
+
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    again = {case(line) for line in lines}
+    earlier = [line for line in (Line(**entry) for entry in known) if case(line) not in again]
+    lines = earlier + lines
+    entries = ",\n".join(json.dumps(asdict(line)) for line in lines)
+    path.write_text(f"[\n{entries}\n]\n", encoding="utf-8")
+    return lines
+
+
 def draw(lines: list[Line], path: Path) -> None:
     """One group of bars per method and router, by share that is idle."""
     figure = Figure(figsize=(8, 3.8), layout="constrained")
@@ -138,7 +155,7 @@ def draw(lines: list[Line], path: Path) -> None:
     for number, idle in enumerate(shares):
         ratios = {_name(line): line.ratio for line in lines if line.idle == idle}
         places = [place + 0.8 * number / len(shares) for place in range(len(names))]
-        heights = [ratios[name] for name in names]
+        heights = [ratios.get(name, float("nan")) for name in names]
         bars = axes.bar(places, heights, 0.75 / len(shares), label=f"{idle:.0%} idle")
         axes.bar_label(bars, fmt="%.2f", fontsize=6)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
@@ -173,6 +190,8 @@ def main() -> None:
             f"| {line.seconds:.1f} |",
             flush=True,
         )
+    if args.lines is not None:
+        lines = with_earlier(lines, args.lines)
     if args.plot is not None:
         draw(lines, args.plot)
     print(json.dumps([asdict(line) for line in lines]))
