@@ -30,7 +30,7 @@ from moeserve.text_windows import evenly
 STEP_TOKENS = 1024
 #: text that is too little would be learnt by heart
 MIN_STEPS_OF_TEXT = 8
-RATE = 2e-3
+RATE = 1e-3
 #: columns of a matrix from which its rate falls with their number: a step of Adam changes every
 #: number by as much, and so a product by as much times the columns (muP, arXiv:2203.03466)
 RATE_COLUMNS = 64
