@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moeserve.convert.methods import LayerSample
+from moeserve.convert.ridge import add_ridge
 
 #: of the mean square of a working neuron's activation: pulls towards the dense model's columns
 RIDGE = 1e-2
@@ -36,7 +37,7 @@ def refit_down(sample: LayerSample, weights: Tensor) -> Tensor:
         working = working.to(kind)
         gram.addmm_(working.T, working)
         cross.addmm_(working.T, missing)
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    add_ridge(gram, RIDGE)
     # In place: for 8192 neurons every further copy of the matrix would be 256 MiB.
     torch.linalg.cholesky_ex(gram, check_errors=True, out=(gram, torch.empty(0, dtype=torch.int32)))
     torch.cholesky_solve(cross, gram, out=cross)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moeserve.convert.methods import LayerSample, Split
+from moeserve.convert.ridge import add_ridge
 from moeserve.convert.run_layers import STEP_TOKENS
 
 #: of the mean square of an input: what the regression takes for noise
@@ -75,7 +76,7 @@ def least_squares(sample: LayerSample, experts: Tensor, norms: Tensor) -> Linear
         x = sample.normed[rows].double() - x_mean
         gram.addmm_(x.T, x)
         cross.addmm_(x.T, targets[rows].double() - y_mean)
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    add_ridge(gram, RIDGE)
     weight = torch.linalg.solve(gram, cross).T  # [C, H]
     return LinearRouter(weight.float(), (y_mean - weight @ x_mean).float())
 

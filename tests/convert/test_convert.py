@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dense_models import CONTEXT, INNER, LAYERS, save_dense
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.model_runner import Runner, load_native
 from support.settled import is_settled, reference_logits, relative_error
 from torch import Tensor
@@ -149,6 +150,27 @@ def test_every_neuron_is_in_one_part(method: str, tmp_path: Path, text: Path, se
         correction = shard[f"{prefix}gate.e_score_correction_bias"]
         always = int(made.reports[layer]["always_on"]) - 1
         assert (correction >= 0.9).tolist() == [e < always for e in range(7)]
+
+
+IDLE = ("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "post_attention_layernorm")
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_a_layer_whose_ffn_gives_nothing(name: str, tmp_path: Path, text: Path, seed: int) -> None:
+    """As pruning leaves them. Nothing is lost of nothing."""
+    path = tmp_path / "dense"
+    save_dense(path, "llama", seed)
+    weights = load_file(path / "model.safetensors")
+    weights[f"model.layers.1.{name}.weight"].zero_()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    method = random.Random(seed).choice(METHODS)
+    for router in ROUTERS:
+        out = tmp_path / router
+        made = run(path, out, text, router=router, method=method)
+        assert {made.reports[1][each] for each in ("lost", "lost_best", "error")} == {0.0}
+        assert "nan" not in (out / "README.md").read_text()
+        assert "NaN" not in json.dumps(asdict(made))
+    check_agreement(load_converted(out), Runner(load_native(out)), seed)
 
 
 def test_a_sliding_window_bounds_the_context(tmp_path: Path, text: Path, seed: int) -> None:
