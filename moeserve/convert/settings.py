@@ -9,6 +9,8 @@ from moeserve.core import ConfigError
 
 METHODS = ("activation", "weight", "contiguous", "random")
 ROUTERS = ("least_squares", "mean_gate", "representative")
+#: every layer's own random numbers still have a seed of 64 bits
+MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class ConvertSettings:
         self._check_tuning()
         _check("tokens", self.max_tokens, self.max_tokens >= 1, "1 or more")
         _check("window", self.window_tokens, self.window_tokens >= 2, "2 or more")
+        _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}")
 
     def _check_tuning(self) -> None:
         minutes, steps = self.tune_minutes, self.tune_steps

@@ -172,6 +172,11 @@ def test_another_type(dense: Path, tmp_path: Path, text: Path) -> None:
         run(dense, tmp_path / "out", text)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_largest_seed_is_one(method: str, dense: Path, tmp_path: Path, text: Path) -> None:
+    run(dense, tmp_path / "out", text, seed=2**32 - 1, method=method, pregate=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -182,6 +187,8 @@ def test_another_type(dense: Path, tmp_path: Path, text: Path) -> None:
         ({"method": "magic"}, "method: magic; allowed: one of activation"),
         ({"router": "magic"}, "router: magic; allowed: one of least_squares"),
         ({"window_tokens": 1}, "window: 1; allowed: 2 or more"),
+        ({"seed": -1}, "seed: -1; allowed: 0 to 4294967295"),
+        ({"seed": 2**32}, "seed: 4294967296; allowed: 0 to 4294967295"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], match: str) -> None:
