@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moeserve import __version__
 from moeserve.config import ModelConfig
@@ -52,32 +53,44 @@ def convert(
             raise ConfigError(f"out: {out} is the dense model", field="out")
         text = read_calibration(model, texts, settings)
         made_of = recipe(model, settings, text)
-        workplace = Workplace(out, made_of)
-        conversion = convert_layers(model, settings, text, workplace, progress)
-        for pattern in COPIED:
-            for file in sorted(model.path.glob(pattern)):
-                if file.is_file():
-                    workplace.copy(file)
-        described = glm_config(model, conversion.shape)
-        write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
-        total = model.spec.num_layers + 1
-        shards = [workplace.shard(number, total) for number in range(1, total + 1)]
-        if settings.tunes:
-            conversion = tune_conversion(
-                model, settings, described, conversion, text, workplace, progress
-            )
-        if settings.pregate:
-            recall = write_pregate(out, described, shards, text, settings.seed, progress)
-            conversion = replace(conversion, pregate_recall=tuple(recall))
-        card = model_card(model, made_of, conversion, __version__)
-        write_text(out / "README.md", card)
-        weight_map: dict[str, str] = {}
-        num_bytes = 0
-        for file in shards:
-            entries = SafetensorsFile(file).entries
-            weight_map |= dict.fromkeys(entries, file.name)
-            num_bytes += sum(entry.num_bytes for entry in entries.values())
-        workplace.finish(weight_map, num_bytes)
+        with Workplace.open(out, made_of) as workplace:
+            return _write(model, settings, made_of, text, workplace, progress)
+
+
+def _write(
+    model: DenseModel,
+    settings: ConvertSettings,
+    made_of: Mapping[str, Any],
+    text: Calibration,
+    workplace: Workplace,
+    progress: Progress,
+) -> Conversion:
+    out = workplace.out
+    conversion = convert_layers(model, settings, text, workplace, progress)
+    for pattern in COPIED:
+        for file in sorted(model.path.glob(pattern)):
+            if file.is_file():
+                workplace.copy(file)
+    described = glm_config(model, conversion.shape)
+    write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
+    total = model.spec.num_layers + 1
+    shards = [workplace.shard(number, total) for number in range(1, total + 1)]
+    if settings.tunes:
+        conversion = tune_conversion(
+            model, settings, described, conversion, text, workplace, progress
+        )
+    if settings.pregate:
+        recall = write_pregate(out, described, shards, text, settings.seed, progress)
+        conversion = replace(conversion, pregate_recall=tuple(recall))
+    card = model_card(model, made_of, conversion, __version__)
+    write_text(out / "README.md", card)
+    weight_map: dict[str, str] = {}
+    num_bytes = 0
+    for file in shards:
+        entries = SafetensorsFile(file).entries
+        weight_map |= dict.fromkeys(entries, file.name)
+        num_bytes += sum(entry.num_bytes for entry in entries.values())
+    workplace.finish(weight_map, num_bytes)
     return replace(conversion, num_bytes=num_bytes)
 
 

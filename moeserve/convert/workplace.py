@@ -12,9 +12,12 @@ written last, before the work directory goes; without it nothing takes OUT for a
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,11 +54,21 @@ class Saved:
 class Workplace:
     """OUT and the work directory in it."""
 
-    def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
-        """Makes the directory, or finds one with the same recipe in it to go on with.
+    @staticmethod
+    @contextmanager
+    def open(out: Path, recipe: Mapping[str, Any]) -> Iterator[Workplace]:
+        """Makes the directory, or finds one with the same recipe in it to go on with. Nobody else
+        gets it until the end.
 
-        Raises ConfigError for a directory with anything else in it, and where it cannot be made.
+        Raises ConfigError for a directory that another conversion is writing, or with anything else
+        in it, and where it cannot be made.
         """
+        _make(out)
+        with _only_user(out):
+            yield Workplace(out, recipe)
+
+    def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
+        """out: a directory that nobody else uses."""
         self.out = out
         self._work = out / WORK
         text = json.dumps(recipe, indent=1, sort_keys=True)
@@ -63,16 +76,11 @@ class Workplace:
         if known.is_file():
             _check_same(out, json.loads(known.read_text(encoding="utf-8")), json.loads(text))
             return
-        if out.exists() and (not out.is_dir() or set(out.iterdir()) - {self._work}):
+        if set(out.iterdir()) - {self._work}:
             raise ConfigError(
                 f"out: {out} exists and is not empty", field="out", hint="name a new directory"
             )
-        try:
-            self._work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"out: {out} cannot be made: {error.strerror}", field="out"
-            ) from error
+        _make(self._work)
         write_text(known, text)
 
     def load(self) -> State | None:
@@ -139,6 +147,53 @@ class Workplace:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(weight_map)}
         write_text(self.out / INDEX_FILE, json.dumps(index, indent=2) + "\n")
         shutil.rmtree(self._work)
+
+
+def _make(directory: Path) -> None:
+    """With what is above it; it may be there. Raises ConfigError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why, fix = f"cannot be made: {error.strerror}", "name a directory that you may write"
+        if directory.is_symlink() and not directory.exists():
+            why = f"is a link to {os.readlink(directory)}, which is not there"
+            fix = "make that directory, or name a new one"
+        elif isinstance(error, FileExistsError | NotADirectoryError):
+            why, fix = "is, or is below, a file and not a directory", "name a new directory"
+        raise ConfigError(f"out: {directory} {why}", field="out", hint=fix) from error
+
+
+@contextmanager
+def _only_user(directory: Path) -> Iterator[None]:
+    """Holds the system's lock on a directory, which ends with the process, however that ends.
+
+    On the directory itself, because a file of its own would have to go at the end, while somebody
+    else may hold it open already. Raises ConfigError where another one has it.
+    """
+    try:
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(
+            f"out: {directory} cannot be opened: {error.strerror}",
+            field="out",
+            hint="name a directory that you may write",
+        ) from error
+    try:
+        _lock(handle, directory)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, directory: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"out: another conversion is writing {directory}",
+            field="out",
+            hint="wait for it to end, or name another directory",
+        ) from error
 
 
 def _check_same(out: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

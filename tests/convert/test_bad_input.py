@@ -162,6 +162,21 @@ def test_an_output_that_is_not_empty(dense: Path, tmp_path: Path, text: Path) ->
         run(dense, dense, text)
 
 
+def test_an_output_that_is_no_directory(dense: Path, tmp_path: Path, text: Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to(tmp_path / "nowhere")
+    for out, match in (
+        (file, r"is, or is below, a file and not a directory \(name a new"),
+        (file / "below", r"is, or is below, a file and not a directory \(name a new"),
+        (link, r"is a link to .*nowhere, which is not there \(make that directory"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            run(dense, out, text)
+    assert file.read_text() == "mine"
+    assert not link.exists()
+
+
 def test_no_model(tmp_path: Path, text: Path) -> None:
     refused(tmp_path / "nothing", tmp_path / "out", text, "nothing")
 

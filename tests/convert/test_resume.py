@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from dense_models import LAYERS, save_dense
 from test_convert import run
 
 from moeserve.convert import shards
-from moeserve.convert.workplace import WORK
+from moeserve.convert.workplace import WORK, Workplace
 from moeserve.core import ConfigError
 from moeserve.models.checkpoint import INDEX_FILE
 
@@ -104,6 +107,46 @@ def test_a_full_disk_is_named_and_nothing_is_lost(dense: Path, tmp_path: Path, t
     run(dense, out, text)
     run(dense, tmp_path / "whole", text)
     assert files(out) == files(tmp_path / "whole")
+
+
+def test_two_conversions_into_one_directory(
+    dense: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one, of another recipe or the same, is refused at any time of the first; what that
+    one writes is as if it had been alone."""
+    run(dense, tmp_path / "alone", text)
+    out = tmp_path / "out"
+    sync, tried = os.fsync, []
+
+    def second(handle: int) -> None:
+        sync(handle)
+        seed = len(tried) % 2
+        tried.append(handle)
+        with pytest.raises(ConfigError, match=r"another conversion is writing .*\(wait for it"):
+            run(dense, out, text, seed=seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, "fsync", second)
+        run(dense, out, text)
+    assert len(tried) > 2 * LAYERS
+    assert files(out) == files(tmp_path / "alone")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from moeserve.convert.workplace import Workplace
+with Workplace.open(Path(sys.argv[1]), {"a": 1}):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_conversion_leaves_no_lock(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with Workplace.open(out, {"a": 1}) as workplace:
+        assert workplace.load() is None
 
 
 def test_another_recipe_does_not_go_on(
