@@ -33,7 +33,7 @@ from moeserve.progress import LoadingBar
 @dataclass(frozen=True)
 class Line:
     """A conversion and what came of it. ratio: perplexity over the dense model's; seconds: without
-    tuning."""
+    tuning, None where it was not noted."""
 
     method: str
     router: str
@@ -43,7 +43,7 @@ class Line:
     ratio: float
     agreement: float
     chance: float
-    seconds: float
+    seconds: float | None
 
 
 def parse_args() -> argparse.Namespace:
