@@ -13,8 +13,8 @@ namespace {
 template <Format kFormat, bool kAsymmetric>
 struct UnpackedProduct {
   using Tile = IntTile<kFormat, kAsymmetric>;
-  static constexpr int kPanels = Tiles<true>::kManyPanels;
-  static constexpr int kRows = Tiles<true>::kManyRows;
+  static constexpr int kPanels = Tiles<Tile>::kManyPanels;
+  static constexpr int kRows = Tiles<Tile>::kManyRows;
   static constexpr int kBlockInputs = 768;
 
   struct Block {
@@ -57,7 +57,6 @@ struct UnpackedProduct {
           cover<1>(block, ahead, rows_ahead);
         }
       }
-      ahead.finish();
     }
   }
 
@@ -106,7 +105,7 @@ struct UnpackedProduct {
     PanelsAhead ahead = all_ahead;
     for (int g = 0; g < block.num_groups; ++g) {
       Vec::I acc[R][P];
-      ahead.step();
+      ahead.template step<P>();
       Tile::template start_group<R, P>(layout, block.panel, block.first_group + g, sums, g, acc);
       // In runs of 32 inputs, the smallest group.
       for (int c = g * group_chunks; c < (g + 1) * group_chunks; c += 4) {

@@ -17,47 +17,48 @@ using moeserve::RowForm;
 // How far ahead of its use a weight is asked for; beyond a page the hardware's own stops.
 constexpr int kPrefetchBytes = 768;
 constexpr int kPrefetchScaleBytes = 256;
+// Chunks of a panel after which more of the next panels is asked for.
+constexpr int kStepChunks = 4;
 // Tiles of at most that many rows read weights as fast as they come.
 constexpr int kStreamRows = 4;
 
 // Panels that come after those being multiplied. Asking for them bit by bit, over all tiles that
 // read the present ones, keeps the memory busy while the arithmetic takes longer than reading.
-// Several panels at a time: the hardware follows each as a stream of its own.
+// Several panels at a time: the hardware follows each as a stream of its own. A step has no branch
+// that depends on where it stands: a wrong guess costs as much as tens of products.
 class PanelsAhead {
  public:
   PanelsAhead() = default;
-  // `num_panels` of panel_bytes each, in `num_steps` steps; or nothing.
-  PanelsAhead(const std::uint8_t *panels, int num_panels, std::size_t panel_bytes,
+  // `num_panels` of panel_bytes each, in `num_steps` steps of num_streams prefetches or a multiple;
+  // or nothing: then it asks again and again for what is at `panels`.
+  PanelsAhead(const std::uint8_t *panels, int num_panels, int num_streams, std::size_t panel_bytes,
               std::int64_t num_steps)
-      : num_panels_(panels == nullptr ? 0 : num_panels), panel_bytes_(panel_bytes) {
-    if (num_panels_ < 1) return;
-    line_ = limit_ = panels;
-    end_ = panels + panel_bytes;
-    step_bytes_ = static_cast<std::size_t>(
-        (static_cast<std::int64_t>(panel_bytes) + num_steps - 1) / num_steps);
+      : line_(panels) {
+    if (num_panels < 1) return;
+    const auto bytes = static_cast<std::int64_t>(panel_bytes);
+    step_lines_ = static_cast<int>((bytes / kChunkBytes + num_steps - 1) / num_steps);
+    const std::int64_t lines = num_steps * step_lines_;
+    line_bytes_ = static_cast<std::size_t>((bytes + lines - 1) / lines);
+    // Fewer panels than streams: these overlap.
+    if (num_streams > 1) {
+      stream_bytes_ = panel_bytes * static_cast<std::size_t>(num_panels - 1) /
+                      static_cast<std::size_t>(num_streams - 1);
+    }
   }
 
+  template <int kStreams>
   MOESERVE_INLINE void step() {
-    limit_ += step_bytes_;
-    while (line_ < limit_) next_line();
-  }
-  void finish() {
-    while (line_ < end_) next_line();
+    for (int i = 0; i < step_lines_; ++i) {
+      MOESERVE_UNROLL for (int s = 0; s < kStreams; ++s) Vec::prefetch(line_ + s * stream_bytes_);
+      line_ += line_bytes_;
+    }
   }
 
  private:
-  MOESERVE_INLINE void next_line() {
-    const std::uint8_t *line = line_;
-    for (int p = 0; p < num_panels_; ++p, line += panel_bytes_) Vec::prefetch(line);
-    line_ += kChunkBytes;
-  }
-
-  const std::uint8_t *line_ = nullptr;   // of the first panel, to be asked for next
-  const std::uint8_t *limit_ = nullptr;  // lines before it are due
-  const std::uint8_t *end_ = nullptr;
-  std::size_t step_bytes_ = 0;
-  int num_panels_ = 0;
-  std::size_t panel_bytes_ = 0;
+  const std::uint8_t *line_ = nullptr;  // of the first stream, to be asked for next
+  std::size_t line_bytes_ = 0;          // to the next one: less than a line where steps are many
+  std::size_t stream_bytes_ = 0;
+  int step_lines_ = 1;
 };
 
 // Rows that come after those being multiplied, asked for bit by bit, tile by tile.
@@ -156,29 +157,52 @@ MOESERVE_INLINE void clear(Vec::F (&sum)[R][P]) {
 }
 
 // What a tile asks for on its way through its panels. Many rows take longer to compute than to
-// read, and ask for the next panels meanwhile.
-template <int R, int P>
+// read, and ask for the next panels meanwhile. kApart: outside the inner loop, whose pointers to
+// rows and panels take all registers that there are for addresses.
+template <int R, int P, bool kApart>
 class TileAhead {
  public:
   explicit TileAhead(const Place &place) : place_(place), panels_(place.ahead) {}
   ~TileAhead() { place_.ahead = panels_; }
-  MOESERVE_INLINE void chunk(int) { panels_.step(); }
   MOESERVE_INLINE void group(int) {}
+  // body(chunk) for the chunks from begin to end.
+  template <class Body>
+  MOESERVE_INLINE void for_chunks(int begin, int end, const Body &body) {
+    if constexpr (kApart) {
+      for (int c = begin; c < end;) {
+        panels_.template step<P>();
+        const int stop = c + kStepChunks < end ? c + kStepChunks : end;
+        do body(c);
+        while (++c < stop);
+      }
+    } else {
+      for (int c = begin; c < end; ++c) {
+        if ((c - begin) % kStepChunks == 0) panels_.template step<P>();
+        body(c);
+      }
+    }
+  }
 
  private:
   const Place &place_;
   PanelsAhead panels_;  // a copy: through the reference it would stay in memory
 };
 
-template <int R, int P>
+template <int R, int P, bool kApart>
   requires(R <= kStreamRows)
-class TileAhead<R, P> {
+class TileAhead<R, P, kApart> {
  public:
   explicit TileAhead(const Place &place)
       : chunks_(place, 0, place.job.layout->num_chunks, kPrefetchBytes),
         scales_(place, place.job.layout->scale_offset, place.job.layout->num_groups,
                 kPrefetchScaleBytes) {}
-  MOESERVE_INLINE void chunk(int c) { chunks_.at(c); }
+  template <class Body>
+  MOESERVE_INLINE void for_chunks(int begin, int end, const Body &body) {
+    for (int c = begin; c < end; ++c) {
+      chunks_.at(c);
+      body(c);
+    }
+  }
   // Scales of a group are a vector of bf16.
   MOESERVE_INLINE void group(int g) { scales_.at(g); }
 
@@ -191,6 +215,7 @@ class TileAhead<R, P> {
 template <Format kFormat, bool kAsymmetric>
 struct FloatTile {
   static constexpr bool kGrouped = !moeserve::is_float(kFormat);
+  static constexpr bool kBytes = false;
   static constexpr int kInputs = chunk_inputs(kFormat);
 
   template <int R, int P>
@@ -201,7 +226,7 @@ struct FloatTile {
     const float *x[R];
     MOESERVE_UNROLL for (int p = 0; p < P; ++p) panel[p] = place.panel(p);
     MOESERVE_UNROLL for (int r = 0; r < R; ++r) x[r] = place.x<float>(r);
-    TileAhead<R, P> ahead(place);
+    TileAhead<R, P, kBytes> ahead(place);
     Vec::F total[R][P];
     if constexpr (!kGrouped) {
       sum_chunks<R, P>(decoder, panel, x, 0, layout.num_chunks, nullptr, total, ahead);
@@ -238,10 +263,9 @@ struct FloatTile {
                                          const std::uint8_t *const (&panel)[P],
                                          const float *const (&x)[R], int begin, int end,
                                          const Vec::F *zero, Vec::F (&sum)[R][P],
-                                         TileAhead<R, P> &ahead) {
+                                         TileAhead<R, P, kBytes> &ahead) {
     clear(sum);
-    for (int c = begin; c < end; ++c) {
-      ahead.chunk(c);
+    ahead.for_chunks(begin, end, [&](int c) __attribute__((always_inline)) {
       unroll<kInputs>([&](auto j) __attribute__((always_inline)) {
         Vec::F weight[P];
         MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
@@ -254,13 +278,14 @@ struct FloatTile {
               Vec::fma(weight[p], factor, sum[r][p]);
         }
       });
-    }
+    });
   }
 };
 
 // Pairs of bf16 weights times pairs of bf16 inputs, by the instruction for that.
 struct Bf16Tile {
   static constexpr bool kGrouped = false;
+  static constexpr bool kBytes = false;
 
   template <int R, int P>
   static void run(const Place &place) {
@@ -269,17 +294,16 @@ struct Bf16Tile {
       const std::uint16_t *x[R];
       MOESERVE_UNROLL for (int p = 0; p < P; ++p) panel[p] = place.panel(p);
       MOESERVE_UNROLL for (int r = 0; r < R; ++r) x[r] = place.x<std::uint16_t>(r);
-      TileAhead<R, P> ahead(place);
+      TileAhead<R, P, kBytes> ahead(place);
       Vec::F sum[R][P];
       clear(sum);
-      for (int c = 0; c < place.job.layout->num_chunks; ++c) {
-        ahead.chunk(c);
+      ahead.for_chunks(0, place.job.layout->num_chunks, [&](int c) __attribute__((always_inline)) {
         Vec::I weight[P];
         MOESERVE_UNROLL for (int p = 0; p < P; ++p) weight[p] =
             Vec::load64(panel[p] + c * kChunkBytes);
         MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
             sum[r][p] = Vec::bf16_dot(sum[r][p], weight[p], x[r] + 2 * c);
-      }
+      });
       MOESERVE_UNROLL for (int r = 0; r < R; ++r) MOESERVE_UNROLL for (int p = 0; p < P; ++p)
           Vec::store(place.out(r, p), sum[r][p]);
     }
@@ -290,6 +314,7 @@ struct Bf16Tile {
 template <Format kFormat, bool kAsymmetric>
 struct IntTile {
   static constexpr bool kGrouped = kFormat != Format::kInt8;
+  static constexpr bool kBytes = !kGrouped;
 
   template <int R, int P>
   static void run(const Place &place) {
@@ -302,31 +327,40 @@ struct IntTile {
       x[r] = place.x<std::int8_t>(r);
       sums[r] = place.sums(r);
     }
-    TileAhead<R, P> ahead(place);
-    Vec::F total[R][P];
-    clear(total);
-    const int group_chunks =
-        kGrouped ? layout.group_cols / chunk_inputs(kFormat) : layout.num_chunks;
-    for (int g = 0; g < layout.num_groups; ++g) {
-      Vec::I acc[R][P];
-      start_group<R, P>(layout, panel, g, sums, g, acc);
-      if constexpr (kGrouped) ahead.group(g);
-      const int begin = g * group_chunks;
-      for (int c = begin; c < begin + group_chunks; ++c) {
-        ahead.chunk(c);
-        add_chunk<R, P>(panel, x, c, acc);
-      }
-      MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
-        const Vec::F scale = load_scale<kFormat>(layout, panel[p], g);
-        MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
-          total[r][p] = Vec::fma(Vec::to_float(acc[r][p]), scale, total[r][p]);
+    TileAhead<R, P, kBytes> ahead(place);
+    if constexpr (kGrouped) {
+      Vec::F total[R][P];
+      clear(total);
+      const int group_chunks = layout.group_cols / chunk_inputs(kFormat);
+      for (int g = 0; g < layout.num_groups; ++g) {
+        Vec::I acc[R][P];
+        ahead.group(g);
+        sum_chunks<R, P>(layout, panel, x, sums, g, group_chunks, acc, ahead);
+        MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+          const Vec::F scale = load_scale<kFormat>(layout, panel[p], g);
+          MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+            total[r][p] = Vec::fma(Vec::to_float(acc[r][p]), scale, total[r][p]);
+          }
         }
       }
-    }
-    MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
-      const Vec::F scale = Vec::set1(row_scale(place.job, place.source(r)));
-      MOESERVE_UNROLL for (int p = 0; p < P; ++p)
-          Vec::store(place.out(r, p), Vec::mul(total[r][p], scale));
+      MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec::F scale = Vec::set1(row_scale(place.job, place.source(r)));
+        MOESERVE_UNROLL for (int p = 0; p < P; ++p)
+            Vec::store(place.out(r, p), Vec::mul(total[r][p], scale));
+      }
+    } else {
+      Vec::I acc[R][P];
+      sum_chunks<R, P>(layout, panel, x, sums, 0, layout.num_chunks, acc, ahead);
+      Vec::F scale[P];
+      MOESERVE_UNROLL for (int p = 0; p < P; ++p) scale[p] =
+          load_scale<kFormat>(layout, panel[p], 0);
+      MOESERVE_UNROLL for (int r = 0; r < R; ++r) {
+        const Vec::F own = Vec::set1(row_scale(place.job, place.source(r)));
+        MOESERVE_UNROLL for (int p = 0; p < P; ++p) {
+          const Vec::F product = Vec::mul(Vec::to_float(acc[r][p]), scale[p]);
+          Vec::store(place.out(r, p), Vec::mul(product, own));
+        }
+      }
     }
   }
 
@@ -375,6 +409,19 @@ struct IntTile {
   }
 
  private:
+  // One group of `count` chunks.
+  template <int R, int P>
+  MOESERVE_INLINE static void sum_chunks(const PackedLayout &layout,
+                                         const std::uint8_t *const (&panel)[P],
+                                         const std::int8_t *const (&x)[R],
+                                         const std::int32_t *const (&sums)[R], int group, int count,
+                                         Vec::I (&acc)[R][P], TileAhead<R, P, kBytes> &ahead) {
+    start_group<R, P>(layout, panel, group, sums, group, acc);
+    ahead.for_chunks(group * count, (group + 1) * count, [&](int c) __attribute__((always_inline)) {
+      add_chunk<R, P>(panel, x, c, acc);
+    });
+  }
+
   template <int R, int P>
   MOESERVE_INLINE static void add_chunk(const std::uint8_t *const (&panel)[P],
                                         const std::int8_t *const (&x)[R], int c,

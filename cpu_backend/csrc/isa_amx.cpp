@@ -134,8 +134,8 @@ void tile_gemm(const GemmJob &job) {
           const Vec::I exact =
               _mm512_add_epi32(Vec::load64(sum), Vec::iset1(job.rows.sums[source]));
           const std::uint8_t *panel = job.panels + (first + p) * layout.panel_bytes;
-          const Vec::F scaled = Vec::fma(Vec::to_float(exact),
-                                         load_scale<Format::kInt8>(layout, panel, 0), Vec::zero());
+          const Vec::F scaled =
+              Vec::mul(Vec::to_float(exact), load_scale<Format::kInt8>(layout, panel, 0));
           Vec::store(out, Vec::mul(scaled, Vec::set1(job.rows.scales[source])));
         }
       }

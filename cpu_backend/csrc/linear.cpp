@@ -9,8 +9,8 @@ namespace {
 // from memory once and take some 10 us, so that threads end together. Many rows: the rows of an
 // item stay in the core's second-level cache while its panels pass by.
 constexpr std::int64_t kDecodeItemBytes = 128 * 1024;
-constexpr std::int64_t kRowsPerItem = 96;
-constexpr std::int64_t kPanelsPerItem = 8;
+constexpr std::int64_t kRowsPerItem = 128;
+constexpr std::int64_t kPanelsPerItem = 12;
 constexpr std::int64_t kItemsPerThread = 4;  // of the rows that stand together
 // Bytes of weights times rows below which the calling thread is done before another has woken.
 constexpr std::int64_t kAloneBytes = 64 * 1024;

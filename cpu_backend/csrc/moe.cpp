@@ -5,14 +5,15 @@
 namespace moeserve {
 namespace {
 
-// Panels of an item: see linear.cpp. Those of gate_up come in pairs.
+// Panels of an item: see linear.cpp. Those of gate_up come in pairs; with many rows multiples of 3
+// and of 2 are best, the widths of tiles (gemm_cover.h).
 constexpr std::int64_t kGateUpPanels = 4;
 constexpr std::int64_t kDownPanels = 4;
 constexpr std::int64_t kAloneBytes = 64 * 1024;
 constexpr std::int64_t kManyRows = 8;
 constexpr std::int64_t kExpertsPerThread = 4;
-constexpr std::int64_t kGateUpPanelsMany = 32;
-constexpr std::int64_t kDownPanelsMany = 16;
+constexpr std::int64_t kGateUpPanelsMany = 24;
+constexpr std::int64_t kDownPanelsMany = 18;
 
 // One choice of a token. Sorted by expert; `row` of the hidden state is its place in that order.
 struct Pair {
