@@ -47,7 +47,7 @@ tags: [glm4_moe, mixture-of-experts, dense-to-moe]
 | routed experts | {shape.num_routed}, of which {shape.top_k} work on a token |
 | inactive per token | {idle / parts:.1%} of the FFN |
 | context | {model.context_tokens} tokens |
-
+{_notes(conversion)}
 ## Quality
 
 On calibration text that nothing was fitted to, in float32, windows of
@@ -72,6 +72,10 @@ left out, the same for the best choice, and the error of what the converted FFN 
 
 Converted in {conversion.seconds:.0f} s.
 """
+
+
+def _notes(conversion: Conversion) -> str:
+    return "".join(f"| note | {note} |\n" for note in conversion.notes)
 
 
 def _training(conversion: Conversion) -> str:

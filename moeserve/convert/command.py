@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.num_threads)
     with LoadingBar() as bar, torch.inference_mode():
         made = convert(read_flags(ModelConfig, args), args.out, args.text, settings, bar)
+    for note in made.notes:
+        print(f"warning: {note}", file=sys.stderr)
     if args.json:
         print(json.dumps(asdict(made)))
         return 0

@@ -44,7 +44,8 @@ class Quality:
 @dataclass(frozen=True)
 class Conversion:
     """What came of it. reports: per layer. pregate_recall: by layer, where it was asked for.
-    tuning: where it was tuned; quality is that of the tuned model then, reports are from before."""
+    tuning: where it was tuned; quality is that of the tuned model then, reports are from before.
+    notes: what whoever uses the model should know."""
 
     shape: MoeShape
     quality: Quality
@@ -53,6 +54,7 @@ class Conversion:
     num_bytes: int
     pregate_recall: tuple[float, ...] = ()
     tuning: Tuning | None = None
+    notes: tuple[str, ...] = ()
 
 
 def recipe(model: DenseModel, settings: ConvertSettings, text: Calibration) -> dict[str, Any]:

@@ -35,6 +35,8 @@ SPREAD = 2.0**-8
 #: on scores, which are between 0 and 1
 ALWAYS_CHOSEN = 1.0
 WEIGHT_FACTOR = 2.0
+#: 16 bytes of a 16-bit type
+GROUPED_NUMBERS = 8
 #: config.json's fields that mean the same in both architectures
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout")
 
@@ -120,7 +122,31 @@ def glm_config(model: DenseModel, shape: MoeShape) -> dict[str, Any]:
         "routed_scaling_factor": WEIGHT_FACTOR,
         "use_cache": True,
         "dtype": raw.get("dtype") or raw.get("torch_dtype"),
+        **({} if grouped_note(model, shape) is None else {"experts_implementation": "eager"}),
     }
+
+
+def grouped_note(model: DenseModel, shape: MoeShape) -> str | None:
+    """Why transformers is told to run the experts one after the other, and what would help; None
+    where it need not.
+
+    Its own choice, grouped products (torch's grouped_mm), wants rows of a multiple of 16 bytes:
+    8 numbers in the 16-bit types that a model of any dtype may be loaded in.
+    """
+    hidden, size = model.spec.hidden_size, shape.part_size
+    if size % GROUPED_NUMBERS == 0 and hidden % GROUPED_NUMBERS == 0:
+        return None
+    neurons = model.ffn.intermediate_size
+    fits = [n for n in range(3, neurons + 1) if neurons % (n * GROUPED_NUMBERS) == 0]
+    near = sorted(fits, key=lambda n: abs(n - shape.num_shared - shape.num_routed))[:3]
+    fix = f"--experts {' or '.join(map(str, sorted(near)))} would" if near else "no --experts would"
+    if hidden % GROUPED_NUMBERS:
+        fix = "no --experts would"
+    return (
+        f"parts of {size} neurons, hidden size {hidden}: the grouped products of transformers want "
+        f"multiples of {GROUPED_NUMBERS}, so config.json has experts_implementation: eager, which "
+        f"is slower there ({fix} do without)"
+    )
 
 
 def rope_parameters(model: DenseModel) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from moeserve.convert.calibration import Calibration
 from moeserve.convert.card import model_card
 from moeserve.convert.convert import Conversion, convert_layers, recipe
 from moeserve.convert.dense import DenseModel, open_dense
-from moeserve.convert.glm import glm_config
+from moeserve.convert.glm import glm_config, grouped_note
 from moeserve.convert.pregate import write_pregate
 from moeserve.convert.settings import ConvertSettings, MoeShape
 from moeserve.convert.shards import write_text
@@ -72,6 +72,9 @@ def _write(
             if file.is_file():
                 workplace.copy(file)
     described = glm_config(model, conversion.shape)
+    note = grouped_note(model, conversion.shape)
+    if note is not None:
+        conversion = replace(conversion, notes=(note,))
     write_text(out / "config.json", json.dumps(described, indent=2) + "\n")
     total = model.spec.num_layers + 1
     shards = [workplace.shard(number, total) for number in range(1, total + 1)]

@@ -152,6 +152,28 @@ def test_every_neuron_is_in_one_part(method: str, tmp_path: Path, text: Path, se
         assert (correction >= 0.9).tolist() == [e < always for e in range(7)]
 
 
+@pytest.mark.parametrize(
+    ("neurons", "parts", "dtype"),
+    [(64, 32, torch.float32), (172, 43, torch.bfloat16), (96, 8, torch.bfloat16),
+     (172, 4, torch.float32), (64, 8, torch.bfloat16)],
+)  # fmt: skip
+def test_parts_of_any_size_run_in_transformers(
+    neurons: int, parts: int, dtype: torch.dtype, tmp_path: Path, text: Path, seed: int
+) -> None:
+    """Loaded as anybody would; its grouped products would refuse rows of an odd length."""
+    save_dense(tmp_path / "dense", "llama", seed, dtype, intermediate_size=neurons)
+    out = tmp_path / "out"
+    made = run(tmp_path / "dense", out, text, experts=parts, active=parts - 1)
+    for loaded in (dtype, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=loaded)
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
+    whole = neurons // parts % 8 == 0
+    assert (not made.notes) == whole
+    assert ("experts_implementation: eager" in (out / "README.md").read_text()) != whole
+    if neurons == 96:
+        assert "--experts 4 or 6 or 12 would do without" in made.notes[0]
+
+
 IDLE = ("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj", "post_attention_layernorm")
 
 
