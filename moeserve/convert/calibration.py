@@ -19,19 +19,28 @@ MIN_WINDOWS = 5
 @dataclass(frozen=True)
 class Calibration:
     """learnt_from, held_back: [N, W] token ids. Rows of tokens come in that order. tuned_on: all of
-    the text but what is held back."""
+    the text but what is held back. names: of the files and directories it came from."""
 
     learnt_from: Tensor
     held_back: Tensor
     tuned_on: Tensor
+    names: tuple[str, ...] = ()
 
     @staticmethod
-    def of(text: Tensor, max_tokens: int) -> Calibration:
+    def of(text: Tensor, max_tokens: int, names: tuple[str, ...] = ()) -> Calibration:
         """text: [N, W]. Of its windows as many as are wanted, taken evenly; every HELD_BACK-th of
         those is kept back.
 
-        Raises ConfigError where there are too few.
+        Raises ConfigError where there are too few, or too few are wanted.
         """
+        least = MIN_WINDOWS * text.shape[1]
+        if max_tokens < least:
+            raise ConfigError(
+                f"tokens: {max_tokens}; allowed: {least} or more, {MIN_WINDOWS} windows of "
+                f"{text.shape[1]}",
+                field="tokens",
+                hint="ask for more, or give a smaller --window",
+            )
         taken = evenly(len(text), max_tokens // text.shape[1])
         windows = text[taken]
         count, length = windows.shape
@@ -44,7 +53,7 @@ class Calibration:
         kept = torch.arange(count) % HELD_BACK == HELD_BACK - 1
         rest = torch.ones(len(text), dtype=torch.bool)
         rest[taken[kept]] = False
-        return Calibration(windows[~kept], windows[kept], text[rest])
+        return Calibration(windows[~kept], windows[kept], text[rest], names)
 
     @property
     def window_tokens(self) -> int:

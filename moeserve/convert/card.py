@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moeserve.convert.calibration import Calibration
 from moeserve.convert.convert import Conversion
 from moeserve.convert.dense import DenseModel
 from moeserve.convert.tune_plot import PICTURE
@@ -19,14 +20,19 @@ COLUMNS = {
 
 
 def model_card(
-    model: DenseModel, recipe: Mapping[str, Any], conversion: Conversion, version: str
+    model: DenseModel,
+    recipe: Mapping[str, Any],
+    text: Calibration,
+    conversion: Conversion,
+    version: str,
 ) -> str:
     """README.md of the converted model."""
     shape, quality = conversion.shape, conversion.quality
     parts = shape.num_shared + shape.num_routed
     idle = shape.num_routed - shape.top_k
     ratio = quality.perplexity / quality.dense_perplexity
-    told = "\n".join(f"| {name} | {value} |" for name, value in recipe.items() if name != "files")
+    told = {name: value for name, value in recipe.items() if value is not None and name != "files"}
+    told |= _text(text)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -34,7 +40,7 @@ base_model: {model.name}
 tags: [glm4_moe, mixture-of-experts, dense-to-moe]
 ---
 
-# {model.path.name} as a Mixture-of-Experts
+# {model.name} as a Mixture-of-Experts
 
 `{model.name}` ({model.spec.model_type}, dense), its FFNs cut into experts by `moeserve convert`
 {version}, {_training(conversion)}. The licence is that of the dense model.
@@ -68,10 +74,24 @@ left out, the same for the best choice, and the error of what the converted FFN 
 
 | | |
 | --- | --- |
-{told}
+{_rows(told)}
 
 Converted in {conversion.seconds:.0f} s.
 """
+
+
+def _rows(told: Mapping[str, Any]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in told.items())
+
+
+def _text(text: Calibration) -> dict[str, str]:
+    """What of which text was used, and for what."""
+    learnt, held = text.learnt_from.numel(), text.held_back.numel()
+    return {
+        "calibration text": ", ".join(text.names),
+        "tokens used": f"{learnt + held:,}: {learnt:,} to learn from, {held:,} to measure on",
+        "tokens there were": f"{text.tuned_on.numel() + held:,}",
+    }
 
 
 def _notes(conversion: Conversion) -> str:

@@ -65,6 +65,7 @@ def recipe(model: DenseModel, settings: ConvertSettings, text: Calibration) -> d
         "config_sha256": config_sha256(model.path),
         "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
         **asdict(settings),
+        "shared_share": "auto" if settings.shared_share is None else settings.shared_share,
         "text_sha256": text.digest(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -115,10 +116,22 @@ def open_dense(config: ModelConfig, progress: Progress | None = None) -> Iterato
         )
         check_finite(checkpoint, rules, progress)
         yield DenseModel(
-            found.path, config.name, found.raw, found.family, spec, checkpoint, tuple(rules)
+            found.path,
+            _name(config, found.path),
+            found.raw,
+            found.family,
+            spec,
+            checkpoint,
+            tuple(rules),
         )
     finally:
         checkpoint.close()
+
+
+def _name(config: ModelConfig, path: Path) -> str:
+    """The hub id, or the directory's name, be it given as `.`"""
+    local = path == Path(config.model).expanduser()
+    return Path(os.path.abspath(path)).name if local else config.model
 
 
 def _check_spec(path: Path, spec: ModelSpec) -> None:

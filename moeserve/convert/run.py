@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,7 @@ def convert(
         if out.exists() and out.resolve() == model.path.resolve():
             raise ConfigError(f"out: {out} is the dense model", field="out")
         text = read_calibration(model, texts, settings)
+        settings = replace(settings, window_tokens=text.window_tokens)
         made_of = recipe(model, settings, text)
         with Workplace.open(out, made_of) as workplace:
             return _write(model, settings, made_of, text, workplace, progress)
@@ -85,7 +87,7 @@ def _write(
     if settings.pregate:
         recall = write_pregate(out, described, shards, text, settings.seed, progress)
         conversion = replace(conversion, pregate_recall=tuple(recall))
-    card = model_card(model, made_of, conversion, __version__)
+    card = model_card(model, made_of, text, conversion, __version__)
     write_text(out / "README.md", card)
     weight_map: dict[str, str] = {}
     num_bytes = 0
@@ -114,7 +116,8 @@ def read_calibration(
             f"{model.spec.vocab_size}",
             hint="the tokeniser belongs to another model",
         )
-    text = Calibration.of(windows, settings.max_tokens)
+    names = tuple(Path(os.path.abspath(path)).name for path in texts)
+    text = Calibration.of(windows, settings.max_tokens, names)
     if settings.tunes:
         TuningText.of(text).check()
     return text

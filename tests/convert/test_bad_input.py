@@ -133,6 +133,10 @@ def test_too_little_text(dense: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("word " * 30)
     refused(dense, tmp_path / "out", short, "3 windows of 48 tokens; 5 or more .*give more text")
+    refused(
+        dense, tmp_path / "out", short, "tokens: 239; allowed: 240 or more, 5 windows of 48",
+        max_tokens=239,
+    )  # fmt: skip
     short.write_text("word")
     refused(dense, tmp_path / "out", short, "4 tokens do not fill a window of 48")
 

@@ -110,6 +110,24 @@ def test_what_is_reported_is_what_transformers_computes(
     assert f"| converted | {made.quality.perplexity:.4f} " in card
 
 
+def test_the_card_says_what_was_done(
+    tmp_path: Path, text: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not what was asked for, and whatever the model was called on the command line."""
+    path, out = tmp_path / "my-dense", tmp_path / "out"
+    save_dense(path, "llama", seed, max_position_embeddings=40)
+    monkeypatch.chdir(path)
+    run(Path("."), out, text, window_tokens=512, shared_share=None, max_tokens=600)
+    card = (out / "README.md").read_text()
+    assert "base_model: my-dense\n" in card
+    assert "# my-dense as a Mixture-of-Experts" in card
+    assert "in float32, windows of\n40 tokens:" in card
+    assert "None" not in card
+    for row in ("window_tokens | 40", "shared_share | auto", "calibration text | text.txt",
+                "tokens used | 600: 480 to learn from, 120 to measure on"):  # fmt: skip
+        assert f"| {row} |" in card
+
+
 def perplexity(model: Any, windows: Tensor) -> float:
     with torch.inference_mode():
         logits = model(windows).logits[:, :-1].double()
