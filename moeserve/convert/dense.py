@@ -14,8 +14,11 @@ from torch import Tensor
 
 from moeserve.config import ModelConfig
 from moeserve.core import ModelError
-from moeserve.models.checkpoint import Checkpoint
+from moeserve.environment import read_environment
+from moeserve.models.checkpoint import Checkpoint, read_json
+from moeserve.models.families import FAMILIES
 from moeserve.models.family import Family
+from moeserve.models.hub import resolve_model
 from moeserve.models.loader import Progress, check_finite, check_names, load_weights
 from moeserve.models.packed_model import is_packed
 from moeserve.models.registry import find_model
@@ -91,7 +94,9 @@ def open_dense(config: ModelConfig, progress: Progress | None = None) -> Iterato
 
     Raises ModelError for a model that is not there, not dense, damaged, or cannot be cut up.
     """
-    found = find_model(config)
+    path = resolve_model(config, read_environment())
+    _check_type(path)
+    found = find_model(replace(config, model=str(path), revision=None))
     spec = found.spec
     if is_packed(found.path):
         raise ModelError(
@@ -128,6 +133,19 @@ def open_dense(config: ModelConfig, progress: Progress | None = None) -> Iterato
         checkpoint.close()
 
 
+def _check_type(path: Path) -> None:
+    """Refuses what is neither one of the dense families nor a Mixture-of-Experts that moeserve
+    knows: that it is one already says the families' own config."""
+    model_type = read_json(path / "config.json").get("model_type")
+    if model_type not in (*DENSE_FAMILIES, *FAMILIES):
+        raise ModelError(
+            f"{path}: cannot be converted: model_type: {model_type!r:.80}; allowed: "
+            f"{', '.join(DENSE_FAMILIES)}",
+            field="model_type",
+            hint="attention, norms and FFNs of other families are not what is written",
+        )
+
+
 def _name(config: ModelConfig, path: Path) -> str:
     """The hub id, or the directory's name, be it given as `.`"""
     local = path == Path(config.model).expanduser()
@@ -137,8 +155,6 @@ def _name(config: ModelConfig, path: Path) -> str:
 def _check_spec(path: Path, spec: ModelSpec) -> None:
     """Refuses what glm4_moe cannot express."""
     problem = None
-    if spec.model_type not in DENSE_FAMILIES:
-        problem = f"model_type {spec.model_type} is not one of {', '.join(DENSE_FAMILIES)}"
     if spec.quantization is not Quantization.NONE:
         problem = f"quantised weights ({spec.quantization.value}); neurons need plain ones"
     alike = {replace(_attention(path, layer.attention), window=None) for layer in spec.layers}

@@ -105,9 +105,7 @@ def read_calibration(
     """Raises ConfigError for text that is too short or not UTF-8, ModelError for a tokeniser with
     more tokens than the model."""
     tokenizer = Tokenizer.load(model.path)
-    end = read_generation_config(model.path).get("eos_token_id", model.raw.get("eos_token_id"))
-    if isinstance(end, list):
-        end = end[0] if end else None
+    end = _end_token(model)
     window = min(settings.window_tokens, model.context_tokens)
     windows = token_windows(tokenizer, read_texts(texts), end, window, None)
     if int(windows.max()) >= model.spec.vocab_size:
@@ -121,3 +119,26 @@ def read_calibration(
     if settings.tunes:
         TuningText.of(text).check()
     return text
+
+
+def _end_token(model: DenseModel) -> int | None:
+    """What stands between texts: the first end of sequence that the model knows, if any.
+
+    Raises ModelError for what is no token: the file goes along with the converted model.
+    """
+    told = {
+        "generation_config.json": read_generation_config(model.path).get("eos_token_id"),
+        "config.json": model.raw.get("eos_token_id"),
+    }
+    ends: list[int] = []
+    for file, found in told.items():
+        ids = [] if found is None else found if isinstance(found, list) else [found]
+        if any(type(each) is not int or not 0 <= each < model.spec.vocab_size for each in ids):
+            raise ModelError(
+                f"{model.path / file}: eos_token_id: {found!r:.80}; allowed: a token or a list of "
+                f"tokens, 0 to {model.spec.vocab_size - 1}",
+                field="eos_token_id",
+                hint="correct it, or leave it out",
+            )
+        ends += ids
+    return ends[0] if ends else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -185,10 +186,24 @@ def test_no_model(tmp_path: Path, text: Path) -> None:
     refused(tmp_path / "nothing", tmp_path / "out", text, "nothing")
 
 
-def test_another_type(dense: Path, tmp_path: Path, text: Path) -> None:
-    edit_config(dense, model_type="gpt2")
-    with pytest.raises(ModelError, match="model_type: 'gpt2'"):
-        run(dense, tmp_path / "out", text)
+@pytest.mark.parametrize("kind", ["gpt2", "gemma", None, 3])
+def test_another_type(kind: object, dense: Path, tmp_path: Path, text: Path) -> None:
+    edit_config(dense, model_type=kind)
+    match = rf"model_type: {kind!r}; allowed: llama, mistral, qwen2, qwen3 \("
+    refused(dense, tmp_path / "out", text, match)
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("found", ["x", -1, 260, [1, 260], [True], 1.5])
+def test_an_end_token_that_is_none(
+    where: str, found: object, dense: Path, tmp_path: Path, text: Path
+) -> None:
+    (dense / "generation_config.json").unlink()
+    file = dense / where
+    told = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**told, "eos_token_id": found}))
+    match = rf"{where}: eos_token_id: {re.escape(repr(found))}; allowed: .* 0 to 259"
+    refused(dense, tmp_path / "out", text, match)
 
 
 @pytest.mark.parametrize("method", METHODS)
