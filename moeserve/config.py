@@ -228,8 +228,9 @@ class ExpertConfig:
     predictor: str = setting(
         "none",
         "which experts to read ahead: none, frequency, markov, gate_lookahead, gate_residual or "
-        "pregate; auto: gate_residual where it was trained for the model, else markov over the "
-        "disk and gate_lookahead over host memory",
+        "pregate; auto: gate_residual or else pregate where its file is beside the model, without "
+        "one markov over the disk and gate_lookahead over host memory; none where all experts are "
+        "resident",
     )
     predictor_file: Path | None = setting(
         None,

@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = ConvertSettings()
     add = parser.add_argument
     add("model", metavar="DENSE", help="directory or hub id: llama, mistral, qwen2 or qwen3")
-    add("out", metavar="OUT", type=Path, help="directory to write; where a conversion was cut off")
+    add("out", metavar="OUT", type=Path,
+        help="directory to write; a conversion that was cut off there goes on")  # fmt: skip
     add("--text", type=Path, nargs="+", required=True, metavar="PATH",
         help="calibration text: files, or directories of .txt, .md and .py files")  # fmt: skip
     add("--method", choices=METHODS, default=default.method, help="(default: %(default)s)")

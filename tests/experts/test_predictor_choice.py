@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from moeserve.config import BUNDLED_MODEL, ExpertConfig
+from moeserve.config import BUNDLED_MODEL, PREDICTORS, ExpertConfig
 from moeserve.experts.predictor_choice import choose_predictor
 from moeserve.llm import LLM
 from moeserve.predictors.pregate_file import PREGATE_FILE
@@ -58,3 +60,10 @@ def test_the_notes_say_what_and_why(packed_int8: Path) -> None:
         notes = llm.info.notes
         assert notes["predictor"] == "gate_residual, 2 layers ahead at most"
         assert notes["predictor_choice"] == "predictors.safetensors is beside the model"
+
+
+def test_the_help_says_what_auto_may_choose() -> None:
+    (told,) = [each.metadata["help"] for each in fields(ExpertConfig) if each.name == "predictor"]
+    choices = {"gate_residual", "pregate", "markov", "gate_lookahead", "none"}
+    _, auto = told.split("auto:")
+    assert set(re.findall(r"\w+", auto)) & set(PREDICTORS) == choices
