@@ -157,9 +157,11 @@ def draw(lines: list[Line], path: Path) -> None:
         places = [place + 0.8 * number / len(shares) for place in range(len(names))]
         heights = [ratios.get(name, float("nan")) for name in names]
         bars = axes.bar(places, heights, 0.75 / len(shares), label=f"{idle:.0%} idle")
-        axes.bar_label(bars, fmt="%.2f", fontsize=6)
+        axes.bar_label(bars, fmt="%.3f", fontsize=5)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
     axes.set(ylabel="perplexity over the dense model's", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.axhline(1.0, color="0.4", linewidth=0.8)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
