@@ -259,17 +259,25 @@ class AttentionLayer:
     ) -> None:
         """x [T, H] += attention of its norm; writes kv. Arguments as of attend, prepare_grouped."""
 
-class ExpertLayer:
-    """Norm, router and experts of one decoder layer, all experts in memory; see decoder.h."""
+class FfnLayer:
+    """Norm and FFN of one decoder layer, all experts in memory; see decoder.h.
+
+    parts: one or two of experts, with the router that chooses among them, or None: every row takes
+    the first expert with weight 1. So a dense FFN is one part, a shared expert a second one.
+    """
 
     def __init__(
-        self, norm_weight: _Array, norm_eps: float, router: Router, experts: PackedExperts
+        self,
+        norm_weight: _Array,
+        norm_eps: float,
+        parts: list[tuple[Router | None, PackedExperts]],
     ) -> None: ...
     def count_into(self, rows: _Array) -> None:
-        """Every run leaves in rows [E] int32 how many rows of x chose each expert."""
+        """Every run leaves in rows [E] int32 how many rows of x chose each expert of the first
+        part."""
 
     def run(self, runtime: Runtime, x: _Array) -> None:
-        """x [T, H] += the chosen experts of its norm."""
+        """x [T, H] += the sum of all parts of its norm."""
 
 class AttentionSpans:
     """The rows of a step, sequence by sequence; keeps the arrays of slots alive.

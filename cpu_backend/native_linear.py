@@ -1,4 +1,4 @@
-"""Linear layers, dense FFNs and norms on the native kernels, as callables of [T, K] tensors."""
+"""Linear layers and norms on the native kernels, as callables of [T, K] tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_runtime import NativeRuntime
-from moeserve.cpu_backend.packing import PackedExperts, PackedWeight
+from moeserve.cpu_backend.packing import PackedWeight
 
 
 class NativeLinear:
@@ -29,21 +29,6 @@ class NativeLinear:
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape[0], self._num_outputs, dtype=self._out_dtype or x.dtype)
         self.matrix.run(self._runtime, x, out)
-        return out
-
-
-class NativeFfn:
-    """A gated FFN, x [T, H] -> [T, H]: the one expert of its layer, which every row takes."""
-
-    def __init__(self, runtime: NativeRuntime, experts: PackedExperts) -> None:
-        self._runtime = runtime.handle
-        self._experts = experts
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        ids = torch.zeros(x.shape[0], 1, dtype=torch.int64)
-        weights = torch.ones(x.shape[0], 1)
-        self._experts.native.run(self._runtime, x, ids, weights, None, out)
         return out
 
 

@@ -87,6 +87,13 @@ class RouterSpec:
             raise ModelError(f"router {field}: {value!r}; allowed: {limit}", field=field)
 
 
+def shared_gate_spec(hidden_size: int) -> RouterSpec:
+    """The sigmoid gate of a shared expert: the router of one expert (Qwen2-MoE)."""
+    return RouterSpec(
+        num_experts=1, top_k=1, hidden_size=hidden_size, score="sigmoid", round_weights=True
+    )
+
+
 @dataclass(frozen=True)
 class RouterWeights:
     """weight: [E, H], also packed. bias, correction_bias: [E], present exactly where the spec says

@@ -1,9 +1,12 @@
 // Routers and the halves of decoder layers as Python calls them.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <cmath>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "attention_arguments.h"
@@ -174,48 +177,66 @@ class AttentionLayer {
   AttentionCall call_ = {};
 };
 
-class ExpertLayer {
+// A router, or None, and the experts that it chooses among.
+using PartObjects = std::pair<nb::object, nb::object>;
+
+class FfnLayer {
  public:
-  ExpertLayer(ConstArray norm_weight, float norm_eps, const NativeRouter &router,
-              const PackedExperts &experts, nb::object owners)
-      : norm_weight_(std::move(norm_weight)), owners_(std::move(owners)) {
-    const int hidden = router.gate().layout.cols;
-    if (experts.experts().gate_up.cols != hidden ||
-        experts.experts().records.size() != static_cast<std::size_t>(router.rule().num_experts)) {
-      refuse("experts", "their number or their shape does not fit the router");
+  FfnLayer(ConstArray norm_weight, float norm_eps, std::vector<PartObjects> parts)
+      : norm_weight_(std::move(norm_weight)), owners_(std::move(parts)) {
+    if (owners_.empty() || owners_.size() > static_cast<std::size_t>(kMaxExpertLists)) {
+      refuse("parts",
+             std::to_string(owners_.size()) + " of them; 1 to " + std::to_string(kMaxExpertLists));
     }
-    half_ = {
-        {float_vector(norm_weight_, "norm_weight", static_cast<std::size_t>(hidden)), norm_eps},
-        &router.gate(),
-        router.rule(),
-        &experts.experts()};
+    for (const auto &[router, experts] : owners_) add_part(router, experts);
+    const auto hidden = static_cast<std::size_t>(hidden_size());
+    half_.norm = {float_vector(norm_weight_, "norm_weight", hidden), norm_eps};
   }
 
   void count_into(Array rows) {
+    if (half_.parts[0].gate == nullptr) refuse("rows", "there is no router whose uses to count");
     check_dtype<std::int32_t>(rows, "rows", "int32");
     check_contiguous(rows, "rows");
-    check_size(rows, "rows", static_cast<std::size_t>(half_.rule.num_experts));
+    check_size(rows, "rows", static_cast<std::size_t>(half_.parts[0].rule.num_experts));
     uses_ = static_cast<std::int32_t *>(rows.data());
     counted_ = std::move(rows);
   }
 
   void run(Runtime &runtime, const Tensor &x) const {
-    const Stream stream = stream_of(x, half_.gate->layout.cols);
-    const auto &records = half_.experts->records;
-    for (std::size_t expert = 0; expert < records.size(); ++expert) {
-      if (records[expert] == nullptr) {
-        refuse("experts", "expert " + std::to_string(expert) + " has no record");
+    const Stream stream = stream_of(x, hidden_size());
+    for (int i = 0; i < half_.num_parts; ++i) {
+      const auto &records = half_.parts[i].experts->records;
+      for (std::size_t expert = 0; expert < records.size(); ++expert) {
+        if (records[expert] == nullptr) {
+          refuse("parts", "expert " + std::to_string(expert) + " has no record");
+        }
       }
     }
     const nb::gil_scoped_release release;
     if (stream.num_rows == 0) return;
-    run_expert_half(runtime, half_, stream, uses_);
+    run_ffn(runtime, half_, stream, uses_);
   }
 
  private:
+  int hidden_size() const { return half_.parts[0].experts->down.rows; }
+
+  void add_part(const nb::object &router, const nb::object &experts) {
+    FfnPart &part = half_.parts[half_.num_parts++];
+    part.experts = &nb::cast<const PackedExperts &>(experts).experts();
+    if (part.experts->down.rows != hidden_size()) refuse("parts", "their outputs differ in size");
+    if (router.is_none()) return;
+    const auto &chooses = nb::cast<const NativeRouter &>(router);
+    part.gate = &chooses.gate();
+    part.rule = chooses.rule();
+    if (part.gate->layout.cols != hidden_size() ||
+        part.experts->records.size() != static_cast<std::size_t>(part.rule.num_experts)) {
+      refuse("parts", "the number of experts or their shape does not fit the router");
+    }
+  }
+
   ConstArray norm_weight_;
-  nb::object owners_;
-  ExpertHalf half_ = {};
+  std::vector<PartObjects> owners_;
+  FfnHalf half_ = {};
   std::int32_t *uses_ = nullptr;
   Array counted_;  // what uses_ points into
 };
@@ -259,20 +280,14 @@ void bind_decoder(nb::module_ &m) {
       .def("run", &AttentionLayer::run, nb::arg("runtime"), nb::arg("spans"), nb::arg("x"),
            nb::arg("cosine"), nb::arg("sine"), nb::arg("entries"), nb::arg("write_slots"),
            "x [T, H] += attention of its norm; writes kv.");
-  nb::class_<ExpertLayer>(m, "ExpertLayer", "Norm, router and experts; see decoder.h.")
-      .def(
-          "__init__",
-          [](ExpertLayer *self, ConstArray norm_weight, float norm_eps, nb::object router,
-             nb::object experts) {
-            new (self) ExpertLayer(
-                std::move(norm_weight), norm_eps, nb::cast<const NativeRouter &>(router),
-                nb::cast<const PackedExperts &>(experts), nb::make_tuple(router, experts));
-          },
-          nb::arg("norm_weight"), nb::arg("norm_eps"), nb::arg("router"), nb::arg("experts"))
-      .def("count_into", &ExpertLayer::count_into, nb::arg("rows"),
-           "Every run leaves in rows [E] int32 how many rows of x chose each expert.")
-      .def("run", &ExpertLayer::run, nb::arg("runtime"), nb::arg("x"),
-           "x [T, H] += the chosen experts of its norm.");
+  nb::class_<FfnLayer>(m, "FfnLayer", "Norm, routers and experts; see decoder.h.")
+      .def(nb::init<ConstArray, float, std::vector<PartObjects>>(), nb::arg("norm_weight"),
+           nb::arg("norm_eps"), nb::arg("parts"))
+      .def("count_into", &FfnLayer::count_into, nb::arg("rows"),
+           "Every run leaves in rows [E] int32 how many rows of x chose each expert of the first "
+           "part.")
+      .def("run", &FfnLayer::run, nb::arg("runtime"), nb::arg("x"),
+           "x [T, H] += the sum of all parts of its norm.");
 }
 
 }  // namespace moeserve

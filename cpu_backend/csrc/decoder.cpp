@@ -40,9 +40,27 @@ void add_to_stream(Runtime &runtime, const Stream &stream, const void *y) {
   });
 }
 
-void count_uses(std::int32_t *uses, int num_experts, const std::int64_t *ids, std::size_t choices) {
+ExpertChoice choose(Runtime &runtime, const FfnPart &part, const ExpertJob &job,
+                    ChoiceMemory &memory) {
+  const int top_k = part.gate == nullptr ? 1 : part.rule.top_k;
+  const auto choices = static_cast<std::size_t>(job.num_tokens * top_k);
+  auto *ids = memory.ids.take<std::int64_t>(choices);
+  auto *weights = memory.weights.take<float>(choices);
+  if (part.gate == nullptr) {
+    std::fill_n(ids, choices, 0);
+    std::fill_n(weights, choices, 1.0f);
+  } else {
+    route(runtime, *part.gate, part.rule, job.dtype, job.x, job.num_tokens, job.x_stride, ids,
+          weights);
+  }
+  return {part.experts, ids, weights, top_k, nullptr};
+}
+
+// Of the first list.
+void count_uses(std::int32_t *uses, int num_experts, const ExpertJob &job) {
   std::fill_n(uses, num_experts, 0);
-  for (std::size_t i = 0; i < choices; ++i) ++uses[ids[i]];
+  const ExpertChoice &choice = job.lists[0];
+  for (std::int64_t i = 0; i < job.num_tokens * choice.top_k; ++i) ++uses[choice.ids[i]];
 }
 
 }  // namespace
@@ -90,33 +108,27 @@ void run_attention(Runtime &runtime, const AttentionHalf &half, const Stream &st
   laps.end(Part::kNorm);
 }
 
-void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream,
-                     std::int32_t *uses) {
+void run_ffn(Runtime &runtime, const FfnHalf &half, const Stream &stream, std::int32_t *uses) {
   const std::lock_guard<std::mutex> lock(runtime.half_mutex);
   Workspace &workspace = runtime.workspace;
   void *normed = take_rows(workspace.normed, stream, stream.hidden);
   void *sums = take_rows(workspace.mixed, stream, stream.hidden);
-  const auto choices =
-      static_cast<std::size_t>(stream.num_rows) * static_cast<std::size_t>(half.rule.top_k);
-  auto *ids = workspace.ids.take<std::int64_t>(choices);
-  auto *weights = workspace.weights.take<float>(choices);
   Laps laps(runtime.parts);
   norm_stream(runtime, half.norm, stream, normed);
   laps.end(Part::kNorm);
-  route(runtime, *half.gate, half.rule, stream.dtype, normed, stream.num_rows, stream.hidden, ids,
-        weights);
-  if (uses != nullptr) count_uses(uses, half.rule.num_experts, ids, choices);
-  laps.end(Part::kRouter);
   ExpertJob job = {};
   job.dtype = job.y_dtype = stream.dtype;
   job.x = normed;
   job.num_tokens = stream.num_rows;
   job.x_stride = stream.hidden;
-  job.ids = ids;
-  job.weights = weights;
-  job.top_k = half.rule.top_k;
+  job.num_lists = half.num_parts;
   job.y = sums;
-  run_experts(runtime, *half.experts, job);
+  for (int i = 0; i < half.num_parts; ++i) {
+    job.lists[i] = choose(runtime, half.parts[i], job, workspace.choices[i]);
+  }
+  if (uses != nullptr) count_uses(uses, half.parts[0].rule.num_experts, job);
+  laps.end(Part::kRouter);
+  run_experts(runtime, job);
   laps.skip();
   add_to_stream(runtime, stream, sums);
   laps.end(Part::kNorm);

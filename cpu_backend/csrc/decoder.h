@@ -1,5 +1,5 @@
 // The two halves of a decoder layer, each in one call: x += attention(norm(x)), and
-// x += experts(norm(x)). Between their parts stand the same roundings as between calls of the
+// x += ffn(norm(x)). Between their parts stand the same roundings as between calls of the
 // parts, so that the result has the same bits.
 #pragma once
 
@@ -36,15 +36,22 @@ struct AttentionHalf {
 void run_attention(Runtime &runtime, const AttentionHalf &half, const Stream &stream,
                    GroupedHeads heads, AttentionCall call, const std::vector<AttentionSpan> &spans);
 
-struct ExpertHalf {
-  Norm norm;
-  const Matrix *gate;
-  RouterRule rule;
+// Experts of one list, and the gate that chooses among them; without one every row takes the first
+// expert as it is: a shared expert, or a dense FFN.
+struct FfnPart {
   const Experts *experts;
+  const Matrix *gate;  // or null
+  RouterRule rule;
 };
 
-// uses: [num_experts], overwritten by how many rows chose each; null where nobody counts.
-void run_expert_half(Runtime &runtime, const ExpertHalf &half, const Stream &stream,
-                     std::int32_t *uses);
+struct FfnHalf {
+  Norm norm;
+  FfnPart parts[kMaxExpertLists];
+  int num_parts;
+};
+
+// uses: [num_experts] of the first part, overwritten by how many rows chose each; null where nobody
+// counts.
+void run_ffn(Runtime &runtime, const FfnHalf &half, const Stream &stream, std::int32_t *uses);
 
 }  // namespace moeserve

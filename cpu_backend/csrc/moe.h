@@ -22,21 +22,31 @@ struct Experts {
   std::vector<const std::uint8_t *> records;  // of every expert
 };
 
-struct ExpertJob {
-  Dtype dtype;  // of x and y
-  const void *x;
-  std::int64_t num_tokens;
-  std::int64_t x_stride;    // in numbers
+// Experts, and which of them each row takes. All ids must be within the experts.
+struct ExpertChoice {
+  const Experts *experts;
   const std::int64_t *ids;  // [num_tokens, top_k]
   const float *weights;     // [num_tokens, top_k]
   int top_k;
   const std::uint8_t *wanted;  // [num_experts], 0 for those to leave out; null: all are wanted
+};
+
+// Experts of one kind are a list: they have one format and one width. A shared expert is a list of
+// its own, of one expert that every row takes.
+struct ExpertJob {
+  Dtype dtype;  // of x and y
+  const void *x;
+  std::int64_t num_tokens;
+  std::int64_t x_stride;  // in numbers
+  ExpertChoice lists[kMaxExpertLists];
+  int num_lists;
   Dtype y_dtype;
   void *y;  // [num_tokens, H]
 };
 
 // y[t] = sum over the wanted experts e of token t of weight * expert_e(x[t]), added up in the order
-// of their numbers. All ids must be within the experts.
-void run_experts(Runtime &runtime, const Experts &experts, const ExpertJob &job);
+// of their numbers and rounded to y_dtype; then the same of the next list is added, in y_dtype. So
+// the bits are those of one call for each list.
+void run_experts(Runtime &runtime, const ExpertJob &job);
 
 }  // namespace moeserve

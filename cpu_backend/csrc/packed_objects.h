@@ -129,26 +129,29 @@ class PackedExperts {
     job.x_stride = job.num_tokens > 1 ? x.stride(0) : 0;
     check_dtype<std::int64_t>(ids, "ids", "int64");
     check_contiguous(ids, "ids");
-    job.top_k = ids.ndim() == 2 ? static_cast<int>(ids.shape(1)) : -1;
-    check_rows(ids, "ids", job.num_tokens, job.top_k);
-    job.ids = static_cast<const std::int64_t *>(ids.data());
+    ExpertChoice &choice = job.lists[0];
+    job.num_lists = 1;
+    choice.experts = &experts_;
+    choice.top_k = ids.ndim() == 2 ? static_cast<int>(ids.shape(1)) : -1;
+    check_rows(ids, "ids", job.num_tokens, choice.top_k);
+    choice.ids = static_cast<const std::int64_t *>(ids.data());
     check_dtype<float>(weights, "weights", "float32");
     check_contiguous(weights, "weights");
-    check_rows(weights, "weights", job.num_tokens, job.top_k);
-    job.weights = static_cast<const float *>(weights.data());
+    check_rows(weights, "weights", job.num_tokens, choice.top_k);
+    choice.weights = static_cast<const float *>(weights.data());
     if (wanted) {
       check_dtype<std::uint8_t>(*wanted, "wanted", "uint8");
       check_contiguous(*wanted, "wanted");
       check_size(*wanted, "wanted", experts_.records.size());
-      job.wanted = static_cast<const std::uint8_t *>(wanted->data());
+      choice.wanted = static_cast<const std::uint8_t *>(wanted->data());
     }
-    for (std::int64_t i = 0; i < job.num_tokens * job.top_k; ++i) {
-      const std::int64_t expert = job.ids[i];
+    for (std::int64_t i = 0; i < job.num_tokens * choice.top_k; ++i) {
+      const std::int64_t expert = choice.ids[i];
       if (expert < 0 || static_cast<std::size_t>(expert) >= experts_.records.size()) {
         refuse("ids", std::to_string(expert) + " is not within 0.." +
                           std::to_string(experts_.records.size() - 1));
       }
-      const bool used = job.wanted == nullptr || job.wanted[expert] != 0;
+      const bool used = choice.wanted == nullptr || choice.wanted[expert] != 0;
       if (used && experts_.records[static_cast<std::size_t>(expert)] == nullptr) {
         refuse("ids", "expert " + std::to_string(expert) + " has no record");
       }
@@ -164,7 +167,7 @@ class PackedExperts {
            const std::optional<Tensor> &wanted, const Tensor &out) const {
     const ExpertJob job = make_job(x, ids, weights, wanted, out);
     const nanobind::gil_scoped_release release;
-    if (job.num_tokens > 0) run_experts(runtime, experts_, job);
+    if (job.num_tokens > 0) run_experts(runtime, job);
   }
 
   std::shared_ptr<Ticket> submit(Runtime &runtime, const Tensor &x, const Tensor &ids,
@@ -172,7 +175,7 @@ class PackedExperts {
                                  const Tensor &out) const {
     const ExpertJob job = make_job(x, ids, weights, wanted, out);
     return runtime.pool.submit([this, &runtime, job] {
-      if (job.num_tokens > 0) run_experts(runtime, experts_, job);
+      if (job.num_tokens > 0) run_experts(runtime, job);
     });
   }
 

@@ -13,13 +13,26 @@
 
 namespace moeserve {
 
-struct Workspace {
+// Lists of experts that one call may compute (moe.h).
+constexpr int kMaxExpertLists = 2;
+
+struct ExpertMemory {
   RowBuffer input;   // prepared rows of x
   RowBuffer hidden;  // between an expert's two products
   Scratch activated;
+};
+
+struct ChoiceMemory {
+  Scratch ids, weights;
+};
+
+struct Workspace {
+  RowBuffer input;  // prepared rows of x
+  ExpertMemory experts[kMaxExpertLists];
   Scratch sums;
-  Scratch logits;                                  // under router_mutex
-  Scratch normed, projected, mixed, ids, weights;  // of half a decoder layer, under half_mutex
+  Scratch logits;                         // under router_mutex
+  Scratch normed, projected, mixed;       // of half a decoder layer, under half_mutex
+  ChoiceMemory choices[kMaxExpertLists];  // the same
   std::vector<Scratch> per_thread;
 };
 

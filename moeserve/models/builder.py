@@ -10,17 +10,24 @@ from torch import Tensor
 from moeserve.core import ExpertWeights
 from moeserve.cpu_backend.activations import elementwise_activation
 from moeserve.cpu_backend.linear import make_linear
-from moeserve.cpu_backend.native_linear import NativeFfn, NativeRmsNorm
+from moeserve.cpu_backend.native_ffn import NativeFfn
+from moeserve.cpu_backend.native_linear import NativeRmsNorm
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackedWeight
 from moeserve.experts.gates import layer_gate
 from moeserve.experts.layer import build_moe_layer
-from moeserve.experts.router import Router, RouterWeights
+from moeserve.experts.router import Router, RouterWeights, shared_gate_spec
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.models.attention import Attention, AttentionWeights, LatentAttention, MlaWeights
 from moeserve.models.attention_plan import NativeAttention, TorchAttention
-from moeserve.models.layers import GatedFfn, RmsNorm, RowFunction, SharedExpert
-from moeserve.models.native_layer import FusedHalves, fuse_attention, fuse_experts
+from moeserve.models.layers import GatedFfn, RmsNorm, RowFunction, WeighedFfn
+from moeserve.models.native_layer import (
+    FusedFfn,
+    FusedHalves,
+    fuse_attention,
+    fuse_experts,
+    fuse_ffn,
+)
 from moeserve.models.spec import (
     AttentionSpec,
     DenseFfnSpec,
@@ -105,12 +112,13 @@ def build_layer(
         attention = _build_grouped(layer.attention, weights, spec.norm_eps)
     attention_norm = _norm(_tensor(weights, "attention_norm"), spec.norm_eps, runtime)
     ffn_norm = _norm(_tensor(weights, "ffn_norm"), spec.norm_eps, runtime)
-    fused_experts = None
-    if isinstance(ffn, MoeFfn) and ffn.shared is None:
+    fused_ffn: FusedFfn | None
+    if isinstance(ffn, MoeFfn):
         experts = weights["experts.gate_up"]
-        fused_experts = fuse_experts(runtime, ffn_norm, ffn.routed, experts)
-    fused_attention = fuse_attention(runtime.native, attention_norm, attention)
-    fused = FusedHalves(fused_attention, fused_experts)
+        fused_ffn = fuse_experts(runtime, ffn_norm, ffn.routed, experts, ffn.shared)
+    else:
+        fused_ffn = fuse_ffn(runtime.native, ffn_norm, ffn)
+    fused = FusedHalves(fuse_attention(runtime.native, attention_norm, attention), fused_ffn)
     timeline = runtime.watch.timeline
     return DecoderLayer(attention_norm, attention, ffn_norm, ffn, index, timeline, fused)
 
@@ -142,16 +150,19 @@ def _build_ffn(
     weights: Mapping[str, Weight],
     prefix: str,
     native: NativeRuntime | None,
+    gate: Router | None = None,
 ) -> RowFunction:
+    """gate: weighs the output; None: its weight is 1."""
     packed = weights[f"{prefix}gate_up.weight"]
     if isinstance(packed, PackedExperts):
         assert native is not None, "only the native backend packs weights"
-        return NativeFfn(native, packed)
-    return GatedFfn(
+        return NativeFfn(native, packed, None if gate is None else gate.native)
+    ffn = GatedFfn(
         _linear(weights, f"{prefix}gate_up"),
         _linear(weights, f"{prefix}down"),
         elementwise_activation(spec.activation),
     )
+    return ffn if gate is None else WeighedFfn(ffn, gate)
 
 
 def _build_moe(
@@ -160,13 +171,10 @@ def _build_moe(
     router = _router_weights(weights)
     shared = None
     if spec.shared is not None:
-        gated = _build_ffn(spec.shared.ffn, weights, "shared.", runtime.native)
-        weigh = None
+        gate = None
         if spec.shared.gated:
-            shared_gate = weights["shared.gate"]
-            assert not isinstance(shared_gate, PackedExperts)
-            weigh = make_linear(shared_gate)
-        shared = SharedExpert(gated, weigh)
+            gate = Router(shared_gate_spec(spec.router.hidden_size), _shared_gate(weights))
+        shared = _build_ffn(spec.shared.ffn, weights, "shared.", runtime.native, gate)
     experts = _experts(weights)
     return MoeFfn(
         build_moe_layer(layer, spec.router, spec.experts, router, experts, runtime), shared
@@ -179,6 +187,12 @@ def _router_weights(weights: Mapping[str, Weight]) -> RouterWeights:
     return RouterWeights(
         gate, _optional(weights, "router.bias"), _optional(weights, "router.correction")
     )
+
+
+def _shared_gate(weights: Mapping[str, Weight]) -> RouterWeights:
+    gate = weights["shared.gate"]
+    assert not isinstance(gate, PackedExperts)
+    return RouterWeights(gate)
 
 
 def _experts(weights: Mapping[str, Weight]) -> ExpertWeights | PackedExperts:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeserve.experts.router import Router
+
 #: below that many multiplications torch takes loops of its own instead of oneDNN or MKL
 SMALL_PRODUCT = 16**3
 
@@ -62,17 +64,11 @@ class GatedFfn:
 
 
 @dataclass(frozen=True)
-class SharedExpert:
-    """An FFN that every token takes; gate: [T, H] -> [T, 1], its sigmoid weighs the output."""
+class WeighedFfn:
+    """An FFN whose output is weighed row by row. gate: x to the weight of its only expert."""
 
     ffn: RowFunction
-    gate: RowFunction | None = None
+    gate: Router
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.ffn(x)
-        if self.gate is None:
-            return y
-        # In float64, whose last bits are lost: sigmoid of a row's one number would otherwise round
-        # by where in a vector it stands, which is to say by the number of its neighbours.
-        weight = torch.sigmoid(self.gate(x).double()).to(x.dtype)
-        return y * weight
+        return self.ffn(x) * self.gate(x).weights.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Halves of decoder layers in one native call each: x += attention(norm(x)), x += experts(norm(x)).
+"""Halves of decoder layers in one native call each: x += attention(norm(x)), x += ffn(norm(x)).
 
 Calls from Python cost a decode step more than their number suggests, because weights that stream
 through the caches leave Python's own memory cold. Bits are those of the separate calls.
@@ -14,6 +14,7 @@ from torch import Tensor
 from moeserve.cache.expert_cache import Tier
 from moeserve.core import LayerUse
 from moeserve.cpu_backend import _native
+from moeserve.cpu_backend.native_ffn import NativeFfn
 from moeserve.cpu_backend.native_linear import NativeLinear, NativeRmsNorm
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
@@ -47,30 +48,45 @@ class FusedAttention:
         self._layer.run(self._runtime, plan.spans, x, cosine, sine, kv.entries, step.kv_write_slots)
 
 
-class FusedExperts:
-    """Adds the routed experts of the normed rows to x [T, H], in place."""
+class FusedFfn:
+    """Adds the FFN of the normed rows to x [T, H], in place."""
 
-    def __init__(
-        self, runtime: NativeRuntime, layer: _native.ExpertLayer, routed: MoELayer
-    ) -> None:
-        """routed: the same layer in its parts."""
+    def __init__(self, runtime: NativeRuntime, layer: _native.FfnLayer) -> None:
         self._runtime = runtime.handle
         self._layer = layer
-        self._index = routed.layer
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it may be called now; else the half is computed part by part."""
+        return True
+
+    def __call__(self, x: Tensor) -> None:
+        self._layer.run(self._runtime, x)
+
+
+class FusedExperts(FusedFfn):
+    """The same of a layer of experts, the shared one included."""
+
+    def __init__(self, runtime: NativeRuntime, layer: _native.FfnLayer, routed: MoELayer) -> None:
+        """routed: the same layer in its parts."""
+        super().__init__(runtime, layer)
+        self._routed = routed
         self._watch = routed.watch
+
+    @property
+    def is_whole(self) -> bool:
+        return self._routed.is_whole
 
     def __call__(self, x: Tensor) -> None:
         """ValueError where an expert is absent: only for a layer that is whole (`MoELayer`)."""
-        with self._watch.computing(self._index):
-            self._layer.run(self._runtime, x)
+        with self._watch.computing(self._routed.layer):
+            super().__call__(x)
 
 
 class CountedExperts(FusedExperts):
     """The same over a tier that has come to hold everything: its cache still counts the uses."""
 
-    def __init__(
-        self, runtime: NativeRuntime, layer: _native.ExpertLayer, routed: MoELayer
-    ) -> None:
+    def __init__(self, runtime: NativeRuntime, layer: _native.FfnLayer, routed: MoELayer) -> None:
         super().__init__(runtime, layer, routed)
         rows = np.zeros(routed.router.spec.num_experts, np.int32)
         layer.count_into(rows)
@@ -85,10 +101,10 @@ class CountedExperts(FusedExperts):
 
 @dataclass(frozen=True)
 class FusedHalves:
-    """None: that half is computed part by part."""
+    """None: that half is always computed part by part."""
 
     attention: FusedAttention | None = None
-    experts: FusedExperts | None = None
+    ffn: FusedFfn | None = None
 
 
 def fuse_attention(
@@ -124,8 +140,19 @@ def fuse_attention(
     return FusedAttention(runtime, layer, spec.rope)
 
 
+def fuse_ffn(runtime: NativeRuntime | None, norm: RowFunction, ffn: RowFunction) -> FusedFfn | None:
+    """A dense FFN with packed weights; None for any other."""
+    if runtime is None or not isinstance(norm, NativeRmsNorm) or not isinstance(ffn, NativeFfn):
+        return None
+    return FusedFfn(runtime, _native.FfnLayer(norm.weight.numpy(), norm.eps, [ffn.part]))
+
+
 def fuse_experts(
-    runtime: ExpertRuntime, norm: RowFunction, routed: MoELayer, experts: object
+    runtime: ExpertRuntime,
+    norm: RowFunction,
+    routed: MoELayer,
+    experts: object,
+    shared: RowFunction | None,
 ) -> FusedExperts | None:
     """Packed experts that are all in memory, or may come to be; else None.
 
@@ -140,5 +167,10 @@ def fuse_experts(
         return None
     if not isinstance(norm, NativeRmsNorm) or not isinstance(experts, PackedExperts):
         return None
-    layer = _native.ExpertLayer(norm.weight.numpy(), norm.eps, router.handle, experts.native)
+    parts: list[tuple[_native.Router | None, _native.PackedExperts]]
+    parts = [(router.handle, experts.native)]
+    if shared is not None:
+        assert isinstance(shared, NativeFfn), "packed experts stand beside packed shared ones"
+        parts.append(shared.part)
+    layer = _native.FfnLayer(norm.weight.numpy(), norm.eps, parts)
     return (FusedExperts if resident else CountedExperts)(native, layer, routed)

@@ -12,7 +12,7 @@ from moeserve.models.attention import Attention, LatentAttention
 from moeserve.models.attention_plan import Planner
 from moeserve.models.inputs import ForwardBatch
 from moeserve.models.kv_pool import KvLayer, KvPool
-from moeserve.models.layers import RowFunction, SharedExpert
+from moeserve.models.layers import RowFunction
 from moeserve.models.native_layer import FusedHalves
 from moeserve.models.rope import Rope
 from moeserve.models.spec import ModelSpec, RopeSpec
@@ -25,7 +25,7 @@ class MoeFfn:
     """Routed experts, plus the shared one where the family has it."""
 
     routed: MoELayer
-    shared: SharedExpert | None = None
+    shared: RowFunction | None = None
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
         y = self.routed.forward(x, step)
@@ -52,11 +52,10 @@ class DecoderLayer:
         else:
             x = x + self.attention(self.attention_norm(x), step, kv)
         self.timeline.lap("attention", layer=self.index)
-        ffn = self.ffn
-        if fused.experts is not None and isinstance(ffn, MoeFfn) and ffn.routed.is_whole:
-            fused.experts(x)
+        if fused.ffn is not None and fused.ffn.is_whole:
+            fused.ffn(x)
         else:
-            normed = self.ffn_norm(x)
+            ffn, normed = self.ffn, self.ffn_norm(x)
             x = x + (ffn(normed, step.step) if isinstance(ffn, MoeFfn) else ffn(normed))
         self.timeline.lap("feed forward", layer=self.index)
         return x

@@ -35,61 +35,97 @@ inline void add_rows(Runtime &runtime, Dtype dtype, Block<std::uint8_t> &x,
   }
 }
 
-inline void fuzz_expert_half(Runtime &runtime) {
-  const int num_experts = pick(1, 9), hidden = pick(1, 90), panels = pick(1, 4);
-  const int rows = pick(1, 40);
-  context += ", expert half, H " + std::to_string(hidden) + ", " + std::to_string(rows) + " rows";
-  const RandomMatrix gate(runtime, num_experts, hidden);
-  Experts experts = {};
-  const Kind plain = {chance(0.5) ? Format::kInt8 : Format::kBF16, 0, false, false};
-  const int inner = panels * kPanelOutputs - pick(0, kPanelOutputs - 1);
-  experts.gate_up = layout_of(plain, 2 * panels * kPanelOutputs, hidden);
-  experts.down = layout_of(plain, hidden, inner);
-  experts.down_offset = experts.gate_up.bytes();
-  experts.activation = {static_cast<Activation>(pick(0, 5)), 1.702f, 7.0f};
-  std::vector<Block<std::uint8_t>> records;
-  for (int e = 0; e < num_experts; ++e) {
-    records.emplace_back(experts.down_offset + experts.down.bytes());
-    std::uint8_t *record = records.back().data();
-    pack_random(runtime, experts.gate_up, record, first_ids(experts.gate_up.rows));
-    pack_random(runtime, experts.down, record + experts.down_offset, first_ids(hidden));
+// Experts of one list with a gate, which every row's choice depends on, or without one.
+struct RandomPart {
+  RandomPart(Runtime &runtime, int num_experts, int hidden, bool gated)
+      : gate(runtime, num_experts, hidden), correction(random_floats(num_experts)) {
+    const int panels = pick(1, 4);
+    const int inner = panels * kPanelOutputs - pick(0, kPanelOutputs - 1);
+    experts.gate_up = random_layout(2 * panels * kPanelOutputs, hidden);
+    experts.down = random_layout(hidden, inner);
+    experts.down_offset = experts.gate_up.bytes();
+    experts.activation = {static_cast<Activation>(pick(0, 5)), 1.702f, 7.0f};
+    for (int e = 0; e < num_experts; ++e) {
+      records.emplace_back(experts.down_offset + experts.down.bytes());
+      std::uint8_t *record = records.back().data();
+      pack_random(runtime, experts.gate_up, record, first_ids(experts.gate_up.rows));
+      pack_random(runtime, experts.down, record + experts.down_offset, first_ids(hidden));
+    }
+    for (const auto &record : records) experts.records.push_back(record.data());
+    matrix = gate.matrix();
+    part = {&experts, gated ? &matrix : nullptr, random_rule(num_experts, correction.data())};
   }
-  for (const auto &record : records) experts.records.push_back(record.data());
-  const Block<float> correction = random_floats(num_experts), weight = random_floats(hidden);
-  const RouterRule rule = random_rule(num_experts, correction.data());
+  RandomPart(const RandomPart &) = delete;
+
+  RandomMatrix gate;
+  Block<float> correction;
+  Experts experts = {};
+  std::vector<Block<std::uint8_t>> records;
+  Matrix matrix;
+  FfnPart part;
+};
+
+// y = what the part gives for rows of x. Returns how many rows chose each expert.
+inline std::vector<std::int32_t> run_part(Runtime &runtime, const FfnPart &part, Dtype dtype,
+                                          const Block<std::uint8_t> &x, int rows, int hidden,
+                                          Block<std::uint8_t> &y) {
+  const int top_k = part.gate == nullptr ? 1 : part.rule.top_k;
+  const auto choices = static_cast<std::size_t>(rows * top_k);
+  Block<std::int64_t> ids(choices);
+  Block<float> weights(choices);
+  if (part.gate == nullptr) {
+    std::fill_n(ids.data(), choices, 0);
+    std::fill_n(weights.data(), choices, 1.0f);
+  } else {
+    route(runtime, *part.gate, part.rule, dtype, x.data(), rows, hidden, ids.data(),
+          weights.data());
+  }
+  ExpertJob job = {};
+  job.dtype = job.y_dtype = dtype;
+  job.x = x.data();
+  job.num_tokens = rows;
+  job.x_stride = hidden;
+  job.lists[0] = {part.experts, ids.data(), weights.data(), top_k, nullptr};
+  job.num_lists = 1;
+  job.y = y.data();
+  run_experts(runtime, job);
+  std::vector<std::int32_t> counts(part.experts->records.size());
+  for (std::size_t i = 0; i < choices; ++i) ++counts[static_cast<std::size_t>(ids[i])];
+  return counts;
+}
+
+// Routed experts, a dense FFN, or routed experts beside a shared one that is gated or not.
+inline void fuzz_ffn_half(Runtime &runtime) {
+  const int hidden = chance(0.1) ? pick(257, 400) : pick(1, 90), rows = pick(1, 40);
+  const bool dense = chance(0.2), shared = !dense && chance(0.6);
+  const RandomPart first(runtime, dense ? 1 : pick(1, 9), hidden, !dense);
+  const RandomPart second(runtime, 1, hidden, chance(0.5));
+  context += ", FFN half, " +
+             std::string(dense    ? "dense"
+                         : shared ? "shared"
+                                  : "routed") +
+             ", H " + std::to_string(hidden) + ", " + std::to_string(rows) + " rows";
+  const Block<float> weight = random_floats(hidden);
   const auto dtype = static_cast<Dtype>(pick(0, 2));
   Block<std::uint8_t> x = random_stream(runtime, dtype, rows * hidden);
   Block<std::uint8_t> apart = copy_of(x);
   const Norm norm = {weight.data(), 1e-5f};
-  const Matrix gates = gate.matrix();
-  Block<std::int32_t> uses(static_cast<std::size_t>(num_experts));
-  const bool counted = chance(0.5);
-  run_expert_half(runtime, {norm, &gates, rule, &experts}, {dtype, x.data(), rows, hidden},
-                  counted ? uses.data() : nullptr);
+  Block<std::int32_t> uses(first.experts.records.size());
+  const bool counted = !dense && chance(0.5);
+  run_ffn(runtime, {norm, {first.part, second.part}, shared ? 2 : 1},
+          {dtype, x.data(), rows, hidden}, counted ? uses.data() : nullptr);
 
   const auto bytes = static_cast<std::int64_t>(hidden) * static_cast<std::int64_t>(size_of(dtype));
-  Block<std::uint8_t> normed(apart.size()), sums(apart.size());
+  Block<std::uint8_t> normed(apart.size()), sums(apart.size()), others(apart.size());
   rms_norm(runtime, dtype, norm, apart.data(), bytes, normed.data(), bytes, rows, hidden);
-  const auto choices = static_cast<std::size_t>(rows * rule.top_k);
-  Block<std::int64_t> ids(choices);
-  Block<float> weights(choices);
-  route(runtime, gates, rule, dtype, normed.data(), rows, hidden, ids.data(), weights.data());
-  ExpertJob job = {};
-  job.dtype = job.y_dtype = dtype;
-  job.x = normed.data();
-  job.num_tokens = rows;
-  job.x_stride = hidden;
-  job.ids = ids.data();
-  job.weights = weights.data();
-  job.top_k = rule.top_k;
-  job.y = sums.data();
-  run_experts(runtime, experts, job);
+  const auto counts = run_part(runtime, first.part, dtype, normed, rows, hidden, sums);
+  if (shared) {
+    run_part(runtime, second.part, dtype, normed, rows, hidden, others);
+    add_rows(runtime, dtype, sums, others, rows, hidden);
+  }
   add_rows(runtime, dtype, apart, sums, rows, hidden);
   check_same(x, apart, "the stream");
-  if (!counted) return;
-  std::vector<std::int32_t> counts(static_cast<std::size_t>(num_experts));
-  for (std::size_t i = 0; i < choices; ++i) ++counts[static_cast<std::size_t>(ids[i])];
-  for (std::size_t e = 0; e < counts.size(); ++e) {
+  for (std::size_t e = 0; counted && e < counts.size(); ++e) {
     if (counts[e] != uses[e]) fail("uses were counted wrongly");
   }
 }

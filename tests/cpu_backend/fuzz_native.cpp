@@ -179,16 +179,14 @@ void fuzz_experts(Runtime &runtime) {
   job.x = x.bytes.data();
   job.num_tokens = tokens;
   job.x_stride = x.stride;
-  job.ids = ids.data();
-  job.weights = weights.data();
-  job.top_k = top_k;
-  job.wanted = some ? wanted.data() : nullptr;
+  job.lists[0] = {&experts, ids.data(), weights.data(), top_k, some ? wanted.data() : nullptr};
+  job.num_lists = 1;
   job.y_dtype = y.dtype;
   job.y = out.data();
   if (chance(0.5)) {
-    run_experts(runtime, experts, job);
+    run_experts(runtime, job);
   } else {
-    runtime.pool.submit([&] { run_experts(runtime, experts, job); })->wait();
+    runtime.pool.submit([&] { run_experts(runtime, job); })->wait();
   }
 
   for (int t = 0; t < tokens; ++t) {
@@ -265,11 +263,10 @@ void run_round(std::uint64_t seed, const std::vector<std::string> &levels) {
   Runtime runtime(find_kernels(isa), threads, {}, spin_us);
   for (int repeat = pick(1, 2); repeat > 0; --repeat) {  // the second one finds memory in use
     static constexpr void (*kRounds[])(Runtime &) = {
-        fuzz_linear,      fuzz_linear,         fuzz_linear,         fuzz_experts,
-        fuzz_experts,     fuzz_experts,        fuzz_pool,           fuzz_rows,
-        fuzz_router,      fuzz_router,         fuzz_pair_sum,       fuzz_expert_half,
-        fuzz_expert_half, fuzz_attention_half, fuzz_attention_half, fuzz_lookahead,
-        fuzz_residual,    fuzz_residual};
+        fuzz_linear,    fuzz_linear,   fuzz_linear,   fuzz_experts,        fuzz_experts,
+        fuzz_experts,   fuzz_pool,     fuzz_rows,     fuzz_router,         fuzz_router,
+        fuzz_pair_sum,  fuzz_ffn_half, fuzz_ffn_half, fuzz_attention_half, fuzz_attention_half,
+        fuzz_lookahead, fuzz_residual, fuzz_residual};
     kRounds[pick(0, static_cast<int>(std::size(kRounds)) - 1)](runtime);
   }
 }

@@ -10,7 +10,14 @@
 
 namespace fuzz {
 
-// A matrix with random weights in a random format that stores exactly so many columns.
+// A random format that stores exactly so many columns.
+inline PackedLayout random_layout(int rows, int cols) {
+  const Kind kind = random_kind();
+  const Kind plain = {Format::kF32, 0, false, false};
+  return layout_of(usable_cols(kind, cols) == cols ? kind : plain, rows, cols);
+}
+
+// A matrix with random weights in such a format.
 struct RandomMatrix {
   RandomMatrix(Runtime &runtime, int rows, int cols)
       : layout(random_layout(rows, cols)), panels(layout.bytes()) {
@@ -20,13 +27,6 @@ struct RandomMatrix {
 
   PackedLayout layout;
   Block<std::uint8_t> panels;
-
- private:
-  static PackedLayout random_layout(int rows, int cols) {
-    const Kind kind = random_kind();
-    const Kind plain = {Format::kF32, 0, false, false};
-    return layout_of(usable_cols(kind, cols) == cols ? kind : plain, rows, cols);
-  }
 };
 
 inline Block<float> random_floats(int count) {

@@ -59,7 +59,7 @@ def test_a_settled_tier_counts_what_its_layers_use(packed_int8: Path) -> None:
         cache = engine.loaded.runtime.cache
         engine.loaded.runtime.observers.extend(observers)
         assert all(layer.is_whole != bool(observers) for layer in layers_of(engine))
-        fused = [layer.fused.experts for layer in engine.loaded.model.layers]
+        fused = [layer.fused.ffn for layer in engine.loaded.model.layers]
         assert all(isinstance(each, CountedExperts) for each in fused)
         found.append(answers(engine, requests))
         counts.append(cache.counters.by_layer(cache.numbers))

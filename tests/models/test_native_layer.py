@@ -12,7 +12,7 @@ from parity_cases import DRAW, VOCAB, draw_config, make_reference, save
 from support.model_runner import BlockSequence, Runner, load_native
 
 from moeserve.models.native_layer import FusedHalves
-from moeserve.models.spec import MlaSpec, MoeFfnSpec
+from moeserve.models.spec import MlaSpec
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -28,8 +28,7 @@ def test_fused_halves_give_the_bits_of_their_parts(
     model = loaded.model
     for spec, layer in zip(loaded.spec.layers, model.layers, strict=True):
         assert (layer.fused.attention is None) == isinstance(spec.attention, MlaSpec)
-        routed_alone = isinstance(spec.ffn, MoeFfnSpec) and spec.ffn.shared is None
-        assert (layer.fused.experts is not None) == routed_alone
+        assert layer.fused.ffn is not None
     rng = random.Random(seed)
     prompt = [rng.randrange(VOCAB) for _ in range(70)]
 
