@@ -25,14 +25,14 @@ bool same_rows(const RowFormat &a, const RowFormat &b) {
 }  // namespace
 
 ExpertList::ExpertList(Runtime &runtime, const ExpertJob &job, const ExpertChoice &choice,
-                       ExpertMemory &memory, const ExpertList *other)
+                       RowBuffer &input, ExpertMemory &memory, const ExpertList *other)
     : kernels_(runtime.kernels),
       experts_(*choice.experts),
       num_tokens_(job.num_tokens),
       in_format_(row_format(kernels_, experts_.gate_up)),
       hidden_format_(row_format(kernels_, experts_.down)),
       prepares_(other == nullptr || !same_rows(in_format_, other->in_format_)),
-      input_(prepares_ ? memory.input.take(in_format_, num_tokens_) : other->input_),
+      input_(prepares_ ? input.take(in_format_, num_tokens_) : other->input_),
       direct_(hidden_format_.form == RowForm::kF32) {
   sort_choices(choice);
   const auto num_pairs = static_cast<std::int64_t>(pairs_.size());

@@ -37,9 +37,9 @@ struct ReadNext {
 
 class ExpertList {
  public:
-  // memory: of rows before and between the list's products; its own within the call. other: a list
-  // that prepares rows of x, for this one, too, if they take the same form; or null.
-  ExpertList(Runtime &runtime, const ExpertJob &job, const ExpertChoice &choice,
+  // input: for rows of x, unless `other`, a list that prepares them, has them in the same form; it
+  // may be null. memory: for rows between the list's products. Both its own within the call.
+  ExpertList(Runtime &runtime, const ExpertJob &job, const ExpertChoice &choice, RowBuffer &input,
              ExpertMemory &memory, const ExpertList *other);
 
   bool has_many_rows() const { return many_; }  // for each expert

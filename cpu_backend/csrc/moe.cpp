@@ -42,8 +42,8 @@ void run_experts(Runtime &runtime, const ExpertJob &job) {
   std::vector<ExpertList> lists;
   lists.reserve(kMaxExpertLists);
   for (int i = 0; i < job.num_lists; ++i) {
-    lists.emplace_back(runtime, job, job.lists[i], workspace.experts[i],
-                       i == 0 ? nullptr : &lists[0]);
+    lists.emplace_back(runtime, job, job.lists[i], i == 0 ? workspace.input : workspace.other_input,
+                       workspace.experts[i], i == 0 ? nullptr : &lists[0]);
   }
 
   const PackedLayout &outputs = job.lists[0].experts->down;

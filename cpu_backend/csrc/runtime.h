@@ -17,7 +17,6 @@ namespace moeserve {
 constexpr int kMaxExpertLists = 2;
 
 struct ExpertMemory {
-  RowBuffer input;   // prepared rows of x
   RowBuffer hidden;  // between an expert's two products
   Scratch activated;
 };
@@ -27,7 +26,8 @@ struct ChoiceMemory {
 };
 
 struct Workspace {
-  RowBuffer input;  // prepared rows of x
+  RowBuffer input;        // prepared rows of x
+  RowBuffer other_input;  // in the form of a second list
   ExpertMemory experts[kMaxExpertLists];
   Scratch sums;
   Scratch logits;                         // under router_mutex

@@ -121,7 +121,7 @@ def _layer_buffers(layer: LayerShape, shape: ModelShape, rows: int) -> tuple[int
         pairs = rows * layer.experts.top_k
         inner = layer.experts.spec.intermediate_size
     widest = max((m.rows // 3 for m in layer.products if m.name in ("ffn", "shared")), default=0)
-    middle = max(pairs * inner, rows * widest)
+    middle = pairs * inner + rows * widest  # a layer's shared expert beside its routed ones
     return (
         rows * max(hidden, mixed) * item,
         pairs * hidden * item,
