@@ -279,6 +279,50 @@ class FfnLayer:
     def run(self, runtime: Runtime, x: _Array) -> None:
         """x [T, H] += the sum of all parts of its norm."""
 
+class Head:
+    """Final norm and head of a model; see decoder.h."""
+
+    def __init__(self, norm_weight: _Array, norm_eps: float, matrix: PackedMatrix) -> None: ...
+    def run(self, runtime: Runtime, x: _Array, logits: _Array) -> None:
+        """logits [R, V] float32 of x [R, H]."""
+
+def turn_positions(
+    positions: Tensor, frequencies: Tensor, amplitude: float, cosine: Tensor, sine: Tensor
+) -> None:
+    """Fills cosine and signed sine [T, 1, 1, dim] float32 of positions [T] int64.
+
+    frequencies: radians per position of the pairs, [1 or T, dim / 2] float32; see turns.h.
+    """
+
+class KvLayers:
+    """The kv entries of all layers, [slots, kv_heads, width] each; keeps the arrays alive."""
+
+    def __init__(self, entries: list[Tensor]) -> None: ...
+
+class LayerStack:
+    """Whole decoder layers, one after the other.
+
+    layers: the halves of each, or None for one that must not run here. seconds: [layers] float64;
+    every run leaves there how long the FFN of its layers took.
+    """
+
+    def __init__(
+        self, layers: list[tuple[AttentionLayer, FfnLayer] | None], seconds: _Array
+    ) -> None: ...
+    def run(
+        self,
+        runtime: Runtime,
+        first: int,
+        stop: int,
+        x: _Array,
+        spans: AttentionSpans,
+        cosine: _Array,
+        sine: _Array,
+        kv: KvLayers,
+        write_slots: _Array,
+    ) -> None:
+        """Layers first to stop - 1 on x [T, H], in place; arguments as of AttentionLayer.run."""
+
 class AttentionSpans:
     """The rows of a step, sequence by sequence; keeps the arrays of slots alive.
 

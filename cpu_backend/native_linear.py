@@ -32,6 +32,20 @@ class NativeLinear:
         return out
 
 
+class NativeHead:
+    """The final norm and the head, x [R, H] -> logits [R, V] float32."""
+
+    def __init__(self, norm: NativeRmsNorm, head: NativeLinear) -> None:
+        self._runtime = head.weight.runtime
+        self._num_outputs = head.weight.layout.rows
+        self._head = _native.Head(norm.weight.numpy(), norm.eps, head.matrix)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = torch.empty(x.shape[0], self._num_outputs)
+        self._head.run(self._runtime, x, logits)
+        return logits
+
+
 class NativeRmsNorm:
     """Root mean square norm (arXiv:1910.07467) of each row of [T, H], rounded once."""
 

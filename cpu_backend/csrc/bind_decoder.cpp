@@ -1,244 +1,147 @@
-// Routers and the halves of decoder layers as Python calls them.
+// Routers and decoder layers as Python calls them.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <cmath>
+#include <chrono>
 #include <optional>
 #include <utility>
 #include <vector>
 
-#include "attention_arguments.h"
-#include "decoder.h"
-#include "packed_objects.h"
+#include "decoder_objects.h"
+#include "turns.h"
 
 namespace nb = nanobind;
 
 namespace moeserve {
 namespace {
 
-// An array of float32 [count] that is kept alive.
-const float *float_vector(const ConstArray &array, const char *name, std::size_t count) {
-  check_dtype<float>(array, name, "float32");
-  check_contiguous(array, name);
-  check_size(array, name, count);
-  return static_cast<const float *>(array.data());
-}
-
-class NativeRouter {
+// Final norm and head.
+class Head {
  public:
-  NativeRouter(const PackedMatrix &gate, nb::object gate_owner, int top_k, int score,
-               bool float32_logits, bool normalize, float normalize_eps, float scale,
-               int num_groups, int top_groups, bool group_top2,
-               std::optional<ConstArray> correction, bool round_weights)
-      : gate_(gate), gate_owner_(std::move(gate_owner)), correction_(std::move(correction)) {
-    const int experts = gate.matrix().layout.rows;
-    if (score < 0 || score > 2) refuse("score", std::to_string(score) + " is none");
-    if (num_groups < 1 || experts % num_groups != 0) {
-      refuse("num_groups", std::to_string(num_groups) + " does not divide " +
-                               std::to_string(experts) + " experts");
-    }
-    if (top_groups < 1 || top_groups > num_groups) {
-      refuse("top_groups", std::to_string(top_groups) + "; 1 to " + std::to_string(num_groups));
-    }
-    const int reach = experts / num_groups * top_groups;
-    if (top_k < 1 || top_k > reach) {
-      refuse("top_k", std::to_string(top_k) + "; 1 to " + std::to_string(reach));
-    }
-    rule_ = {experts,        top_k,      static_cast<RouterScore>(score),
-             float32_logits, normalize,  normalize_eps,
-             scale,          num_groups, top_groups,
-             group_top2,     nullptr,    round_weights};
-    if (correction_) {
-      rule_.correction =
-          float_vector(*correction_, "correction", static_cast<std::size_t>(experts));
-    }
+  Head(ConstArray norm_weight, float norm_eps, const PackedMatrix &matrix, nb::object owner)
+      : norm_weight_(std::move(norm_weight)), owner_(std::move(owner)), matrix_(matrix.matrix()) {
+    const auto hidden = static_cast<std::size_t>(matrix_.layout.cols);
+    norm_ = {float_vector(norm_weight_, "norm_weight", hidden), norm_eps};
   }
 
-  const RouterRule &rule() const { return rule_; }
-  const Matrix &gate() const { return gate_.matrix(); }
-
-  void run(Runtime &runtime, const Tensor &x, const Tensor &ids, const Tensor &weights) const {
+  void run(Runtime &runtime, const Tensor &x, const Tensor &logits) const {
     const Dtype dtype = float_dtype(x, "x");
-    check_rows(x, "x", -1, gate().layout.cols);
+    check_rows(x, "x", -1, matrix_.layout.cols);
     const auto rows = static_cast<std::int64_t>(x.shape(0));
-    check_dtype<std::int64_t>(ids, "ids", "int64");
-    check_contiguous(ids, "ids");
-    check_rows(ids, "ids", rows, rule_.top_k);
-    check_dtype<float>(weights, "weights", "float32");
-    check_contiguous(weights, "weights");
-    check_rows(weights, "weights", rows, rule_.top_k);
+    check_rows(logits, "logits", rows, matrix_.layout.rows);
+    check_dtype<float>(logits, "logits", "float32");
+    check_contiguous(logits, "logits");
     if (rows == 0) return;
-    const std::int64_t stride = rows > 1 ? x.stride(0) : 0;
-    auto *chosen = static_cast<std::int64_t *>(ids.written("ids"));
-    auto *factors = static_cast<float *>(weights.written("weights"));
+    const std::int64_t x_bytes =
+        rows > 1 ? x.stride(0) * static_cast<std::int64_t>(size_of(dtype)) : 0;
+    auto *out = static_cast<float *>(logits.written("logits"));
     const nb::gil_scoped_release release;
-    route(runtime, gate(), rule_, dtype, x.data(), rows, stride, chosen, factors);
-  }
-
- private:
-  const PackedMatrix &gate_;
-  nb::object gate_owner_;
-  std::optional<ConstArray> correction_;
-  RouterRule rule_ = {};
-};
-
-Stream stream_of(const Tensor &x, int hidden) {
-  const Dtype dtype = float_dtype(x, "x");
-  check_rows(x, "x", -1, hidden);
-  check_contiguous(x, "x");
-  return {dtype, x.written("x"), static_cast<std::int64_t>(x.shape(0)), hidden};
-}
-
-class AttentionLayer {
- public:
-  AttentionLayer(ConstArray norm_weight, float norm_eps, const PackedMatrix &qkv,
-                 const PackedMatrix &output, nb::object owners, int num_kv_heads, int group_heads,
-                 int head_dim, std::optional<ConstArray> head_norm, bool norm_together,
-                 float head_norm_eps, float clip, float scale, std::int64_t window,
-                 std::optional<ConstArray> sinks)
-      : norm_weight_(std::move(norm_weight)),
-        head_norm_(std::move(head_norm)),
-        sinks_(std::move(sinks)),
-        owners_(std::move(owners)),
-        hidden_(qkv.matrix().layout.cols) {
-    half_ = {
-        {float_vector(norm_weight_, "norm_weight", static_cast<std::size_t>(hidden_)), norm_eps},
-        &qkv.matrix(),
-        &output.matrix()};
-    if (num_kv_heads < 1 || group_heads < 1 || head_dim < 1) {
-      refuse("heads", "their numbers and sizes must be at least 1");
-    }
-    const std::int64_t of_qkv = std::int64_t{num_kv_heads} * (group_heads + 2) * head_dim;
-    const std::int64_t of_mixed = std::int64_t{num_kv_heads} * group_heads * head_dim;
-    if (qkv.matrix().layout.rows != of_qkv || output.matrix().layout.cols != of_mixed ||
-        output.matrix().layout.rows != hidden_) {
-      refuse("qkv, output", "their shapes do not fit the heads and each other");
-    }
-    if (!(clip > 0)) refuse("clip", "must be positive; infinite for none");
-    if (!std::isfinite(scale)) refuse("scale", "must be finite");
-    if (window < 0) refuse("window", std::to_string(window) + ", must not be negative");
-    heads_.num_kv_heads = call_.num_kv_heads = num_kv_heads;
-    heads_.group_heads = call_.group_heads = group_heads;
-    heads_.head_dim = call_.key_dim = call_.value_start = call_.value_dim = head_dim;
-    call_.width = 2 * head_dim;
-    call_.window = window;
-    call_.scale = scale;
-    heads_.norm_together = norm_together;
-    heads_.norm_eps = head_norm_eps;
-    heads_.clip = clip;
-    const auto one = static_cast<std::size_t>(group_heads + 1) * static_cast<std::size_t>(head_dim);
-    if (head_norm_) {
-      const bool shared = head_norm_->ndim() == 1 && head_norm_->shape(0) == one;
-      heads_.norm_weight = float_vector(
-          *head_norm_, "head_norm", shared ? one : one * static_cast<std::size_t>(num_kv_heads));
-      heads_.norm_stride = shared ? 0 : static_cast<std::int64_t>(one);
-    }
-    if (sinks_) {
-      call_.sinks =
-          float_vector(*sinks_, "sinks", static_cast<std::size_t>(num_kv_heads * group_heads));
-    }
-  }
-
-  void run(Runtime &runtime, const AttentionSpans &spans, const Tensor &x, const Tensor &cosine,
-           const Tensor &sine, const Tensor &entries, const Tensor &write_slots) const {
-    const Stream stream = stream_of(x, hidden_);
-    if (stream.num_rows != spans.num_rows()) {
-      refuse("x", std::to_string(stream.num_rows) + " rows, but the spans have " +
-                      std::to_string(spans.num_rows()));
-    }
-    check_dtype_as(entries, "entries", stream.dtype, "x");
-    check_dims(entries, "entries", 3);
-    check_shape(entries, "entries", {size(entries, 0), call_.num_kv_heads, call_.width});
-    check_contiguous(entries, "entries");
-    if (spans.num_slots() > size(entries, 0)) {
-      refuse("spans", "slot " + std::to_string(spans.num_slots() - 1) + " is not within 0.." +
-                          std::to_string(size(entries, 0) - 1));
-    }
-    GroupedHeads heads = heads_;
-    AttentionCall call = call_;
-    heads.dtype = call.dtype = stream.dtype;
-    heads.turns = turns_of(cosine, sine, stream.num_rows, heads.head_dim);
-    heads.entries = entries.written("entries");
-    call.entries = entries.data();
-    heads.slots = slots(write_slots, "write_slots", stream.num_rows, size(entries, 0));
-    const nb::gil_scoped_release release;
-    if (stream.num_rows > 0) run_attention(runtime, half_, stream, heads, call, spans.spans());
+    run_head(runtime, norm_, matrix_, dtype, x.data(), x_bytes, rows, out);
   }
 
  private:
   ConstArray norm_weight_;
-  std::optional<ConstArray> head_norm_, sinks_;
-  nb::object owners_;
-  int hidden_;
-  AttentionHalf half_ = {};
-  GroupedHeads heads_ = {};
-  AttentionCall call_ = {};
+  nb::object owner_;
+  const Matrix &matrix_;
+  Norm norm_ = {};
 };
 
-// A router, or None, and the experts that it chooses among.
-using PartObjects = std::pair<nb::object, nb::object>;
-
-class FfnLayer {
+// The kv of all layers of a model. Holds the arrays.
+class KvLayers {
  public:
-  FfnLayer(ConstArray norm_weight, float norm_eps, std::vector<PartObjects> parts)
-      : norm_weight_(std::move(norm_weight)), owners_(std::move(parts)) {
-    if (owners_.empty() || owners_.size() > static_cast<std::size_t>(kMaxExpertLists)) {
-      refuse("parts",
-             std::to_string(owners_.size()) + " of them; 1 to " + std::to_string(kMaxExpertLists));
+  explicit KvLayers(const std::vector<nb::object> &entries) : owners_(entries) {
+    for (const nb::object &own : entries) {
+      if (!layers_.emplace_back().read(own)) refuse("entries", "one is no array on the CPU");
     }
-    for (const auto &[router, experts] : owners_) add_part(router, experts);
-    const auto hidden = static_cast<std::size_t>(hidden_size());
-    half_.norm = {float_vector(norm_weight_, "norm_weight", hidden), norm_eps};
   }
 
-  void count_into(Array rows) {
-    if (half_.parts[0].gate == nullptr) refuse("rows", "there is no router whose uses to count");
-    check_dtype<std::int32_t>(rows, "rows", "int32");
-    check_contiguous(rows, "rows");
-    check_size(rows, "rows", static_cast<std::size_t>(half_.parts[0].rule.num_experts));
-    uses_ = static_cast<std::int32_t *>(rows.data());
-    counted_ = std::move(rows);
-  }
+  std::size_t count() const { return layers_.size(); }
+  const Tensor &layer(std::size_t index) const { return layers_[index]; }
 
-  void run(Runtime &runtime, const Tensor &x) const {
-    const Stream stream = stream_of(x, hidden_size());
-    for (int i = 0; i < half_.num_parts; ++i) {
-      const auto &records = half_.parts[i].experts->records;
-      for (std::size_t expert = 0; expert < records.size(); ++expert) {
-        if (records[expert] == nullptr) {
-          refuse("parts", "expert " + std::to_string(expert) + " has no record");
-        }
+ private:
+  std::vector<Tensor> layers_;
+  std::vector<nb::object> owners_;
+};
+
+void turn_positions(const Tensor &positions, const Tensor &frequencies, float amplitude,
+                    const Tensor &cosine, const Tensor &sine) {
+  check_dims(positions, "positions", 1);
+  const std::int64_t rows = size(positions, 0);
+  const std::int64_t *places =
+      slots(positions, "positions", rows, std::numeric_limits<std::int64_t>::max());
+  check_dims(frequencies, "frequencies", 2);
+  const std::int64_t own = size(frequencies, 0), half = size(frequencies, 1);
+  if (own != 1 && own != rows) refuse("frequencies", "of neither one row nor of each");
+  const float *radians = floats(frequencies, "frequencies", {own, half});
+  const RowTurns turns = turns_of(cosine, sine, rows, 2 * half);
+  if (turns.dim != 2 * half) refuse("cosine", "must be twice as wide as frequencies");
+  make_turns(places, rows, radians, own == 1 ? 0 : half, turns.dim, amplitude,
+             static_cast<float *>(cosine.written("cosine")),
+             static_cast<float *>(sine.written("sine")));
+}
+
+// The layers of a model, of which neighbours may run in one call.
+class LayerStack {
+ public:
+  // layers: the two halves of each, or None for one that has to run otherwise. seconds: of every
+  // layer's FFN, written by each run.
+  LayerStack(const std::vector<nb::object> &layers, Array seconds)
+      : owners_(layers), seconds_(std::move(seconds)) {
+    check_dtype<double>(seconds_, "seconds", "float64");
+    check_contiguous(seconds_, "seconds");
+    check_size(seconds_, "seconds", layers.size());
+    for (const nb::object &layer : layers) {
+      if (layer.is_none()) {
+        halves_.push_back({nullptr, nullptr});
+        continue;
+      }
+      const auto pair = nb::cast<std::pair<nb::object, nb::object>>(layer);
+      halves_.push_back({&nb::cast<const AttentionLayer &>(pair.first),
+                         &nb::cast<const FfnLayer &>(pair.second)});
+      if (halves_.back().attention->hidden() != halves_.back().ffn->hidden_size()) {
+        refuse("layers", "the halves of one differ in their width");
       }
     }
-    const nb::gil_scoped_release release;
-    if (stream.num_rows == 0) return;
-    run_ffn(runtime, half_, stream, uses_);
   }
 
- private:
-  int hidden_size() const { return half_.parts[0].experts->down.rows; }
-
-  void add_part(const nb::object &router, const nb::object &experts) {
-    FfnPart &part = half_.parts[half_.num_parts++];
-    part.experts = &nb::cast<const PackedExperts &>(experts).experts();
-    if (part.experts->down.rows != hidden_size()) refuse("parts", "their outputs differ in size");
-    if (router.is_none()) return;
-    const auto &chooses = nb::cast<const NativeRouter &>(router);
-    part.gate = &chooses.gate();
-    part.rule = chooses.rule();
-    if (part.gate->layout.cols != hidden_size() ||
-        part.experts->records.size() != static_cast<std::size_t>(part.rule.num_experts)) {
-      refuse("parts", "the number of experts or their shape does not fit the router");
+  void run(Runtime &runtime, std::size_t first, std::size_t stop, const Tensor &x,
+           const AttentionSpans &spans, const Tensor &cosine, const Tensor &sine,
+           const KvLayers &kv, const Tensor &write_slots) const {
+    if (first >= stop || stop > halves_.size() || stop > kv.count()) {
+      refuse("first, stop", std::to_string(first) + " to " + std::to_string(stop) + " of " +
+                                std::to_string(halves_.size()) + " layers, " +
+                                std::to_string(kv.count()) + " with kv");
+    }
+    auto *taken = static_cast<double *>(seconds_.data());
+    std::vector<AttentionLayer::Call> calls;
+    calls.reserve(stop - first);
+    Stream stream = {};
+    for (std::size_t i = first; i < stop; ++i) {
+      const auto &[attention, ffn] = halves_[i];
+      if (attention == nullptr) refuse("layers", std::to_string(i) + " has to run in its parts");
+      if (i == first) stream = stream_of(x, attention->hidden());
+      calls.push_back(attention->prepare(stream, {spans, cosine, sine, write_slots}, kv.layer(i)));
+      ffn->check_records();
+    }
+    const nb::gil_scoped_release release;
+    for (std::size_t i = first; i < stop; ++i) {
+      halves_[i].attention->compute(runtime, stream, calls[i - first], spans);
+      const auto start = std::chrono::steady_clock::now();
+      halves_[i].ffn->compute(runtime, stream);
+      taken[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
   }
 
-  ConstArray norm_weight_;
-  std::vector<PartObjects> owners_;
-  FfnHalf half_ = {};
-  std::int32_t *uses_ = nullptr;
-  Array counted_;  // what uses_ points into
+ private:
+  struct Halves {
+    const AttentionLayer *attention;
+    const FfnLayer *ffn;
+  };
+  std::vector<Halves> halves_;
+  std::vector<nb::object> owners_;
+  Array seconds_;
 };
 
 }  // namespace
@@ -288,6 +191,27 @@ void bind_decoder(nb::module_ &m) {
            "part.")
       .def("run", &FfnLayer::run, nb::arg("runtime"), nb::arg("x"),
            "x [T, H] += the sum of all parts of its norm.");
+  nb::class_<Head>(m, "Head", "Final norm and head; see decoder.h.")
+      .def(
+          "__init__",
+          [](Head *self, ConstArray norm_weight, float norm_eps, nb::object matrix) {
+            new (self) Head(std::move(norm_weight), norm_eps,
+                            nb::cast<const PackedMatrix &>(matrix), matrix);
+          },
+          nb::arg("norm_weight"), nb::arg("norm_eps"), nb::arg("matrix"))
+      .def("run", &Head::run, nb::arg("runtime"), nb::arg("x"), nb::arg("logits"),
+           "logits [R, V] float32 of x [R, H].");
+  m.def("turn_positions", &turn_positions, nb::arg("positions"), nb::arg("frequencies"),
+        nb::arg("amplitude"), nb::arg("cosine"), nb::arg("sine"),
+        "Fills cosine and sine [T, 1, 1, dim] of positions [T]; see turns.h.");
+  nb::class_<KvLayers>(m, "KvLayers", "The kv entries of all layers; keeps the arrays alive.")
+      .def(nb::init<const std::vector<nb::object> &>(), nb::arg("entries"));
+  nb::class_<LayerStack>(m, "LayerStack", "Whole decoder layers, one after the other.")
+      .def(nb::init<const std::vector<nb::object> &, Array>(), nb::arg("layers"),
+           nb::arg("seconds"), "layers: (AttentionLayer, FfnLayer) each, or None.")
+      .def("run", &LayerStack::run, nb::arg("runtime"), nb::arg("first"), nb::arg("stop"),
+           nb::arg("x"), nb::arg("spans"), nb::arg("cosine"), nb::arg("sine"), nb::arg("kv"),
+           nb::arg("write_slots"), "Layers first..stop - 1 on x [T, H].");
 }
 
 }  // namespace moeserve

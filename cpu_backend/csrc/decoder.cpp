@@ -75,6 +75,17 @@ void rms_norm(Runtime &runtime, Dtype dtype, const Norm &norm, const void *x, st
   });
 }
 
+void run_head(Runtime &runtime, const Norm &norm, const Matrix &head, Dtype dtype, const void *x,
+              std::int64_t x_bytes, std::int64_t num_rows, float *logits) {
+  const std::lock_guard<std::mutex> lock(runtime.half_mutex);
+  const int cols = head.layout.cols;
+  const auto bytes = static_cast<std::int64_t>(size_of(dtype)) * cols;
+  void *normed =
+      runtime.workspace.normed.take<std::uint8_t>(static_cast<std::size_t>(num_rows * bytes));
+  rms_norm(runtime, dtype, norm, x, x_bytes, normed, bytes, num_rows, cols);
+  linear(runtime, head, dtype, normed, num_rows, cols, Dtype::kF32, logits, head.layout.rows);
+}
+
 void run_attention(Runtime &runtime, const AttentionHalf &half, const Stream &stream,
                    GroupedHeads heads, AttentionCall call,
                    const std::vector<AttentionSpan> &spans) {

@@ -26,6 +26,10 @@ struct Stream {
 void rms_norm(Runtime &runtime, Dtype dtype, const Norm &norm, const void *x, std::int64_t x_bytes,
               void *out, std::int64_t out_bytes, std::int64_t num_rows, int cols);
 
+// logits [num_rows, outputs] float32, of the norm of the rows of x, `x_bytes` apart.
+void run_head(Runtime &runtime, const Norm &norm, const Matrix &head, Dtype dtype, const void *x,
+              std::int64_t x_bytes, std::int64_t num_rows, float *logits);
+
 struct AttentionHalf {
   Norm norm;
   const Matrix *qkv;

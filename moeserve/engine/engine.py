@@ -180,7 +180,6 @@ class Engine:
             output = self.runner.forward(batch)
         except StoreError as error:
             return self._ended(self._fail_batch(batch, error))
-        self.timeline.lap("final norm")
         result, failed = self._sample(batch, output)
         self.timeline.lap("head and sampler")
         deltas = failed + self.scheduler.commit(batch, result, time.time())

@@ -11,7 +11,7 @@ from moeserve.core import ExpertWeights
 from moeserve.cpu_backend.activations import elementwise_activation
 from moeserve.cpu_backend.linear import make_linear
 from moeserve.cpu_backend.native_ffn import NativeFfn
-from moeserve.cpu_backend.native_linear import NativeRmsNorm
+from moeserve.cpu_backend.native_linear import NativeHead, NativeLinear, NativeRmsNorm
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackedWeight
 from moeserve.experts.gates import layer_gate
@@ -20,7 +20,7 @@ from moeserve.experts.router import Router, RouterWeights, shared_gate_spec
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.models.attention import Attention, AttentionWeights, LatentAttention, MlaWeights
 from moeserve.models.attention_plan import NativeAttention, TorchAttention
-from moeserve.models.layers import GatedFfn, RmsNorm, RowFunction, WeighedFfn
+from moeserve.models.layers import GatedFfn, Head, RmsNorm, RowFunction, WeighedFfn
 from moeserve.models.native_layer import (
     FusedFfn,
     FusedHalves,
@@ -52,14 +52,11 @@ def build_transformer(
         prefix = f"layers.{index}."
         own = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
         layers.append(build_layer(spec, index, layer, own, runtime))
-    head = weights["head"]
-    assert not isinstance(head, PackedExperts)
     return Transformer(
         spec,
         embedding,
         tuple(layers),
-        _norm(_tensor(weights, "norm"), spec.norm_eps, runtime),
-        make_linear(head, out_dtype=torch.float32),
+        _build_head(spec, weights, runtime),
         TorchAttention.plan if runtime.native is None else NativeAttention.planner(runtime.native),
         runtime.watch.timeline,
     )
@@ -121,6 +118,18 @@ def build_layer(
     fused = FusedHalves(fuse_attention(runtime.native, attention_norm, attention), fused_ffn)
     timeline = runtime.watch.timeline
     return DecoderLayer(attention_norm, attention, ffn_norm, ffn, index, timeline, fused)
+
+
+def _build_head(
+    spec: ModelSpec, weights: Mapping[str, Weight], runtime: ExpertRuntime
+) -> RowFunction:
+    weight = weights["head"]
+    assert not isinstance(weight, PackedExperts)
+    norm = _norm(_tensor(weights, "norm"), spec.norm_eps, runtime)
+    linear = make_linear(weight, out_dtype=torch.float32)
+    if isinstance(norm, NativeRmsNorm) and isinstance(linear, NativeLinear):
+        return NativeHead(norm, linear)
+    return Head(norm, linear)
 
 
 def _tensor(weights: Mapping[str, Weight], name: str) -> Tensor:

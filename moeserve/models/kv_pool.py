@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moeserve.core import ConfigError
+from moeserve.cpu_backend import _native
 from moeserve.models.spec import ModelSpec
 
 
@@ -70,6 +71,8 @@ class KvPool:
         else:
             entries = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.layers = tuple(map(KvLayer, entries))
+        #: all of them, for calls of several layers; on the CPU
+        self.native = _native.KvLayers(entries if device.type == "cpu" else [])
 
     @staticmethod
     def bytes_per_block(spec: ModelSpec, block_tokens: int, dtype: torch.dtype) -> int:

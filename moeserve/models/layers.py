@@ -48,6 +48,17 @@ class RmsNorm:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The final norm and the head, x [R, H] -> logits [R, V] float32."""
+
+    norm: RowFunction
+    linear: RowFunction
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x)).float()
+
+
+@dataclass(frozen=True)
 class GatedFfn:
     """down(activation(gate(x)) * up(x)) (arXiv:2002.05202). gate_up: gate rows, then up rows."""
 

@@ -1,4 +1,5 @@
-"""Halves of decoder layers in one native call each: x += attention(norm(x)), x += ffn(norm(x)).
+"""Halves of decoder layers in one native call each, x += attention(norm(x)), x += ffn(norm(x)), and
+all neighbouring layers that are whole in one.
 
 Calls from Python cost a decode step more than their number suggests, because weights that stream
 through the caches leave Python's own memory cold. Bits are those of the separate calls.
@@ -6,6 +7,7 @@ through the caches leave Python's own memory cold. Bits are those of the separat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +26,7 @@ from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.schedule.intra_layer import ResidentPlacement
 from moeserve.models.attention import Attention
 from moeserve.models.attention_plan import NativeAttention
-from moeserve.models.kv_pool import KvLayer
+from moeserve.models.kv_pool import KvLayer, KvPool
 from moeserve.models.layers import RowFunction
 from moeserve.models.spec import RopeSpec
 from moeserve.models.step_context import StepContext
@@ -37,15 +39,15 @@ class FusedAttention:
     def __init__(
         self, runtime: NativeRuntime, layer: _native.AttentionLayer, rope: RopeSpec
     ) -> None:
-        self._runtime = runtime.handle
-        self._layer = layer
-        self._rope = rope
+        self.runtime = runtime.handle
+        self.layer = layer
+        self.rope = rope
 
     def __call__(self, x: Tensor, step: StepContext, kv: KvLayer) -> None:
         plan = step.attention
         assert isinstance(plan, NativeAttention), "native layers have native plans"
-        cosine, sine = step.turns[self._rope]
-        self._layer.run(self._runtime, plan.spans, x, cosine, sine, kv.entries, step.kv_write_slots)
+        cosine, sine = step.turns[self.rope]
+        self.layer.run(self.runtime, plan.spans, x, cosine, sine, kv.entries, step.kv_write_slots)
 
 
 class FusedFfn:
@@ -53,7 +55,7 @@ class FusedFfn:
 
     def __init__(self, runtime: NativeRuntime, layer: _native.FfnLayer) -> None:
         self._runtime = runtime.handle
-        self._layer = layer
+        self.layer = layer
 
     @property
     def is_whole(self) -> bool:
@@ -61,7 +63,10 @@ class FusedFfn:
         return True
 
     def __call__(self, x: Tensor) -> None:
-        self._layer.run(self._runtime, x)
+        self.layer.run(self._runtime, x)
+
+    def count(self, seconds: float) -> None:
+        """It ran for so long, among others in one call (`FusedLayers`)."""
 
 
 class FusedExperts(FusedFfn):
@@ -82,6 +87,9 @@ class FusedExperts(FusedFfn):
         with self._watch.computing(self._routed.layer):
             super().__call__(x)
 
+    def count(self, seconds: float) -> None:
+        self._watch.cpu_s[self._routed.layer] += seconds
+
 
 class CountedExperts(FusedExperts):
     """The same over a tier that has come to hold everything: its cache still counts the uses."""
@@ -98,6 +106,10 @@ class CountedExperts(FusedExperts):
         super().__call__(x)
         self._cache.observe(self._use)
 
+    def count(self, seconds: float) -> None:
+        super().count(seconds)
+        self._cache.observe(self._use)
+
 
 @dataclass(frozen=True)
 class FusedHalves:
@@ -105,6 +117,40 @@ class FusedHalves:
 
     attention: FusedAttention | None = None
     ffn: FusedFfn | None = None
+
+    @property
+    def layer(self) -> tuple[_native.AttentionLayer, _native.FfnLayer] | None:
+        """Of a layer whose halves are both there."""
+        if self.attention is None or self.ffn is None:
+            return None
+        return self.attention.layer, self.ffn.layer
+
+
+class FusedLayers:
+    """Layers that are whole, in one call for any number of neighbours."""
+
+    def __init__(self, halves: Sequence[FusedHalves]) -> None:
+        """halves: of all layers of a model, in their order."""
+        self._halves = halves
+        self._seconds = np.zeros(len(halves))  # that the FFN took when it last ran, by layer
+        self._stack = _native.LayerStack([half.layer for half in halves], self._seconds)
+
+    def __call__(self, x: Tensor, step: StepContext, kv: KvPool, first: int, stop: int) -> None:
+        """Runs the layers from `first` to before `stop` on x [T, H], in place: both halves of each
+        are there and whole, and they have one kind of rotation."""
+        plan, attention = step.attention, self._halves[first].attention
+        assert isinstance(plan, NativeAttention), "native layers have native plans"
+        assert attention is not None, "only whole layers run together"
+        cosine, sine = step.turns[attention.rope]
+        slots = step.kv_write_slots
+        self._stack.run(
+            attention.runtime, first, stop, x, plan.spans, cosine, sine, kv.native, slots
+        )
+        for half, seconds in zip(
+            self._halves[first:stop], self._seconds[first:stop].tolist(), strict=True
+        ):
+            assert half.ffn is not None
+            half.ffn.count(seconds)
 
 
 def fuse_attention(

@@ -1,8 +1,10 @@
-"""The model: embedding, layers, final norm, head. One class for every family."""
+"""The model: embedding, layers, head. One class for every family."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,7 @@ from moeserve.models.attention_plan import Planner
 from moeserve.models.inputs import ForwardBatch
 from moeserve.models.kv_pool import KvLayer, KvPool
 from moeserve.models.layers import RowFunction
-from moeserve.models.native_layer import FusedHalves
+from moeserve.models.native_layer import FusedHalves, FusedLayers
 from moeserve.models.rope import Rope
 from moeserve.models.spec import ModelSpec, RopeSpec
 from moeserve.models.step_context import AttentionLayout, StepContext
@@ -44,6 +46,15 @@ class DecoderLayer:
     timeline: Timeline
     fused: FusedHalves = FusedHalves()
 
+    @property
+    def joins(self) -> RopeSpec | None:
+        """What it must share with its neighbours to run with them in one call. None: it runs by
+        itself, because it has parts that differ, or somebody looks at what happens in between."""
+        attention, ffn = self.fused.attention, self.fused.ffn
+        if attention is None or ffn is None or not ffn.is_whole or self.timeline.recording:
+            return None
+        return attention.rope
+
     def __call__(self, x: Tensor, step: StepContext, kv: KvLayer) -> Tensor:
         """x: [T, H] -> [T, H]; may overwrite it."""
         fused = self.fused
@@ -69,17 +80,17 @@ class Transformer:
         spec: ModelSpec,
         embedding: Tensor,
         layers: tuple[DecoderLayer, ...],
-        norm: RowFunction,
         head: RowFunction,
         planner: Planner,
         timeline: Timeline,
     ) -> None:
-        """embedding: [V, H]. head: [R, H] -> [R, V]. planner: how attention is computed."""
+        """embedding: [V, H]. head: [R, H] -> [R, V] float32, with the final norm. planner: how
+        attention is computed."""
         self.timeline = timeline
         self.spec = spec
         self.layers = layers
+        self._together = FusedLayers([layer.fused for layer in layers])
         self._embedding = embedding
-        self._norm = norm
         self._head = head
         self._planner = planner
         attentions = [layer.attention for layer in spec.layers]
@@ -89,15 +100,20 @@ class Transformer:
         self._layouts: set[AttentionLayout] = {layer.attention.layout for layer in layers}
 
     def forward(self, batch: ForwardBatch, kv: KvPool) -> Tensor:
-        """Computes T tokens, writes their kv, returns hidden states [T, H] after the final norm."""
+        """Computes T tokens, writes their kv, returns hidden states [T, H], not normed."""
         dtype = self._embedding.dtype
         step = StepContext.build(batch, kv, self._ropes, self._layouts, self._planner, dtype)
         x = F.embedding(batch.token_ids, self._embedding)
         self.timeline.lap("inputs")
-        for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
-            x = layer(x, step, layer_kv)
-        return self._norm(x)
+        for shared, layers in groupby(self.layers, attrgetter("joins")):
+            if shared is None:
+                for layer in layers:
+                    x = layer(x, step, kv.layers[layer.index])
+            else:
+                first, *rest = layers
+                self._together(x, step, kv, first.index, first.index + 1 + len(rest))
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R, H] as returned by forward -> [R, V] float32."""
-        return self._head(hidden).float()
+        return self._head(hidden)

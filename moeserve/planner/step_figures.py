@@ -72,7 +72,7 @@ PROMPTS = (32, 128, 512)
 CONTEXT_TOKENS = 16
 #: steps of each kind, the first few of which are cold
 NUM_STEPS, NUM_COLD = 20, 4
-PARTS_ONCE = ("schedule", "inputs", "final norm", "commit", "head and sampler")
+PARTS_ONCE = ("schedule", "inputs", "commit", "head and sampler")
 PARTS_OF_LAYER = ("attention", "experts", "feed forward")
 #: of the experts: few and many layers that find what they want
 TIER_SHARES = (0.75, 0.375)
