@@ -30,8 +30,8 @@ Simulated: the clock and the lengths of steps. Real: `RequestScheduler` and `Blo
 - Capacity, the goodput of DistServe (Zhong et al., OSDI 2024): the highest load at which at least
   90 % of the requests of all three windows meet the SLO, by bisection; none where even the lowest
   load tried is too much, because stretching leaves bursts as they are. Goodput per second at a
-  load beyond it says little: the queue is served in order, so once it is longer than the TTFT
-  allowed nearly everything is late, and only the first seconds count.
+  load beyond it says little where the queue is served in order (`_in_order`): once it is longer
+  than the TTFT allowed nearly everything is late, and only the first seconds count.
 - Prompts of the Azure traces share nothing (the traces do not say). Mooncake's hash ids become
   tokens, so that its prefixes are shared as they were. Preempted requests find what is left of
   their own blocks in all of them, as in the engine.
@@ -108,7 +108,7 @@ def main() -> None:
                 settings.append(setting)
                 evicted = sum(row["preemptions"] for row in setting["rows"])
                 print(
-                    f"{setting['trace']:11s} pool {setting['pool']:3d} {setting['policy']:15s} "
+                    f"{setting['trace']:11s} pool {setting['pool']:3d} {setting['policy']:21s} "
                     f"capacity {setting['capacity']}, {evicted} preemptions",
                     flush=True,
                 )

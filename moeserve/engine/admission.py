@@ -1,4 +1,4 @@
-"""Can a request ever run, and may the first that waits start now? Three rules for the latter.
+"""Can a request ever run, and may one that waits start now? Three rules for the latter.
 
 A request that starts too early makes kv run out later, and somebody is preempted; one that starts
 too late waits although there was room. The rules differ in how they guess the length of outputs:

@@ -35,7 +35,7 @@ class Sequence:
         self.table = BlockTable()
         self.num_cached_tokens = 0  # prompt tokens whose kv was reused at first admission
         self.num_preemptions = 0
-        self.num_overtaken = 0  # requests behind it that started before it
+        self.num_overtaken = 0  # starts of requests behind it while it waited
         self.most_computed_tokens = 0  # before preemptions; below it, computing is recomputing
         # Entry p scores prompt token p; nothing comes before the first. None: not asked for.
         self.prompt_logprobs: list[TokenLogprob | None] | None = None

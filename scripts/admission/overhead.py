@@ -15,30 +15,34 @@ from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.request_scheduler import RequestScheduler
 from moeserve.engine.sequence import Sequence
 
+RUNNING, WAITING = 64, 17
+
 
 class FullHouse(PastFuture):
-    """Computes the whole rule and then lets 64 run, so that every step pays for a refusal."""
+    """Computes the whole rule and then lets 64 run, so that every step pays for refusals."""
 
     def admits(
         self, candidate: Sequence, running: Collection[Sequence], blocks: BlockManager
     ) -> bool:
         super().admits(candidate, running, blocks)
-        return len(running) < 64
+        return len(running) < RUNNING
 
 
 def scheduler_overhead() -> dict[str, float]:
-    """Microseconds of `schedule` and `commit`: 64 decodes of 2000 tokens and more, one waiting."""
+    """Microseconds of `schedule` and `commit`: 64 decodes of 2000 tokens and more. 17 wait, each
+    for a block less than the one before it, so that the rule is asked about every one of them."""
     policy = FullHouse(1000)
     for length in range(1, 1001):
         policy.observe(length)
     blocks = BlockManager(70 * 2400 // BLOCK_TOKENS, BLOCK_TOKENS, prefix_reuse=True)
-    config = SchedulerConfig(max_batch_tokens=2048, max_running=65)
+    config = SchedulerConfig(max_batch_tokens=2048, max_running=RUNNING + 1)
     scheduler = RequestScheduler(config, blocks, (), 1 << 20, policy)
-    for number in range(65):
+    for number in range(RUNNING + WAITING):
+        num_tokens = 2000 - BLOCK_TOKENS * max(0, number - RUNNING)
         scheduler.add(
             EngineRequest(
                 request_id=str(number),
-                token_ids=[number] * 2000,
+                token_ids=[number] * num_tokens,
                 params=SamplingParams(max_tokens=300),
             ),
             0.0,
@@ -54,7 +58,7 @@ def scheduler_overhead() -> dict[str, float]:
         result = StepResult({name: SampledToken(1) for name in names})
         sampled = time.perf_counter()
         scheduler.commit(batch, result, 0.0)
-        if len(names) == 64:
+        if len(names) == RUNNING:
             schedule_us.append((scheduled - started) * 1e6)
             commit_us.append((time.perf_counter() - sampled) * 1e6)
     return {

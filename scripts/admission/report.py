@@ -69,8 +69,9 @@ def markdown(record: dict[str, Any]) -> str:
         f"{record['machine']['cores']} cores, Python {record['machine']['python']}. Simulated "
         "clock, real scheduler and block manager; the script's docstring states every rule.",
         "",
-        f"At 64 running sequences, median of 200 steps: `schedule` {overhead['schedule_median_us']}"
-        f" us, `commit` {overhead['commit_median_us']} us.",
+        "At 64 running sequences and 17 that wait and are refused, each smaller than the one "
+        f"before it, median of 200 steps: `schedule` {overhead['schedule_median_us']} us, `commit` "
+        f"{overhead['commit_median_us']} us.",
         "",
         "Per trace: goodput and the longest TTFT as means of all runs, requests in time (within "
         "the SLO) and evictions as sums of all runs at the three loads, capacity (highest load "
