@@ -111,8 +111,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=int, dest="context_tokens", metavar="TOKENS", help=argparse.SUPPRESS
     )
-    for flag in ("--local-workers", "--worker"):  # of `serve`: refused by name
-        parser.add_argument(flag, help=argparse.SUPPRESS)
+    # Of `serve`: refused by name.
+    parser.add_argument("--local-workers", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.set_defaults(device=None)
 
 

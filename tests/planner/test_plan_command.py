@@ -217,6 +217,15 @@ def test_what_contradicts_itself_is_named(
     assert message in refusal(capsys, *arguments)
 
 
+def test_no_workers_are_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--hardware", str(here), "--bound-only", "--local-workers"]
+    assert main([*arguments, "0"]) == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*arguments, "x"])
+    assert "--local-workers: invalid int value: 'x'" in capsys.readouterr().err
+
+
 def test_models_that_cannot_be_served_are_named(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
