@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeserve.cache.record_copy import Urgency
@@ -45,19 +46,23 @@ def tune_disk(
         loads = [Load(key, slot) for slot, key in enumerate(generator.sample(keys, count))]
         transfers = Transfers(store, slots.__getitem__, num_threads, chunk_bytes)
         try:
-            begun = time.perf_counter()
-            transfers.start(loads, Urgency.DEMAND)
-            num_bytes = 0
-            arrived = 0
-            while arrived < count:
-                for arrival in transfers.wait():
-                    if arrival.error is not None:
-                        raise arrival.error
-                    arrived += 1
-                    num_bytes += store.num_bytes(arrival.load.key)
-            rates[num_threads] = num_bytes / (time.perf_counter() - begun)
+            num_bytes = sum(store.num_bytes(load.key) for load in loads)
+            rates[num_threads] = read_rate(transfers, loads, num_bytes)
         finally:
             transfers.close()
     fastest = max(rates.values())
     enough = min(n for n, rate in rates.items() if rate >= NEAR * fastest)
     return DiskTuning(rates, enough)
+
+
+def read_rate(transfers: Transfers, loads: Sequence[Load], num_bytes: int) -> float:
+    """Bytes per second of loads that are ordered together, from the order to the last arrival.
+    num_bytes: of all of them. Raises StoreError where one cannot be read."""
+    begun_s, left = time.perf_counter(), len(loads)
+    transfers.start(loads, Urgency.DEMAND)
+    while left:
+        for arrival in transfers.wait():
+            if arrival.error is not None:
+                raise arrival.error
+            left -= 1
+    return num_bytes / (time.perf_counter() - begun_s)

@@ -10,14 +10,12 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from moeserve.cache.record_copy import Urgency
 from moeserve.cache.tiers.disk_store import (
     ChecksumCheck,
     DiskRecord,
@@ -25,6 +23,7 @@ from moeserve.cache.tiers.disk_store import (
     FileState,
     UnchangedCheck,
 )
+from moeserve.cache.tiers.disk_tuning import read_rate
 from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.cache.tiers.source import RecordCheck
 from moeserve.cache.transfer import Transfers
@@ -143,14 +142,8 @@ class RecordReader:
     def bytes_per_s(self, num_records: int) -> float:
         """Of so many records that are ordered together, from when they are."""
         keys = random.sample(self._keys, min(num_records, self._num_slots, len(self._keys)))
-        self._transfers.start([Load(key, slot) for slot, key in enumerate(keys)], Urgency.DEMAND)
-        started_s, left = time.perf_counter(), len(keys)
-        while left:
-            for arrival in self._transfers.wait():
-                if arrival.error is not None:
-                    raise arrival.error
-                left -= 1
-        return len(keys) * self._record_bytes / (time.perf_counter() - started_s)
+        loads = [Load(key, slot) for slot, key in enumerate(keys)]
+        return read_rate(self._transfers, loads, len(keys) * self._record_bytes)
 
     def __enter__(self) -> RecordReader:
         return self
