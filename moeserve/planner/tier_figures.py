@@ -6,7 +6,8 @@ the two cost has little in common. So layers are sorted by what they had to read
     layer           all of it but attention
     experts         computing them, in runs
     stall           waiting for reads
-    begin           from the reads' order to the first run or the first stall
+    begin           from the reads' order to the first run or the first stall; without reads a part
+                    of books
     books           what is left of the layer: router, counting, deciding, leasing, taking
     to read         from the reads' order to the first read
     beside          of the runs, while anything was being read
@@ -31,8 +32,8 @@ LAPS = ("router", "place", "acquire", "predict and prefetch", "feed forward")
 
 @dataclass(frozen=True)
 class TierLayer:
-    """One layer of one step. us: by part; without reads there is no "to read", without a stall no
-    "late"."""
+    """One layer of one step. us: by part; without reads there is no "begin" and no "to read",
+    without a stall no "late"."""
 
     num_rows: int
     num_active: float
@@ -57,12 +58,12 @@ def _layer(parts: dict[str, list[Span]], num_rows: int, usual_active: float) -> 
         "layer": sum(_us(parts[lap]) for lap in LAPS),
         "experts": _us(runs),
         "stall": _us(stalls),
-        "begin": (min(span.start_s for span in runs + stalls) - ordered_s) * 1e6,
     }
-    us["books"] = us["layer"] - us["experts"] - us["stall"] - us["begin"]
     if reads:
+        us["begin"] = (min(span.start_s for span in runs + stalls) - ordered_s) * 1e6
         us["to read"] = (reads[0].start_s - ordered_s) * 1e6
         us["beside"] = sum(_shared_us(run, reads) for run in runs)
+    us["books"] = us["layer"] - us["experts"] - us["stall"] - us.get("begin", 0.0)
     late = [found for stall in stalls if (found := _late_us(stall, reads)) is not None]
     if late:
         us["late"] = sum(late) / len(late)

@@ -65,10 +65,13 @@ class LayerProducts:
 
 
 def fit_tier(points: Sequence[TierPoint], products: LayerProducts) -> TierCosts:
+    """Where no step waited for a read, nothing is known of `late_us` alone; where nothing was read,
+    of all."""
     reading = [point for point in points if point.num_missing]
     stalled = [point for point in reading if "late" in point.us]
-    if not stalled:
+    if not reading:
         return TierCosts()
+    late = _fit(stalled, lambda p: (1.0,), lambda p: _value(p, "late")) if stalled else (0.0,)
     return TierCosts(
         books=_fit(
             points,
@@ -79,7 +82,7 @@ def fit_tier(points: Sequence[TierPoint], products: LayerProducts) -> TierCosts:
             reading, lambda p: (1.0, p.num_missing, p.num_rows), lambda p: _value(p, "begin")
         ),
         to_read=_fit(reading, lambda p: (1.0, p.num_missing), lambda p: _value(p, "to read")),
-        late_us=float(_fit(stalled, lambda p: (1.0,), lambda p: _value(p, "late"))[0]),
+        late_us=float(late[0]),
         runs=_fit(
             points,
             lambda p: (

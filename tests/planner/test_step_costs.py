@@ -11,9 +11,11 @@ from support import engine_profile as made
 from support.engine_profile import made_profile, product_us, read_config
 from support.randomness import fresh_seed
 
+from moeserve.experts.schedule.profile import TierPoint
 from moeserve.planner.least_squares import fit_costs
 from moeserve.planner.plan_types import Chunk, ModelShape, Resource, StepLoad
 from moeserve.planner.step_costs import EngineStepCosts, on_other_cpu
+from moeserve.planner.step_fit import EngineCosts
 
 OTHER = {
     **made.CALIBRATED,
@@ -42,6 +44,28 @@ def test_the_fit_finds_what_the_engine_adds(tmp_path: Path, other: ModelShape) -
     assert tier.late_us == pytest.approx(made.LATE_US)
     assert tier.runs == pytest.approx([made.RUN_US, made.NUMBER_US, made.BESIDE], rel=0.01)
     assert engine.sampling_us(3, 1000) == pytest.approx(3000 * made.SAMPLE_US, rel=1e-6)
+
+
+def test_without_a_stall_only_what_follows_one_is_unknown(
+    tmp_path: Path, other: ModelShape
+) -> None:
+    profile = made_profile(tmp_path)
+    assert profile.steps is not None
+
+    def engine(tier: list[TierPoint]) -> EngineCosts:
+        steps = structs.replace(profile.steps, tier=tier)
+        return EngineStepCosts(other, structs.replace(profile, steps=steps)).engine
+
+    points = [
+        structs.replace(p, us={name: figure for name, figure in p.us.items() if name != "late"})
+        for p in profile.steps.tier
+    ]
+    known, whole = engine(points).tier, engine(profile.steps.tier).tier
+    assert known.late_us == 0 < whole.late_us
+    for part in ("books", "begin", "to_read", "runs"):
+        assert getattr(known, part) == pytest.approx(getattr(whole, part))
+    still = [point for point in points if not point.num_missing]
+    assert not engine(still).tier.books.any(), "nothing is read: nothing is known"
 
 
 def test_a_step_of_another_model_is_the_sum_of_its_parts(tmp_path: Path, other: ModelShape) -> None:

@@ -184,8 +184,9 @@ def made_steps(tmp_path: Path) -> StepFigures:
         reads = float(missing > 0)
         books = sum(np.multiply(BOOKS_US, (1, reads, missing, runs, rows)))
         books += products(rows, lambda name: name.startswith("router"))
-        begin = sum(np.multiply(BEGIN_US, (1, missing, rows))) if missing else 5.0
-        us = {"experts": experts, "books": books, "begin": begin, "stall": 400.0 * missing}
+        us = {"experts": experts, "books": books, "stall": 400.0 * missing}
+        if missing:
+            us["begin"] = sum(np.multiply(BEGIN_US, (1, missing, rows)))
         us["layer"] = sum(us.values())
         if missing:
             us |= {"beside": beside, "late": LATE_US}
