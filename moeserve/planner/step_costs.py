@@ -139,8 +139,14 @@ def with_threads(curve: Curve, profile: Profile, form: str, num_threads: int | N
 class EngineStepCosts:
     """Costs of one model's steps."""
 
-    def __init__(self, model: ModelShape, profile: Profile, num_threads: int | None = None) -> None:
-        """num_threads: None for as many as were calibrated.
+    def __init__(
+        self,
+        model: ModelShape,
+        profile: Profile,
+        num_threads: int | None = None,
+        over_disk: bool = False,
+    ) -> None:
+        """num_threads: None for as many as were calibrated. over_disk: experts are read from it.
 
         Raises ConfigError where the profile has neither curves nor rates.
         """
@@ -162,6 +168,7 @@ class EngineStepCosts:
         self.is_measured = profile.steps is not None
         if profile.steps is not None:
             self.engine = fit_profile(profile, profile.steps)
+        self._around = self.engine.over_disk if over_disk else self.engine.resident
 
     def expert_costs(self, layer: int) -> CostModel:
         costs = self._experts[layer]
@@ -172,7 +179,7 @@ class EngineStepCosts:
         """Once per step, and what of the machine that uses."""
         sequences = len(load.decode_contexts) + len(load.chunks)
         work = Work()
-        work.add(Resource.OVERHEAD, float(self.engine.once @ (1.0, sequences, load.num_rows)))
+        work.add(Resource.OVERHEAD, float(self._around.once @ (1.0, sequences, load.num_rows)))
         if load.num_sampled:
             self.products.add(work, self.model.head, load.num_sampled)
             work.add(
@@ -191,7 +198,7 @@ class EngineStepCosts:
         work.add(Resource.CPU_MEMORY, kv)
         work.add(Resource.CPU_COMPUTE, ops)
         width = attention_width(self.model, shape)
-        around = float(self.engine.around_attention @ (1.0, rows * width))
+        around = float(self._around.around_attention @ (1.0, rows * width))
         around += float(self.engine.around_experts @ (1.0, rows * self.model.hidden_size))
         work.add(Resource.OVERHEAD, calls + around)
         return work

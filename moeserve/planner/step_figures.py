@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,7 +73,9 @@ CONTEXT_TOKENS = 16
 #: steps of each kind, the first few of which are cold
 NUM_STEPS, NUM_COLD = 20, 4
 PARTS_ONCE = ("schedule", "inputs", "commit", "head and sampler")
-PARTS_OF_LAYER = ("attention", "experts", "feed forward")
+PARTS_OF_LAYER = ("attention", "feed forward")
+#: of one over the disk: its rest is sorted by what it had to read (`tier_figures`)
+PARTS_OVER_DISK = ("attention",)
 #: of the experts: few and many layers that find what they want
 TIER_SHARES = (0.75, 0.375)
 Report = Callable[[str], None]
@@ -220,25 +222,21 @@ def _step(spans: list[Span]) -> _Step:
         times[span.name] += (span.end_s - span.start_s) * 1e6
     return _Step(
         {name: times[name] for name in PARTS_ONCE},
-        {name: times[name] / NUM_LAYERS for name in PARTS_OF_LAYER if name in times},
+        {name: times[name] / NUM_LAYERS for name in PARTS_OF_LAYER},
         spans,
     )
 
 
 def _point(tiered: bool, streams: int, rows: int, context: int, steps: list[_Step]) -> StepPoint:
-    def figures(of: Callable[[_Step], dict[str, float]]) -> dict[str, Figure]:
-        names = {name for step in steps for name in of(step)}
-        return {
-            # The middle: what varies from step to step is Python's own and no other's.
-            name: summarise([of(step).get(name, 0.0) for step in steps], share=0.5)
-            for name in sorted(names)
-        }
+    def figures(names: Sequence[str], us: Callable[[_Step], dict[str, float]]) -> dict[str, Figure]:
+        # The middle: what varies from step to step is Python's own and no other's.
+        return {name: summarise([us(step)[name] for step in steps], share=0.5) for name in names}
 
     return StepPoint(
         tiered=tiered,
         num_streams=streams,
         num_rows=rows,
         context_tokens=context,
-        once_us=figures(lambda step: step.once_us),
-        layer_us=figures(lambda step: step.layer_us),
+        once_us=figures(PARTS_ONCE, lambda step: step.once_us),
+        layer_us=figures(PARTS_OVER_DISK if tiered else PARTS_OF_LAYER, lambda step: step.layer_us),
     )

@@ -69,18 +69,30 @@ class ProductCosts:
 
 
 @dataclass(frozen=True)
+class StepCosts:
+    """Microseconds by feature of what Python does for a step, which finds its memory colder where
+    experts come from the disk beside it.
+
+    once: of a step, of a sequence, of a row. around_attention: of a layer, of a number of a row.
+    """
+
+    once: Costs = field(default_factory=lambda: np.zeros(3))
+    around_attention: Costs = field(default_factory=lambda: np.zeros(2))
+
+
+@dataclass(frozen=True)
 class EngineCosts:
     """Microseconds by feature; zeros where nothing is known.
 
     attention: of `attention_features`. sampling: of a step, of a row's number of the vocabulary.
-    once: of a step, of a sequence, of a row. around_attention, around_experts: of a layer, of a
-    number of a row. tier: of a layer over the disk.
+    resident, over_disk: steps by where the experts are. around_experts: of a layer, of a number of
+    a row. tier: of a layer over the disk.
     """
 
     attention: Costs = field(default_factory=lambda: np.zeros(3))
     sampling: Costs = field(default_factory=lambda: np.zeros(2))
-    once: Costs = field(default_factory=lambda: np.zeros(3))
-    around_attention: Costs = field(default_factory=lambda: np.zeros(2))
+    resident: StepCosts = field(default_factory=StepCosts)
+    over_disk: StepCosts = field(default_factory=StepCosts)
     around_experts: Costs = field(default_factory=lambda: np.zeros(2))
     tier: TierCosts = field(default_factory=TierCosts)
 
@@ -103,6 +115,30 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
     )
     known = EngineCosts(attention=attention, sampling=sampling)
     resident = [point for point in figures.steps if not point.tiered]
+    over_disk = [point for point in figures.steps if point.tiered] or resident
+
+    def of_steps(points: Sequence[StepPoint]) -> StepCosts:
+        return StepCosts(
+            once=_fit(
+                points,
+                lambda p: (1.0, p.num_streams, p.num_rows),
+                lambda p: (
+                    _sum(p.once_us)
+                    - products.head_us(p.num_streams)
+                    - known.sampling_us(p.num_streams, model.vocab_size)
+                ),
+            ),
+            around_attention=_fit(
+                points,
+                lambda p: (1.0, p.num_rows * attention_width(model, layer)),
+                lambda p: (
+                    _value(p, "attention")
+                    - products.attention_us(layer, p.num_rows)
+                    - _attend_us(known, layer, p)
+                ),
+            ),
+        )
+
     around_experts = _fit(
         resident,
         lambda p: (1.0, p.num_rows * model.hidden_size),
@@ -116,24 +152,8 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
     return EngineCosts(
         attention=attention,
         sampling=sampling,
-        once=_fit(
-            figures.steps,
-            lambda p: (1.0, p.num_streams, p.num_rows),
-            lambda p: (
-                _sum(p.once_us)
-                - products.head_us(p.num_streams)
-                - known.sampling_us(p.num_streams, model.vocab_size)
-            ),
-        ),
-        around_attention=_fit(
-            figures.steps,
-            lambda p: (1.0, p.num_rows * attention_width(model, layer)),
-            lambda p: (
-                _value(p, "attention")
-                - products.attention_us(layer, p.num_rows)
-                - _attend_us(known, layer, p)
-            ),
-        ),
+        resident=of_steps(resident),
+        over_disk=of_steps(over_disk),
         around_experts=around_experts,
         tier=fit_tier(
             figures.tier,
@@ -237,13 +257,13 @@ def rebased(
         head = more_us(lambda costs: costs.head_us(point.num_streams))
         attention = more_us(lambda costs: costs.attention_us(layer, rows))
         experts = more_us(lambda costs: costs.start_us + _experts_us(costs, layer, rows))
-        of_layer = {"attention": attention, "experts": experts, "feed forward": experts}
-        if not point.tiered:
-            of_layer["feed forward"] += router_us(rows)
         return structs.replace(
             point,
             once_us=_with_more(point.once_us, {"head and sampler": head}),
-            layer_us=_with_more(point.layer_us, of_layer),
+            layer_us=_with_more(
+                point.layer_us,
+                {"attention": attention, "feed forward": experts + router_us(rows)},
+            ),
         )
 
     def tier(point: TierPoint) -> TierPoint:

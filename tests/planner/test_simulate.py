@@ -28,12 +28,13 @@ from moeserve.planner.plan_types import (
     ModelShape,
     PlanRequest,
     Resource,
+    StepLoad,
     Traffic,
 )
 from moeserve.planner.simulate.link import SimulatedLink
 from moeserve.planner.simulate.over_disk import DiskClock, read_time_us
 from moeserve.planner.simulate.routing import recorded
-from moeserve.planner.simulate.system import simulate, simulate_quickly
+from moeserve.planner.simulate.system import make_clock, simulate, simulate_quickly
 from moeserve.planner.simulate.traffic import simulate_traffic
 from moeserve.planner.step_costs import EngineStepCosts
 from moeserve.planner.workload import Workload, WorkloadRequest
@@ -128,6 +129,19 @@ def test_hits_are_those_of_the_engine_s_own_cache(shape: ModelShape, profile: Pr
     wanted = through_cache(trace, steps, build_policy("lru", trace.experts_per_layer), Rules(0.5))
     found = [clock._step(np.asarray(step), 0.0).hits for step in steps]
     assert found == wanted
+
+
+def test_only_steps_over_the_disk_cost_what_such_steps_do(
+    shape: ModelShape, profile: Profile
+) -> None:
+    routing, load = recorded(model_trace(), shape), StepLoad([40, 50])
+    resident, settled, over_disk = (
+        make_clock(deploy(shape, profile, **settings), routing)._costs.step_work(load).us
+        for settings in ({}, {"host_slots": 32}, {"host_slots": 16})
+    )
+    once_us = made.ONCE_US + 2 * made.SEQUENCE_US + 2 * made.ROW_ONCE_US
+    assert settled == resident, "slots for all experts"
+    assert over_disk - resident == pytest.approx((made.COLDER - 1) * once_us, rel=0.01)
 
 
 def test_more_slots_more_hits_more_speed(

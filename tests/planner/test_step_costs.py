@@ -34,9 +34,13 @@ def other(tmp_path: Path) -> ModelShape:
 
 def test_the_fit_finds_what_the_engine_adds(tmp_path: Path, other: ModelShape) -> None:
     engine = EngineStepCosts(other, made_profile(tmp_path)).engine
-    assert engine.once == pytest.approx([made.ONCE_US, made.SEQUENCE_US, made.ROW_ONCE_US], 1e-3)
+    once = np.array([made.ONCE_US, made.SEQUENCE_US, made.ROW_ONCE_US])
+    assert engine.resident.once == pytest.approx(once, 1e-3)
+    assert engine.over_disk.once == pytest.approx(made.COLDER * once, 1e-3)
     assert engine.attention == pytest.approx([made.CALL_US, made.KV_US, made.OP_US], 1e-3)
-    assert engine.around_attention[0] == pytest.approx(made.AROUND_ATTENTION_US, rel=0.05)
+    around = made.AROUND_ATTENTION_US
+    assert engine.resident.around_attention[0] == pytest.approx(around, rel=0.05)
+    assert engine.over_disk.around_attention[0] == pytest.approx(made.COLDER * around, rel=0.05)
     tier = engine.tier
     assert tier.books == pytest.approx(made.BOOKS_US, rel=0.01)
     assert tier.begin == pytest.approx(made.BEGIN_US, rel=1e-3)
@@ -82,6 +86,12 @@ def test_a_step_of_another_model_is_the_sum_of_its_parts(tmp_path: Path, other: 
     head = product_us(other.head.rows * other.head.cols, 3)
     once = made.ONCE_US + 3 * made.SEQUENCE_US + rows * made.ROW_ONCE_US + head
     assert costs.step_work(load).us == pytest.approx(once + made.SAMPLE_US * 3 * 512, rel=0.01)
+    colder = EngineStepCosts(other, made_profile(tmp_path), over_disk=True)
+    more_us = (made.COLDER - 1) * (once - head)
+    assert colder.step_work(load).us - costs.step_work(load).us == pytest.approx(more_us, rel=0.01)
+    more_us = (made.COLDER - 1) * made.AROUND_ATTENTION_US
+    found_us = colder.layer_work(0, load).us - costs.layer_work(0, load).us
+    assert found_us == pytest.approx(more_us, rel=0.05)
     one = 3 * 512 * 192
     experts = costs.expert_costs(0)
     assert experts.cpu_start_us + experts.cpu[1] + experts.cpu[4] == pytest.approx(
@@ -104,8 +114,13 @@ def test_faster_products_leave_what_the_engine_adds(tmp_path: Path, other: Model
     ]
     fast = on_other_cpu(profile, structs.replace(profile.cpu, product_curves=curves))
     before, after = (EngineStepCosts(other, p).engine for p in (profile, fast))
-    assert after.once == pytest.approx(before.once, rel=1e-6)
-    assert after.around_attention == pytest.approx(before.around_attention, rel=1e-6, abs=1e-9)
+    for one, other_one in (
+        (after.resident, before.resident),
+        (after.over_disk, before.over_disk),
+    ):
+        assert one.once == pytest.approx(other_one.once, rel=1e-6)
+        assert one.around_attention == pytest.approx(other_one.around_attention, rel=1e-6, abs=1e-9)
+    assert after.around_experts == pytest.approx(before.around_experts, rel=1e-6, abs=1e-9)
 
 
 def test_a_profile_without_steps_adds_nothing(tmp_path: Path, other: ModelShape) -> None:

@@ -40,6 +40,8 @@ START_US = 20.0
 #: what the engine adds: of a step, a sequence, a row; of a layer
 ONCE_US, SEQUENCE_US, ROW_ONCE_US = 300.0, 25.0, 2.0
 AROUND_ATTENTION_US = 15.0
+#: so much more of each where experts come from the disk
+COLDER = 1.5
 #: of a layer over the disk: of each, of one that reads, of a record, of a run, of a row
 BOOKS_US = (30.0, 20.0, 15.0, 5.0, 0.5)
 BEGIN_US, TO_READ_US, LATE_US = (20.0, 2.0, 0.25), (15.0, 1.0), 25.0
@@ -151,11 +153,14 @@ def made_steps(tmp_path: Path) -> StepFigures:
         spread = rows_at_random(rows, 8, 2)
         router = products(rows, lambda name: name.startswith("router"))
         experts = START_US + sum(n * product_us(weights, r) for r, n in spread)
-        laps = {"feed forward": experts + router}
+        colder = COLDER if tiered else 1.0
         head = product_us(model.head.rows * model.head.cols, streams)
-        once = ONCE_US + SEQUENCE_US * streams + ROW_ONCE_US * rows
+        once = colder * (ONCE_US + SEQUENCE_US * streams + ROW_ONCE_US * rows)
         attention = products(rows, lambda name: not name.startswith("router"))
-        attention += streams * attend(start, each) + AROUND_ATTENTION_US
+        attention += streams * attend(start, each) + colder * AROUND_ATTENTION_US
+        layer_us = {"attention": Figure(value=attention)}
+        if not tiered:
+            layer_us["feed forward"] = Figure(value=experts + router)
         return StepPoint(
             tiered=tiered,
             num_streams=streams,
@@ -165,11 +170,7 @@ def made_steps(tmp_path: Path) -> StepFigures:
                 "inputs": Figure(value=once),
                 "head and sampler": Figure(value=head + SAMPLE_US * streams * 512),
             },
-            layer_us={
-                "attention": Figure(value=attention),
-                "experts": Figure(value=experts),
-                **{name: Figure(value=us) for name, us in laps.items()},
-            },
+            layer_us=layer_us,
         )
 
     def tier(rows: int, missing: int) -> TierPoint:

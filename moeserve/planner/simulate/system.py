@@ -126,14 +126,15 @@ def make_clock(
 ) -> EngineClock:
     """Of this deployment; routing: None for a dense model."""
     model, scheduler = deployment.shape, deployment.request.engine.scheduler
-    costs = EngineStepCosts(model, deployment.profile, deployment.num_threads)
     on_device = deployment.device_slots is not None
+    over_disk = not on_device and leaves_experts_on_disk(deployment)
+    costs = EngineStepCosts(model, deployment.profile, deployment.num_threads, over_disk)
     layers = DeviceLayerCosts(deployment) if on_device else costs
     experts: ExpertsClock | None = None
     most_rows = max(scheduler.max_batch_tokens, scheduler.max_running)
     if routing is not None and on_device:
         experts = DeviceClock(costs, routing, most_rows, deployment)
-    elif routing is not None and leaves_experts_on_disk(deployment):
+    elif routing is not None and over_disk:
         experts = DiskClock(costs, routing, most_rows, deployment)
     elif routing is not None:
         experts = ResidentClock(costs, routing, most_rows)
