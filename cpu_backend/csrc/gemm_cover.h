@@ -101,6 +101,7 @@ MOESERVE_INLINE int cover_panels(const GemmJob &job, int panel, int end, RowsAhe
       rows_ahead.step();
       Tile::template run<decltype(rows)::value, P>(Place{job, row, panel, ahead, following});
     });
+    if (num_tiles > 1) ahead.template finish<P>();
   }
   return panel;
 }

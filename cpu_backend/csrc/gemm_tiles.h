@@ -28,13 +28,13 @@ constexpr int kStreamRows = 4;
 // that depends on where it stands: a wrong guess costs as much as tens of products.
 class PanelsAhead {
  public:
-  PanelsAhead() = default;
   // `num_panels` of panel_bytes each, in `num_steps` steps of num_streams prefetches or a multiple;
   // or nothing: then it asks again and again for what is at `panels`.
   PanelsAhead(const std::uint8_t *panels, int num_panels, int num_streams, std::size_t panel_bytes,
               std::int64_t num_steps)
-      : line_(panels) {
+      : line_(panels), end_(panels) {
     if (num_panels < 1) return;
+    end_ = panels + panel_bytes;
     const auto bytes = static_cast<std::int64_t>(panel_bytes);
     step_lines_ = static_cast<int>((bytes / kChunkBytes + num_steps - 1) / num_steps);
     const std::int64_t lines = num_steps * step_lines_;
@@ -53,10 +53,18 @@ class PanelsAhead {
       line_ += line_bytes_;
     }
   }
+  // What is left where some of the tiles took no steps: tiles of few rows follow their own streams.
+  template <int kStreams>
+  MOESERVE_INLINE void finish() {
+    for (; line_ < end_; line_ += kChunkBytes) {
+      MOESERVE_UNROLL for (int s = 0; s < kStreams; ++s) Vec::prefetch(line_ + s * stream_bytes_);
+    }
+  }
 
  private:
-  const std::uint8_t *line_ = nullptr;  // of the first stream, to be asked for next
-  std::size_t line_bytes_ = 0;          // to the next one: less than a line where steps are many
+  const std::uint8_t *line_;    // of the first stream, to be asked for next
+  const std::uint8_t *end_;     // of the first stream
+  std::size_t line_bytes_ = 0;  // to the next one: less than a line where steps are many
   std::size_t stream_bytes_ = 0;
   int step_lines_ = 1;
 };

@@ -23,7 +23,8 @@ namespace {
 
 void fuzz_linear(Runtime &runtime) {
   const Kind kind = random_kind();
-  const int outputs = pick(1, 150), cols = usable_cols(kind, pick(1, 300)), rows = pick(1, 70);
+  const int outputs = chance(0.15) ? pick(257, 800) : pick(1, 150);
+  const int cols = usable_cols(kind, pick(1, 300)), rows = pick(1, 70);
   const PackedLayout layout = layout_of(kind, outputs, cols);
   context += ", linear, format " + std::to_string(static_cast<int>(kind.format)) + " [" +
              std::to_string(outputs) + ", " + std::to_string(cols) + "], " + std::to_string(rows) +

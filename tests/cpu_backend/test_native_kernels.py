@@ -73,12 +73,14 @@ def test_shapes_at_the_edges(kind: Kind, isa: str) -> None:
 def test_a_row_does_not_see_its_neighbours(kind: Kind, isa: str) -> None:
     """The same bits alone, in every size of batch, in every place, on 1 to 4 threads."""
     rng, generator = fresh_generators()
-    packed = pack_random(kind, rng.randint(1, 170), rng.randint(1, 300), generator)
+    # Work items of two panels, or of more.
+    outputs = rng.choice([rng.randint(1, 170), rng.randint(400, 800)])
+    packed = pack_random(kind, outputs, rng.randint(1, 300), generator)
     x = torch.randn(200, packed.layout.cols, generator=generator)
-    together = packed.product(isa, x)
+    together = packed.product(isa, x, 1)
     for num_threads in (2, 3, 4):
         assert torch.equal(packed.product(isa, x, num_threads), together)
-    for num_rows in (*range(1, 20), 31, 32, 33, 70, 96, 97):
+    for num_rows in (*range(1, 20), 31, 32, 33, 70, 127, 128, 129):
         start = rng.randint(0, 200 - num_rows)
         part = slice(start, start + num_rows)
         got = packed.product(isa, x[part], rng.randint(1, 4))
