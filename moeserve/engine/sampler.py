@@ -98,8 +98,7 @@ class Sampler:
         ]
         tokens, largest = _largest(logits)
         for i, row in enumerate(rows):
-            if self._is_transformed(row):
-                self._transform(logits[i], row)
+            if self._transform(logits, i, row):
                 tokens[i : i + 1] = _largest(logits[i : i + 1])[0]
         self._draw_tokens(logits, rows, tokens)
         chosen: list[SampledToken | None] = []
@@ -109,23 +108,16 @@ class Sampler:
             chosen.append(None if math.isnan(top) else SampledToken(token, described))
         return chosen
 
-    @staticmethod
-    def _is_transformed(row: SampleRow) -> bool:
-        """Whether `_transform` would change anything."""
-        params = row.params
-        return bool(
-            params.repetition_penalty != 1
-            or params.presence_penalty
-            or params.frequency_penalty
-            or params.logit_bias
-            or len(row.token_ids) - row.num_prompt_tokens < params.min_tokens
-        )
-
-    def _transform(self, logits: Tensor, row: SampleRow) -> None:
-        """Penalties, bias and minimum length, in place. logits: [V]."""
+    def _transform(self, all_logits: Tensor, place: int, row: SampleRow) -> bool:
+        """Penalties, bias, minimum length, in place. all_logits: [R, V]. False: none were asked."""
         params = row.params
         repetition = params.repetition_penalty
-        if repetition != 1 or params.presence_penalty or params.frequency_penalty:
+        penalised = repetition != 1 or params.presence_penalty or params.frequency_penalty
+        too_short = len(row.token_ids) - row.num_prompt_tokens < params.min_tokens
+        if not (penalised or params.logit_bias or too_short):
+            return False
+        logits = all_logits[place]  # a view of its own takes as long as a search
+        if penalised:
             counts = self._count(row)
             in_output = counts.in_output
             if repetition != 1:
@@ -138,8 +130,9 @@ class Sampler:
             ids = torch.tensor(list(params.logit_bias), device=self.device)
             bias = torch.tensor(list(params.logit_bias.values()), device=self.device)
             logits[ids] += bias
-        if len(row.token_ids) - row.num_prompt_tokens < params.min_tokens:
+        if too_short:
             logits[list({*self.eos_token_ids, *params.stop_token_ids})] = -torch.inf
+        return True
 
     def _count(self, row: SampleRow) -> _Counts:
         counts = self._counts.get(row.request_id)
