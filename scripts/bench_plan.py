@@ -21,8 +21,8 @@ have been with the disk as it was calibrated is reported beside it.
 
 Every case is kept in --state as soon as it is measured, and a run goes on where the last one
 stopped. What was measured under another profile or with another engine (its sources, or how it is
-measured) is measured anew, and so is everything with --again. Predictions are made anew in every
-run. Last line: one JSON object.
+measured) is measured anew, and so is everything with --again; routing is recorded anew with it.
+Predictions are made anew in every run. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,13 @@ ROOT = Path(__file__).parent.parent
 ENGINE_ROOMS = (
     "moeserve/engine", "moeserve/models", "experts", "cache", "cpu_backend", "predictors",
 )  # fmt: skip
+ENGINE_FILES = (
+    "moeserve/config.py", "moeserve/core.py", "moeserve/timeline.py",
+    "moeserve/planner/disk_figures.py", "moeserve/planner/process_memory.py",
+    "moeserve/planner/random_model.py", "moeserve/planner/simulate/system.py",
+    "moeserve/predictor_tools/trace.py",
+    "scripts/plan_bench/cases.py", "scripts/plan_bench/measure.py",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -71,7 +77,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="measure what was measured already")
     parser.add_argument("--out", type=Path, help="folder for <date>-plan.json, .md and .png")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--trace-prompts", type=int, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--traces", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case is not None:
         return run_child(args)
@@ -118,9 +124,9 @@ def all_rows(
         known = {case: None if args.again else measured(args.state, case, of) for case in own}
         shutil.rmtree(model, ignore_errors=True)  # of a run that was stopped
         write_random_packed(write_config(own[0].shape, args.state), model, own[0].quantize)
-        lacking = {case.context_tokens for case in own if not trace_of(args.state, case).exists()}
-        if lacking:
-            child(model, own[0], sorted(lacking))
+        traces = {n: trace_of(args.state, name, n, of["engine"]) for n in prompts_of(own)}
+        if lacking := to_record(traces, args.again):
+            child(model, own[0], lacking)
         for case in own:
             found = known[case]
             if found is None:
@@ -128,7 +134,7 @@ def all_rows(
                 found = child(model, case)
                 found["disk"] = disk + disk_points(model, case)
                 kept(args.state, case).write_text(json.dumps({**of, "measured": found}))
-            trace = trace_of(args.state, case)
+            trace = traces[case.context_tokens]
             here = on_disk(profile, found["disk"])
             predicted = predict(model, trace, case, here)
             before = predicted if here is profile else predict(model, trace, case, profile)
@@ -136,7 +142,7 @@ def all_rows(
                 **case.as_json(),
                 "measured": found,
                 "predicted": predicted,
-                "with_calibrated_disk": {part: before[part] for part in PARTS},
+                "with_calibrated_disk": {part: before[part] for part in (*PARTS, "low", "high")},
             }
             show(row)
             yield row
@@ -147,9 +153,19 @@ def kept(state: Path, case: Case) -> Path:
     return state / f"{case.name}.json"
 
 
-def trace_of(state: Path, case: Case) -> Path:
-    """Routing of the case's model on prompts as long as the case's."""
-    return state / f"{case.model}-{case.context_tokens}.npz"
+def prompts_of(cases: list[Case]) -> list[int]:
+    """Tokens of their prompts, each once."""
+    return sorted({case.context_tokens for case in cases})
+
+
+def trace_of(state: Path, model: str, prompt_tokens: int, engine: str) -> Path:
+    """Routing of a model on prompts of so many tokens, as this engine computes it."""
+    return state / f"{model}-{prompt_tokens}-{engine[:12]}.npz"
+
+
+def to_record(traces: dict[int, Path], again: bool) -> dict[int, Path]:
+    """Of traces by the tokens of prompts, those that are not there; again: all."""
+    return {n: path for n, path in traces.items() if again or not path.exists()}
 
 
 def measured(state: Path, case: Case, of: dict[str, str]) -> dict[str, Any] | None:
@@ -162,7 +178,7 @@ def measured(state: Path, case: Case, of: dict[str, str]) -> dict[str, Any] | No
 def engine_digest() -> str:
     """Of the sources of what is measured, and of how it is measured."""
     files = {path for room in ENGINE_ROOMS for path in (ROOT / room).rglob("*") if is_source(path)}
-    files |= {ROOT / "scripts/plan_bench" / name for name in ("measure.py", "cases.py")}
+    files |= {ROOT / name for name in ENGINE_FILES}
     found = hashlib.sha256()
     for path in sorted(files):
         found.update(path.read_bytes())
@@ -177,12 +193,13 @@ def digest(profile: Profile) -> str:
     return hashlib.sha256(encode_profile(profile)).hexdigest()
 
 
-def child(model: Path, case: Case, trace_prompts: list[int] | None = None) -> dict[str, Any]:
-    """A process for one case, or, with tokens of prompts, for recording the model's routing."""
+def child(model: Path, case: Case, traces: dict[int, Path] | None = None) -> dict[str, Any]:
+    """A process for one case, or, with files by the tokens of prompts, for recording the model's
+    routing."""
     command = [sys.executable, __file__, "--state", str(model.parent)]
     command += ["--case", json.dumps(case.as_json())]
-    if trace_prompts is not None:
-        command += ["--trace-prompts", *map(str, trace_prompts)]
+    if traces is not None:
+        command += ["--traces", json.dumps({n: str(path) for n, path in traces.items()})]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -192,10 +209,8 @@ def run_child(args: argparse.Namespace) -> int:
     fields.pop("name")
     case = Case(**fields)
     model = args.state / case.model
-    if args.trace_prompts is not None:
-        outs = {
-            n: trace_of(args.state, replace(case, context_tokens=n)) for n in args.trace_prompts
-        }
+    if args.traces is not None:
+        outs = {int(n): Path(path) for n, path in json.loads(args.traces).items()}
         record_routing(model, case.shape, outs)
         print("{}")
     else:

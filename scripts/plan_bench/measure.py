@@ -26,8 +26,6 @@ from plan_bench.cases import OUTPUT_TOKENS, SHAPES, Case, num_experts
 BLOCK_TOKENS = 16
 #: a case is played until so much time has passed, and at least so often
 LEAST_S, LEAST_TIMES = 5.0, 1
-#: requests of each client: of many clients fewer make the same number of requests
-ROUNDS = {1: 4, 4: 4, 16: 3}
 #: sequences whose routing is recorded, by the tokens of their prompts: other prompts than those
 #: that are timed, but as long, because what a token chooses follows from what it can see
 TRACED = {64: 24, 256: 16, 768: 12}
@@ -57,7 +55,7 @@ def measure(model: Path, case: Case) -> dict[str, Any]:
         prompt_tokens=case.context_tokens,
         output_tokens=OUTPUT_TOKENS,
     )
-    count = num_requests(traffic, ROUNDS[case.num_streams])
+    count = num_requests(traffic)  # as many as are simulated
     rng = np.random.default_rng(7)
     play(engine, case, rng, case.num_streams)
     runs: list[dict[str, float]] = []

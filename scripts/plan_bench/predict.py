@@ -1,4 +1,5 @@
-"""The same configuration as `moeserve plan` predicts it, from the machine's profile alone."""
+"""The same configuration as `moeserve plan` predicts it: from the machine's profile, in which the
+disk may stand as it was beside the case."""
 
 from __future__ import annotations
 
