@@ -1,8 +1,9 @@
 """What the engine's process takes, part by part, from the sizes of weights, kv and buffers.
 
 Weights and kv are exact: they are sized by the code that allocates them. The workspace follows the
-native kernels' buffers (cpu_backend/csrc/moe.cpp, decoder.cpp, linear.cpp), which grow to the
-largest step and stay. Python with its libraries is what calibration has seen of a real engine.
+native kernels' buffers (cpu_backend/csrc/moe.cpp, expert_list.cpp, decoder.cpp, linear.cpp), which
+grow to the largest step and stay. Python with its libraries is what calibration has seen of a real
+engine.
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ from moeserve.planner.plan_types import LayerShape, MemoryPart, MemoryPlan, Mode
 HUGE_PAGE_BYTES = 2 << 20
 #: of a row that the sampler draws from: logits, and their masses in float64 with two copies
 SAMPLING_BYTES = 4 + 3 * 8
-#: rows and panels of one item of a product (moe.cpp, linear.cpp): what a thread sums up at a time
-PANEL_OUTPUTS, MANY_PANELS, ROWS_PER_ITEM, SUM_PANELS = 16, 16, 64, 8
+#: outputs of a panel, and what a thread has at once where rows are many: rows and panels of a
+#: linear layer (linear.cpp); panels of gate and up (expert_list.cpp) and of down (moe.cpp)
+PANEL_OUTPUTS, LINEAR_ROWS, LINEAR_PANELS, GATE_UP_PANELS, DOWN_PANELS = 16, 128, 12, 24, 18
+#: experts per thread from which on a thread computes all of one's gate and up; rows that are many
+EXPERTS_PER_THREAD, MANY_ROWS = 4, 8
+#: of all rows, those that one routed expert has at most, in practice
+EXPERT_SHARE = 0.25
+#: products of an FFN that every row takes, by their names in a shape: dense ones, shared experts
+EVERY_ROW = ("ffn", "shared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +105,9 @@ def rounding_bytes(shape: ModelShape, experts_resident: bool) -> int:
 def workspace_bytes(shape: ModelShape, room: Room) -> int:
     """Buffers that the native kernels keep, for steps of up to `max_rows` rows."""
     rows, hidden, item = room.max_rows, shape.hidden_size, shape.number_bytes
-    needs = [_layer_buffers(layer, shape, rows) for layer in shape.layers]
+    needs = [_layer_buffers(layer, shape, rows, room.num_threads) for layer in shape.layers]
     buffers: int = sum(max(sizes) for sizes in zip(*needs, strict=True))
-    outputs = max(rows * MANY_PANELS, ROWS_PER_ITEM * MANY_PANELS) * PANEL_OUTPUTS * 4
-    sums = rows * SUM_PANELS * PANEL_OUTPUTS * 4
-    per_thread = outputs // 4 + sums  # an expert has a quarter of all rows at most, in practice
+    per_thread = max(_thread_bytes(layer, rows, room.num_threads) for layer in shape.layers)
     parts = 0
     if room.host_slots is not None or room.device_slots is not None:
         pairs = rows * max((s.experts.top_k for s in shape.layers if s.experts), default=0)
@@ -109,24 +115,54 @@ def workspace_bytes(shape: ModelShape, room: Room) -> int:
     return buffers + room.num_threads * per_thread + rows * hidden * item + parts
 
 
-def _layer_buffers(layer: LayerShape, shape: ModelShape, rows: int) -> tuple[int, ...]:
-    """Bytes of each buffer that a layer needs: rows as they come in, sorted by experts, between the
-    products of an expert, before they are rounded; normed, projected and mixed rows."""
+def _thread_bytes(layer: LayerShape, rows: int, num_threads: int) -> int:
+    """One thread's sums, and the activations of an expert that it computes alone."""
+    numbers = min(rows, LINEAR_ROWS) * LINEAR_PANELS * PANEL_OUTPUTS
+    most = inner = 0
+    if layer.experts is not None:
+        most = round(rows * EXPERT_SHARE)
+        if _computed_alone(layer, num_threads):
+            inner = most * layer.experts.spec.intermediate_size
+    if any(matrix.name in EVERY_ROW for matrix in layer.products):
+        most = rows  # one expert that every row takes
+    if most:
+        panels = most * GATE_UP_PANELS + rows * DOWN_PANELS
+        numbers = max(numbers, panels * PANEL_OUTPUTS + inner)
+    return numbers * 4
+
+
+def _computed_alone(layer: LayerShape, num_threads: int) -> bool:
+    """Whether a thread computes all of an expert's gate and up. Rows in float32 are not rounded, so
+    that they need no place of their own."""
+    experts = layer.experts
+    return (
+        experts is not None
+        and experts.form != "float32"
+        and experts.spec.num_experts >= EXPERTS_PER_THREAD * num_threads
+    )
+
+
+def _layer_buffers(
+    layer: LayerShape, shape: ModelShape, rows: int, num_threads: int
+) -> tuple[int, ...]:
+    """Bytes of each buffer that a layer needs: rows as they come in, between the products of an
+    expert, before they are rounded; normed, projected and mixed rows."""
     item, hidden = shape.number_bytes, shape.hidden_size
     projected = sum(m.rows for m in layer.products if m.name in ("qkv.weight", "query.weight"))
     attention = layer.attention
     mixed = max(attention.num_heads * attention.value_width, hidden)
-    pairs = inner = 0
+    pairs = inner = rounded = 0
     if layer.experts is not None:
         pairs = rows * layer.experts.top_k
         inner = layer.experts.spec.intermediate_size
-    widest = max((m.rows // 3 for m in layer.products if m.name in ("ffn", "shared")), default=0)
+        few = MANY_ROWS * layer.experts.spec.num_experts
+        rounded = min(pairs, few) if _computed_alone(layer, num_threads) else pairs
+    widest = max((m.rows // 3 for m in layer.products if m.name in EVERY_ROW), default=0)
     middle = pairs * inner + rows * widest  # a layer's shared expert beside its routed ones
     return (
         rows * max(hidden, mixed) * item,
-        pairs * hidden * item,
         middle * item,
-        middle * 4,
+        (rounded * inner + rows * widest) * 4,
         rows * hidden * item,
         rows * projected * item,
         rows * mixed * item,
