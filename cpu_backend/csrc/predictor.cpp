@@ -10,7 +10,7 @@ namespace {
 constexpr std::int64_t kAloneRows = 8;            // below, another thread wakes up too late
 constexpr std::int64_t kAloneBytes = 128 * 1024;  // of weights times rows, likewise
 constexpr std::int64_t kItemPanels = 4;
-constexpr std::int64_t kRowsPerItem = 96;  // as in linear.cpp
+constexpr std::int64_t kRowsPerItem = 96;  // they stay in a core's second-level cache
 constexpr int kItemColumns = 128;
 constexpr float kEps = 1e-12f;
 

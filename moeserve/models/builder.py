@@ -165,6 +165,7 @@ def _build_ffn(
     packed = weights[f"{prefix}gate_up.weight"]
     if isinstance(packed, PackedExperts):
         assert native is not None, "only the native backend packs weights"
+        assert gate is None or gate.native is not None, "packed FFNs have packed gates"
         return NativeFfn(native, packed, None if gate is None else gate.native)
     ffn = GatedFfn(
         _linear(weights, f"{prefix}gate_up"),

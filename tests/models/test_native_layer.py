@@ -32,6 +32,7 @@ def test_fused_layers_give_the_bits_of_their_parts(
     for spec, layer in zip(loaded.spec.layers, model.layers, strict=True):
         assert (layer.fused.attention is None) == isinstance(spec.attention, MlaSpec)
         assert layer.fused.ffn is not None
+        assert layer.joins == (None if layer.fused.attention is None else spec.attention.rope)
     rng = random.Random(seed)
     prompt = [rng.randrange(VOCAB) for _ in range(70)]
 
@@ -43,6 +44,8 @@ def test_fused_layers_give_the_bits_of_their_parts(
         return torch.cat([*first, *steps])
 
     fused = logits()
+    ran = model._together._seconds > 0
+    assert ran.tolist() == [layer.joins is not None for layer in model.layers]
     timeline = loaded.runtime.watch.timeline
     timeline.start()  # it shows every layer, so each is called by itself
     assert all(layer.joins is None for layer in model.layers)
