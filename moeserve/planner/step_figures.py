@@ -33,7 +33,7 @@ from moeserve.experts.schedule.profile import (
 )
 from moeserve.planner.random_model import write_random_packed
 from moeserve.planner.repeats import Repeats, summarise
-from moeserve.planner.step_fit import rows_at_random
+from moeserve.planner.step_fit import WATCHING, rows_at_random
 from moeserve.planner.tier_figures import TierLayer, tier_layers, tier_points
 from moeserve.timeline import Span
 
@@ -72,6 +72,8 @@ PROMPTS = (32, 128, 512)
 CONTEXT_TOKENS = 16
 #: steps of each kind, the first few of which are cold
 NUM_STEPS, NUM_COLD = 20, 4
+#: pairs of steps, one recorded and one not
+NUM_PAIRS = 48
 PARTS_ONCE = ("schedule", "inputs", "commit", "head and sampler")
 PARTS_OF_LAYER = ("attention", "feed forward")
 #: of one over the disk: its rest is sorted by what it had to read (`tier_figures`)
@@ -193,21 +195,50 @@ def step_points(
     for streams in DECODES:
         steps = list(_run(engine, rng, streams, CONTEXT_TOKENS, NUM_STEPS))
         decodes = steps[-NUM_STEPS + NUM_COLD :]
-        yield point(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes)
+        found = point(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes)
+        if slots is None and streams == 1:
+            found.layer_us[WATCHING] = watching_us(engine, rng)
+        yield found
     for rows in PROMPTS:
         prompts = [next(_run(engine, rng, 1, rows, 1)) for _ in range(NUM_STEPS // 2)]
         yield point(1, rows, rows, prompts[2:])
     engine.close()
 
 
-def _run(
-    engine: Engine, rng: np.random.Generator, streams: int, prompt: int, output: int
-) -> Iterator[_Step]:
-    """All streams from their prompts, computed in one step or few, to their ends."""
+def watching_us(engine: Engine, rng: np.random.Generator) -> Figure:
+    """What a layer takes more because its step is recorded: its halves are calls of their own then,
+    where resident layers otherwise run in one (models/transformer.py). Of one stream, where that is
+    most of a step."""
+    _add(engine, rng, 1, CONTEXT_TOKENS, 2 * NUM_PAIRS)
+    engine.step()  # the prompt
+    samples = []
+    for _ in range(NUM_PAIRS - 1):
+        began_s = time.perf_counter()
+        engine.step()
+        plain_s = time.perf_counter() - began_s
+        engine.timeline.start()
+        began_s = time.perf_counter()
+        engine.step()
+        recorded_s = time.perf_counter() - began_s
+        engine.timeline.stop()
+        samples.append((recorded_s - plain_s) * 1e6 / NUM_LAYERS)
+    while engine.has_work:
+        engine.step()
+    return summarise(samples, share=0.5)
+
+
+def _add(engine: Engine, rng: np.random.Generator, streams: int, prompt: int, output: int) -> None:
     params = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True)
     for stream in range(streams):
         ids = rng.integers(1, VOCAB_SIZE, prompt).tolist()
         engine.add(EngineRequest(request_id=str(stream), token_ids=ids, params=params))
+
+
+def _run(
+    engine: Engine, rng: np.random.Generator, streams: int, prompt: int, output: int
+) -> Iterator[_Step]:
+    """All streams from their prompts, computed in one step or few, to their ends."""
+    _add(engine, rng, streams, prompt, output)
     found = []
     while engine.has_work:
         engine.timeline.start()

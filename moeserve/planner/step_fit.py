@@ -28,6 +28,8 @@ from moeserve.planner.tier_fit import LayerProducts, TierCosts, fit_tier
 BLOCK_KEYS = 64
 #: pairs of rows and heads that read keys together, at most (csrc/attention.cpp)
 TILE_PAIRS = 96
+#: part of a resident layer: what recording added to it, half to either of its halves
+WATCHING = "watching"
 
 
 def attention_features(
@@ -115,9 +117,10 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
     )
     known = EngineCosts(attention=attention, sampling=sampling)
     resident = [point for point in figures.steps if not point.tiered]
-    over_disk = [point for point in figures.steps if point.tiered] or resident
+    over_disk = [point for point in figures.steps if point.tiered]
+    watching_us = max((_value(point, WATCHING) for point in resident), default=0.0)
 
-    def of_steps(points: Sequence[StepPoint]) -> StepCosts:
+    def of_steps(points: Sequence[StepPoint], watching_us: float) -> StepCosts:
         return StepCosts(
             once=_fit(
                 points,
@@ -135,6 +138,7 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
                     _value(p, "attention")
                     - products.attention_us(layer, p.num_rows)
                     - _attend_us(known, layer, p)
+                    - watching_us / 2
                 ),
             ),
         )
@@ -147,13 +151,14 @@ def fit_engine(figures: StepFigures, model: ModelShape, products: ProductCosts) 
             - products.router_us(layer, p.num_rows)
             - _experts_us(products, layer, p.num_rows)
             - products.start_us
+            - watching_us / 2
         ),
     )
     return EngineCosts(
         attention=attention,
         sampling=sampling,
-        resident=of_steps(resident),
-        over_disk=of_steps(over_disk),
+        resident=of_steps(resident, watching_us),
+        over_disk=of_steps(over_disk, 0.0) if over_disk else of_steps(resident, watching_us),
         around_experts=around_experts,
         tier=fit_tier(
             figures.tier,

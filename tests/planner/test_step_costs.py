@@ -40,6 +40,7 @@ def test_the_fit_finds_what_the_engine_adds(tmp_path: Path, other: ModelShape) -
     assert engine.attention == pytest.approx([made.CALL_US, made.KV_US, made.OP_US], 1e-3)
     around = made.AROUND_ATTENTION_US
     assert engine.resident.around_attention[0] == pytest.approx(around, rel=0.05)
+    assert engine.around_experts == pytest.approx([0.0, 0.0], abs=1e-6), "not what recording adds"
     assert engine.over_disk.around_attention[0] == pytest.approx(made.COLDER * around, rel=0.05)
     tier = engine.tier
     assert tier.books == pytest.approx(made.BOOKS_US, rel=0.01)

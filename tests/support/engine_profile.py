@@ -29,7 +29,7 @@ from moeserve.experts.schedule.profile import (
 )
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.plan_types import ModelShape
-from moeserve.planner.step_fit import rows_at_random
+from moeserve.planner.step_fit import WATCHING, rows_at_random
 
 FORMS = ("float32", "bfloat16", "int8")
 ROWS = [1, 4, 16, 64, 256, 512]
@@ -40,6 +40,8 @@ START_US = 20.0
 #: what the engine adds: of a step, a sequence, a row; of a layer
 ONCE_US, SEQUENCE_US, ROW_ONCE_US = 300.0, 25.0, 2.0
 AROUND_ATTENTION_US = 15.0
+#: of a resident layer whose step was recorded
+WATCHING_US = 20.0
 #: so much more of each where experts come from the disk
 COLDER = 1.5
 #: of a layer over the disk: of each, of one that reads, of a record, of a run, of a row
@@ -158,9 +160,12 @@ def made_steps(tmp_path: Path) -> StepFigures:
         once = colder * (ONCE_US + SEQUENCE_US * streams + ROW_ONCE_US * rows)
         attention = products(rows, lambda name: not name.startswith("router"))
         attention += streams * attend(start, each) + colder * AROUND_ATTENTION_US
-        layer_us = {"attention": Figure(value=attention)}
+        watched = 0.0 if tiered else WATCHING_US / 2
+        layer_us = {"attention": Figure(value=attention + watched)}
         if not tiered:
-            layer_us["feed forward"] = Figure(value=experts + router)
+            layer_us["feed forward"] = Figure(value=experts + router + watched)
+        if not tiered and rows == 1:
+            layer_us[WATCHING] = Figure(value=WATCHING_US)
         return StepPoint(
             tiered=tiered,
             num_streams=streams,
