@@ -56,10 +56,11 @@ from moeserve.planner.random_model import write_random_packed  # noqa: E402
 ROOT = Path(__file__).parent.parent
 #: sources of which decide what is measured
 ENGINE_ROOMS = (
-    "moeserve/engine", "moeserve/models", "experts", "cache", "cpu_backend", "predictors",
+    "moeserve/config", "moeserve/engine", "moeserve/models",
+    "experts", "cache", "cpu_backend", "predictors",
 )  # fmt: skip
 ENGINE_FILES = (
-    "moeserve/config.py", "moeserve/core.py", "moeserve/timeline.py",
+    "moeserve/core.py", "moeserve/timeline.py",
     "moeserve/planner/disk_figures.py", "moeserve/planner/process_memory.py",
     "moeserve/planner/random_model.py", "moeserve/planner/simulate/system.py",
     "moeserve/predictor_tools/trace.py",

@@ -12,7 +12,7 @@ from plan_bench.report import markdown, summarise
 
 DECIDE = (
     "moeserve/core.py",
-    "moeserve/config.py",
+    "moeserve/config/experts.py",
     "moeserve/timeline.py",
     "moeserve/planner/random_model.py",
     "moeserve/planner/simulate/system.py",
