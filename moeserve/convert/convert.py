@@ -28,6 +28,8 @@ from moeserve.core import ModelError
 from moeserve.models.packed_model import config_sha256
 
 EMBEDDING = "model.embed_tokens.weight"
+#: of the work directory, tuning included: what another version left cannot be taken up
+FORMAT = 2
 
 Progress = Callable[[str, float], None]
 
@@ -58,9 +60,10 @@ class Conversion:
 
 
 def recipe(model: DenseModel, settings: ConvertSettings, text: Calibration) -> dict[str, Any]:
-    """Whatever decides the bits of the result."""
+    """Whatever decides the bits of the result, and whether unfinished work can be taken up."""
     files = sorted({model.checkpoint.file(name) for name in model.checkpoint.names()})
     return {
+        "format": FORMAT,
         "model": model.name,
         "config_sha256": config_sha256(model.path),
         "files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
@@ -115,6 +118,7 @@ def _embed(model: DenseModel, text: Calibration) -> dict[str, Tensor]:
     table = model.checkpoint.read(EMBEDDING)
     dense = F.embedding(text.token_ids, table).float()
     model.checkpoint.release(EMBEDDING)
+    _check_size(model, EMBEDDING, dense.norm())
     return {"dense": dense, "moe": dense[text.held_back_rows]}
 
 
@@ -130,11 +134,12 @@ def _convert_layer(
     index, total = state.num_layers, model.spec.num_layers
     runner = LayerRunner(model, index, text.window_tokens)
     after, normed = runner.attend(state.hidden["dense"])
-    _check_size(model, index, after.norm())
+    own = f"model.layers.{index}."
+    _check_size(model, own, after.norm())
     activations = runner.ffn.activations(normed)
     rows = text.learnt_rows
     sample = LayerSample.of(runner.ffn, normed[rows], activations[rows])
-    _check_size(model, index, sample.cost)
+    _check_size(model, own, sample.cost)
     split = split_layer(sample, settings, shape, index)
     dtype = model.checkpoint.dtype(f"model.layers.{index}.mlp.gate_proj.weight")
     router = _fit(settings, shape, split, sample)
@@ -149,7 +154,7 @@ def _convert_layer(
     report = judge(router, layer, held)
     del held
     dense = after + product(activations, runner.ffn.down)
-    _check_size(model, index, dense.norm())
+    _check_size(model, own, dense.norm())
     del after, normed, activations
     after, normed = runner.attend(state.hidden["moe"])
     moe = after + layer.output(runner.ffn, normed, runner.ffn.activations(normed))
@@ -163,16 +168,16 @@ def _convert_layer(
     return State(index + 1, {"dense": dense, "moe": moe}, reports)
 
 
-def _check_size(model: DenseModel, index: int, squares: Tensor) -> None:
-    """squares: of what the layer computes. Weights are finite, but float32 may be too small for
-    what comes of them. Raises ModelError that names the largest of them."""
+def _check_size(model: DenseModel, prefix: str, squares: Tensor) -> None:
+    """squares: of what the weights of such names give. They are finite, but float32 may be too
+    small for what comes of them. Raises ModelError that names the largest of them."""
     if torch.isfinite(squares).all():
         return
-    names = [n for n in model.checkpoint.names() if n.startswith(f"model.layers.{index}.")]
+    names = [name for name in model.checkpoint.names() if name.startswith(prefix)]
     sizes = {name: float(model.checkpoint.read(name).abs().max()) for name in names}
     largest = max(sizes, key=lambda name: sizes[name])
     raise ModelError(
-        f"{model.path}: layer {index}: what it computes is too large for squares in float32 "
+        f"{model.path}: {prefix.rstrip('.')}: what it computes is too large for squares in float32 "
         f"(at most 3.4e38); its largest weight is {sizes[largest]:.3g}, in {largest}",
         hint="the checkpoint is damaged; fetch it again",
     )

@@ -19,7 +19,7 @@ from moeserve.models.checkpoint import Checkpoint, read_json
 from moeserve.models.families import FAMILIES
 from moeserve.models.family import Family
 from moeserve.models.hub import resolve_model
-from moeserve.models.loader import Progress, check_finite, check_names, load_weights
+from moeserve.models.loader import check_names, load_weights
 from moeserve.models.packed_model import is_packed
 from moeserve.models.registry import find_model
 from moeserve.models.spec import AttentionSpec, DenseFfnSpec, ModelSpec, Quantization
@@ -89,11 +89,8 @@ class DenseModel:
 
 
 @contextmanager
-def open_dense(config: ModelConfig, progress: Progress | None = None) -> Iterator[DenseModel]:
-    """Reads all weights once, to see that they are numbers.
-
-    Raises ModelError for a model that is not there, not dense, damaged, or cannot be cut up.
-    """
+def open_dense(config: ModelConfig) -> Iterator[DenseModel]:
+    """Raises ModelError for a model that is not there, not dense, damaged, or cannot be cut up."""
     path = resolve_model(config, read_environment())
     _check_type(path)
     found = find_model(replace(config, model=str(path), revision=None))
@@ -119,7 +116,6 @@ def open_dense(config: ModelConfig, progress: Progress | None = None) -> Iterato
         load_weights(  # compares copies of tied weights
             checkpoint, norm, ignore=(".*",), tied=tied, dtype=torch.float32, device=CPU
         )
-        check_finite(checkpoint, rules, progress)
         yield DenseModel(
             found.path,
             _name(config, found.path),

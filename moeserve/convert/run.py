@@ -25,6 +25,7 @@ from moeserve.convert.tune_run import tune_conversion
 from moeserve.convert.workplace import Workplace
 from moeserve.core import ConfigError, ModelError
 from moeserve.models.checkpoint import read_generation_config
+from moeserve.models.loader import check_finite
 from moeserve.models.safetensors_file import SafetensorsFile
 from moeserve.text.tokenizer import Tokenizer
 from moeserve.text_windows import read_texts, token_windows
@@ -46,13 +47,14 @@ def convert(
     progress: Progress,
 ) -> Conversion:
     """Raises ConfigError, ModelError. Whatever ends it, the same call goes on from there."""
-    with open_dense(config, progress) as model:
+    with open_dense(config) as model:
         MoeShape.of(settings, model.ffn.intermediate_size)
         if settings.tunes:
             check_plot()
         if out.exists() and out.resolve() == model.path.resolve():
             raise ConfigError(f"out: {out} is the dense model", field="out")
         text = read_calibration(model, texts, settings)
+        check_finite(model.checkpoint, model.rules, progress)
         settings = replace(settings, window_tokens=text.window_tokens)
         made_of = recipe(model, settings, text)
         with Workplace.open(out, made_of) as workplace:

@@ -194,6 +194,12 @@ def _lock(handle: int, directory: Path) -> None:
             field="out",
             hint="wait for it to end, or name another directory",
         ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"out: {directory} cannot be locked: {error.strerror}",
+            field="out",
+            hint="name a directory on a file system with locks (flock), and copy it afterwards",
+        ) from error
 
 
 def _check_same(out: Path, known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

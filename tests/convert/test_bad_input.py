@@ -108,9 +108,18 @@ def test_weights_that_are_too_large(
         tensors[f"model.layers.1.{name}.weight"][3, 4] = 1e25
 
     change_weights(dense, spoil)
-    match = rf"layer 1: .*too large for squares in float32.* 1e\+25, in .*{name}"
+    match = rf"model\.layers\.1: .*too large for squares in float32.* 1e\+25, in .*{name}"
     with pytest.raises(ModelError, match=match):
         run(dense, tmp_path / "out", text, method=method)
+
+
+def test_an_embedding_that_is_too_large(dense: Path, tmp_path: Path, text: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens.weight"] *= 1e25
+
+    change_weights(dense, spoil)
+    with pytest.raises(ModelError, match=r"too large .* in model\.embed_tokens"):
+        run(dense, tmp_path / "out", text)
 
 
 def test_logits_that_are_too_large(dense: Path, tmp_path: Path, text: Path) -> None:
