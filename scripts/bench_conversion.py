@@ -7,7 +7,8 @@ Every line is a whole conversion. Perplexities are those of the held-out text, b
 that of the dense model; without such a text those of the card, on windows of the calibration text
 that nothing was fitted to. Tuned lines come last, each takes the minutes. Prints a table in
 Markdown and, as its last line, all figures as JSON. With --lines those of earlier runs are in the
-picture and in that JSON, too.
+picture and in that JSON, too; the file says of which model, text and shape they are, and takes no
+others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -33,7 +35,7 @@ from moeserve.progress import LoadingBar
 @dataclass(frozen=True)
 class Line:
     """A conversion and what came of it. ratio: perplexity over the dense model's; seconds: without
-    tuning, None where it was not noted."""
+    tuning."""
 
     method: str
     router: str
@@ -43,7 +45,7 @@ class Line:
     ratio: float
     agreement: float
     chance: float
-    seconds: float | None
+    seconds: float
 
 
 def parse_args() -> argparse.Namespace:
@@ -131,18 +133,41 @@ def measure(args: argparse.Namespace, settings: ConvertSettings, dense: float | 
     )
 
 
-def with_earlier(lines: list[Line], path: Path) -> list[Line]:
+def bed_of(args: argparse.Namespace) -> dict[str, str]:
+    """What all figures of a file must have in common."""
+    texts = {name: getattr(args, name) or [] for name in ("text", "held_out")}
+    same = ("held_out_tokens", "experts", "shared_share", "tokens", "window")
+    return {
+        "dense": Path(args.dense).name,
+        **{name: " ".join(path.name for path in paths) for name, paths in texts.items()},
+        **{name: str(getattr(args, name)) for name in same},
+    }
+
+
+def with_earlier(lines: list[Line], path: Path, bed: dict[str, str]) -> list[Line]:
     """Those in the file but for what was measured again, then these; written back to it."""
 
     def case(line: Line) -> tuple[object, ...]:
         return line.method, line.router, line.refit, line.tune_minutes, line.idle
 
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    known = earlier_lines(path, bed)
     again = {case(line) for line in lines}
     earlier = [line for line in (Line(**entry) for entry in known) if case(line) not in again]
     lines = earlier + lines
     entries = ",\n".join(json.dumps(asdict(line)) for line in lines)
-    path.write_text(f"[\n{entries}\n]\n", encoding="utf-8")
+    text = f'{{"bed": {json.dumps(bed)}, "lines": [\n{entries}\n]}}\n'
+    path.write_text(text, encoding="utf-8")
+    return lines
+
+
+def earlier_lines(path: Path, bed: dict[str, str]) -> list[dict[str, Any]]:
+    """Exits where they are of another model, text or shape."""
+    if not path.exists():
+        return []
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if known["bed"] != bed:
+        sys.exit(f"{path}: of another bed, {known['bed']}; this one is {bed}")
+    lines: list[dict[str, Any]] = known["lines"]
     return lines
 
 
@@ -174,6 +199,8 @@ def _name(line: Line) -> str:
 
 def main() -> None:
     args = parse_args()
+    if args.lines is not None:
+        earlier_lines(args.lines, bed_of(args))  # refuses before anything is measured
     torch.set_num_threads(args.threads)
     dense = None
     if args.held_out is not None:
@@ -193,7 +220,7 @@ def main() -> None:
             flush=True,
         )
     if args.lines is not None:
-        lines = with_earlier(lines, args.lines)
+        lines = with_earlier(lines, args.lines, bed_of(args))
     if args.plot is not None:
         draw(lines, args.plot)
     print(json.dumps([asdict(line) for line in lines]))
