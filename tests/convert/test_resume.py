@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from dense_models import LAYERS, save_dense
 from test_convert import run
 
-from moeserve.convert import shards
+from moeserve.convert import shards, workplace
 from moeserve.convert.workplace import WORK, Workplace
 from moeserve.core import ConfigError
 from moeserve.models.checkpoint import INDEX_FILE
@@ -169,3 +170,14 @@ def test_another_recipe_does_not_go_on(
     with pytest.raises(ConfigError, match=r"unfinished conversion .* seed was 0, is 1"):
         run(dense, out, text, seed=1)
     run(dense, out, text)
+
+
+def test_a_file_system_without_locks(
+    dense: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(workplace.fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be locked: No locks available"):
+        run(dense, tmp_path / "out", text)
