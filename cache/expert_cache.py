@@ -21,7 +21,7 @@ from moeserve.cache.floors import victims_above_floor
 from moeserve.cache.lease import Lease
 from moeserve.cache.numbering import ExpertNumbers, Numbers
 from moeserve.cache.policies.base import Policy
-from moeserve.cache.slot_pool import SlotPool
+from moeserve.cache.slot_table import SlotTable
 from moeserve.cache.types import (
     CacheError,
     ExpertState,
@@ -45,9 +45,6 @@ __all__ = [
     "resident_cache",
 ]
 
-_ABSENT, _LOADING, _READY = 0, 1, 2
-_STATES = (ExpertState.ABSENT, ExpertState.LOADING, ExpertState.READY)
-
 
 class ExpertCache:
     """The slots of one tier, shared by all MoE layers."""
@@ -70,60 +67,41 @@ class ExpertCache:
         self.numbers = ExpertNumbers(num_experts)
         self.counters = CacheCounters.of(self.numbers)
         self.floor = floor
-        self._pool = SlotPool(num_slots)
-        self._state = np.zeros(self.numbers.total, np.int8)
-        self._slot = np.full(self.numbers.total, -1, np.int32)
-        self._held = np.zeros(len(self.numbers.layers), np.int64)  # slots per layer
+        self._table = SlotTable(tier, self.numbers, num_slots)
         self._unproven = np.zeros(self.numbers.total, np.bool_)  # prefetched, not wanted so far
         self._num_unproven = 0
         self._leases: list[Lease] = []
-        self._versions = dict.fromkeys(self.numbers.layers, 0)
-        # Derived when first asked for, dropped by _changed: in the steady state of a resident
-        # layer both are found, not computed.
-        self._residency: dict[int, Residency] = {}
-        self._layer_slots: dict[int, LayerSlots] = {}
 
     # Questions
 
     @property
     def num_slots(self) -> int:
         """Capacity. While a smaller one is being reached, `num_owed` more slots are in use."""
-        return self._pool.capacity
+        return self._table.pool.capacity
 
     @property
     def num_free(self) -> int:
-        return self._pool.num_free
+        return self._table.pool.num_free
 
     @property
     def num_owed(self) -> int:
-        return self._pool.num_owed
+        return self._table.pool.num_owed
 
     def state(self, key: ExpertKey) -> ExpertState:
-        return _STATES[self._state[self.numbers.number(key)]]
+        return self._table.state(key)
 
     def residency(self, layer: int) -> Residency:
         """Which experts of the layer are READY."""
-        found = self._residency.get(layer)
-        if found is None:
-            state = self._state[self.numbers.span_of[layer]]
-            ready = frozenset(np.flatnonzero(state == _READY).tolist())
-            found = Residency(layer, self.tier, len(state), ready)
-            self._residency[layer] = found
-        return found
+        return self._table.residency(layer)
 
     def slots(self, layer: int) -> LayerSlots:
         """Where the layer's experts stand, READY or LOADING."""
-        found = self._layer_slots.get(layer)
-        if found is None:
-            slots = tuple(self._slot[self.numbers.span_of[layer]].tolist())
-            found = LayerSlots(layer, slots, self._versions[layer])
-            self._layer_slots[layer] = found
-        return found
+        return self._table.slots(layer)
 
     @property
     def holds_everything(self) -> bool:
         """Whether every expert has a slot: nothing is left to be fetched."""
-        return self._pool.capacity - self._pool.num_free >= self.numbers.total
+        return self._table.pool.capacity - self._table.pool.num_free >= self.numbers.total
 
     def is_settled(self, layer: int) -> bool:
         """Whether every expert has a slot and this layer's are READY: its steps find everything
@@ -133,6 +111,22 @@ class ExpertCache:
     def num_obtainable(self, protect: Placement) -> int:
         """Slots that a fetch can have without taking what a lease or `protect` names."""
         return self.num_free + len(self._evictable(protect))
+
+    def absent(self) -> Numbers:
+        """Experts that have no slot, by their numbers."""
+        return self._table.absent()
+
+    def which_absent(self, numbers: Numbers) -> NDArray[np.bool_]:
+        """Of experts by their numbers, [n]: those that have no slot, [n]."""
+        return self._table.which_absent(numbers)
+
+    def which_ready(self, numbers: Numbers) -> NDArray[np.bool_]:
+        """Of experts by their numbers, [n]: those that are READY, [n]."""
+        return self._table.which_ready(numbers)
+
+    def next_victims(self, count: int, protect: Placement) -> list[int]:
+        """Whom so many more experts would take the slots of, free slots aside, by their numbers."""
+        return self._victims(count, protect=protect)
 
     # Use
 
@@ -145,8 +139,7 @@ class ExpertCache:
         if self.is_settled(use.layer):  # there is nothing to choose, nor to learn for it
             self.counters.hits[rank] += np.count_nonzero(use.rows)
             return
-        state = self._state[self.numbers.span_of[use.layer]][use.rows > 0]
-        absent, late, ready = np.bincount(state, minlength=3).tolist()
+        absent, late, ready = self._table.counted(use.layer, use.rows > 0)
         self.counters.misses[rank] += absent
         self.counters.late[rank] += late
         self.counters.hits[rank] += ready
@@ -213,7 +206,7 @@ class ExpertCache:
     def _fetch(self, lease: Lease) -> tuple[Load, ...]:
         layer = lease.placement.layer
         wanted = self.numbers.of(layer, dict.fromkeys(lease.placement.fetch_first))
-        absent: Numbers = wanted[self._state[wanted] == _ABSENT]
+        absent: Numbers = wanted[self._table.which_absent(wanted)]
         victims = self._victims(len(absent), layer=layer)
         available = self.num_free + len(victims)
         if len(absent) > available:
@@ -225,7 +218,7 @@ class ExpertCache:
             )
         for number in victims:
             self._evict(number)
-        return tuple(self._begin_load(int(n)) for n in absent)
+        return tuple(self._table.begin_load(int(n)) for n in absent)
 
     def prefetch(
         self, keys: Iterable[ExpertKey], protect: Placement | None = None, guess: bool = True
@@ -241,7 +234,7 @@ class ExpertCache:
         """
         number = self.numbers.number
         wanted = np.fromiter((number(key) for key in dict.fromkeys(keys)), np.int64)
-        absent: Numbers = wanted[self._state[wanted] == _ABSENT]
+        absent: Numbers = wanted[self._table.which_absent(wanted)]
         incoming = absent if guess else None
         for victim in self._victims(len(absent), protect=protect, incoming=incoming):
             self._evict(victim)
@@ -250,19 +243,18 @@ class ExpertCache:
             self._unproven[absent] = True
             self._num_unproven += len(absent)
             np.add.at(self.counters.prefetches_begun, self.numbers.rank[absent], 1)
-        return tuple(self._begin_load(int(n)) for n in absent)
+        return tuple(self._table.begin_load(int(n)) for n in absent)
 
     def complete(self, key: ExpertKey) -> None:
         """The expert's bytes have arrived: LOADING becomes READY."""
-        number = self._loading(key)
-        self._state[number] = _READY
-        self._changed(key.layer, moved=False)
+        number = self._table.loading(key)
+        self._table.arrived(number)
         self.policy.loaded(number)
         self._settle()
 
     def abandon(self, key: ExpertKey) -> None:
         """The load failed or was called off: LOADING becomes ABSENT, the slot is free again."""
-        number = self._loading(key)
+        number = self._table.loading(key)
         for lease in self._leases:
             if lease.pins(key.layer, key.expert):
                 lease.forget(key.expert)
@@ -284,23 +276,23 @@ class ExpertCache:
         """
         if num_slots < 1:
             raise CacheError(f"num_slots: {num_slots} is too few; at least 1")
-        added = self._pool.resize(num_slots)
+        added = self._table.pool.resize(num_slots)
         return SlotChange(added, self.take_given_up())
 
     def take_given_up(self) -> tuple[int, ...]:
         """Slots given up since it was last asked, after `resize` made the cache smaller."""
         self._settle()
-        return self._pool.take_given_up()
+        return self._table.pool.take_given_up()
 
     # Inside
 
     def _settle(self) -> None:
         """Gives up slots that are owed since the cache was made smaller, as far as they are free
         to go."""
-        if not self._pool.num_owed:
+        if not self._table.pool.num_owed:
             return
         candidates = self._evictable(None)
-        count = self._pool.num_owed
+        count = self._table.pool.num_owed
         victims = self.policy.victims(candidates, count)
         # a policy that gives nothing up, as `resident`, has no say when memory is taken away
         others = np.setdiff1d(candidates, victims).tolist()
@@ -310,7 +302,7 @@ class ExpertCache:
     def _evictable(self, protect: Placement | None) -> Numbers:
         """READY and named by no lease and not by `protect`."""
         self._reap()
-        open_ = self._state == _READY
+        open_ = self._table.ready()
         for lease in self._leases:
             open_[self.numbers.of(lease.placement.layer, lease.experts)] = False
         if protect is not None:
@@ -338,7 +330,7 @@ class ExpertCache:
         candidates = self._evictable(protect)
         if not self.floor:
             return self.policy.victims(candidates, count, incoming)
-        spare = self._held - self.floor
+        spare = self._table.held - self.floor
         if layer is not None:
             spare[self.numbers.rank_of[layer]] = count
         rank = self.numbers.rank
@@ -353,62 +345,27 @@ class ExpertCache:
         if any(lease.outlived and lease.finished for lease in self._leases):
             self._leases = [x for x in self._leases if not (x.outlived and x.finished)]
 
-    def _begin_load(self, number: int) -> Load:
-        key = self.numbers.key(number)
-        slot = self._pool.take()
-        self._state[number] = _LOADING
-        self._slot[number] = slot
-        self._held[self.numbers.rank[number]] += 1
-        self._changed(key.layer, moved=True)
-        return Load(key, slot)
-
-    def _loading(self, key: ExpertKey) -> int:
-        number = self.numbers.number(key)
-        if self._state[number] != _LOADING:
-            raise CacheError(f"{key} is {self.state(key).value}, not loading")
-        return number
-
     def _evict(self, number: int) -> None:
         self.counters.evictions[self.numbers.rank[number]] += 1
         self._drop(number)
         self.policy.evicted(number)
 
     def _drop(self, number: int) -> None:
-        rank = int(self.numbers.rank[number])
-        self._pool.give(int(self._slot[number]))
-        self._state[number] = _ABSENT
-        self._slot[number] = -1
-        self._held[rank] -= 1
+        self._table.drop(number)
         if self._unproven[number]:
             self._unproven[number] = False
             self._num_unproven -= 1
-            self.counters.prefetches_wasted[rank] += 1
-        self._changed(self.numbers.layers[rank], moved=True)
-
-    def _changed(self, layer: int, moved: bool) -> None:
-        self._residency.pop(layer, None)
-        if moved:
-            self._layer_slots.pop(layer, None)
-            self._versions[layer] += 1
+            self.counters.prefetches_wasted[self.numbers.rank[number]] += 1
 
     def check_integrity(self) -> None:
         """Recomputes everything derived; AssertionError where the books do not agree."""
-        held = self._slot >= 0
-        assert np.array_equal(held, self._state != _ABSENT), "a slot without a state"
-        self._pool.check_integrity(self._slot[held].tolist())
-        per_layer = np.bincount(self.numbers.rank[held], minlength=len(self.numbers.layers))
-        assert np.array_equal(per_layer, self._held), "slots per layer miscounted"
-        assert not (self._unproven & ~held).any(), "a prefetch that holds no slot"
+        read = (
+            ExpertKey(lease.placement.layer, expert)
+            for lease in self._leases
+            for expert in lease.experts
+        )
+        self._table.check_integrity(read, self._unproven)
         assert np.count_nonzero(self._unproven) == self._num_unproven, "unproven ones miscounted"
-        for layer, span in self.numbers.span_of.items():
-            residency, slots = self.residency(layer), self.slots(layer)
-            assert residency.ready == set(np.flatnonzero(self._state[span] == _READY).tolist())
-            assert slots.slots == tuple(self._slot[span].tolist()), f"layer {layer}: stale slots"
-            assert slots.version == self._versions[layer], f"layer {layer}: stale version"
-        for lease in self._leases:
-            for e in lease.experts:
-                key = ExpertKey(lease.placement.layer, e)
-                assert held[self.numbers.number(key)], f"{key} is read by a step and has no slot"
 
 
 def resident_cache(tier: Tier, num_experts: Mapping[int, int], policy: Policy) -> ExpertCache:

@@ -5,6 +5,9 @@ record is copied chunk by chunk, and a thread that is free takes the next chunk 
 before any of a prefetch: a running prefetch yields after the chunks that are in flight. Several
 threads share one record, so the first to be wanted is also the first to be complete.
 
+What is in flight cannot be called back, and a demand waits behind it. So prefetches may be allowed
+fewer threads than demands: no more than the source needs to be busy.
+
 A record is checked while it arrives (`RecordCopy`), by the thread that brings the piece that the
 checksum waits for.
 
@@ -59,8 +62,10 @@ class Transfers:
         num_threads: int,
         chunk_bytes: int,
         timeline: Timeline | None = None,
+        prefetch_threads: int | None = None,
     ) -> None:
-        """slot: the memory of a slot by its number, at least as long as a record."""
+        """slot: the memory of a slot by its number, at least as long as a record.
+        prefetch_threads: how many may read prefetches at a time; None: all."""
         self.stats = TransferStats()
         self.timeline = timeline or Timeline()
         self._source = source
@@ -72,7 +77,11 @@ class Transfers:
         self._queues: dict[Urgency, dict[ExpertKey, RecordCopy]] = {u: {} for u in Urgency}
         self._active: dict[ExpertKey, RecordCopy] = {}
         self._finished: list[Arrival] = []
-        self._in_flight = 0
+        self._in_flight = dict.fromkeys(Urgency, 0)
+        self._most_in_flight = {
+            Urgency.DEMAND: num_threads,
+            Urgency.PREFETCH: min(num_threads, prefetch_threads or num_threads),
+        }
         self._busy_since = 0.0
         self._closing = False
         self._threads = [
@@ -97,7 +106,7 @@ class Transfers:
                     self.stats.num_demands += 1
                 else:
                     self.stats.num_prefetches += 1
-            self._work_there.notify_all()
+            self._work_there.notify(self._most_in_flight[urgency] - self._in_flight[urgency])
 
     def promote(self, keys: Iterable[ExpertKey]) -> None:
         """Prefetches that a step now waits for become demands, behind those that are there."""
@@ -110,6 +119,7 @@ class Transfers:
                 self.stats.num_promoted += 1
                 if self._queues[Urgency.PREFETCH].pop(key, None) is not None:
                     self._queues[Urgency.DEMAND][key] = copy
+                    self._work_there.notify_all()
 
     def cancel_prefetches(self) -> list[Load]:
         """Calls off the prefetches of which nothing was read yet; their slots are as they were."""
@@ -184,23 +194,25 @@ class Transfers:
                     if self._closing:
                         return
                     self._work_there.wait()
-            copy, start, stop = job
+            urgency, copy, start, stop = job
             error = self._attempt(partial(self._read, copy, start, stop))
-            self._put_back(copy, start, stop, error)
+            self._put_back(urgency, copy, start, stop, error)
 
-    def _take_chunk(self) -> tuple[RecordCopy, int, int] | None:
-        """The next chunk by urgency and age. Called with the lock held."""
+    def _take_chunk(self) -> tuple[Urgency, RecordCopy, int, int] | None:
+        """The next chunk by urgency and age, and as what it is read. Called with the lock held."""
         if self._closing:
             return None
-        for queue in self._queues.values():
+        for urgency, queue in self._queues.items():
+            if self._in_flight[urgency] >= self._most_in_flight[urgency]:
+                continue
             for key, copy in queue.items():
                 start, stop = copy.take(self._chunk_bytes)
                 if copy.all_given:
                     del queue[key]
-                if self._in_flight == 0:
+                if not any(self._in_flight.values()):
                     self._busy_since = time.perf_counter()
-                self._in_flight += 1
-                return copy, start, stop
+                self._in_flight[urgency] += 1
+                return urgency, copy, start, stop
         return None
 
     def _read(self, copy: RecordCopy, start: int, stop: int) -> None:
@@ -209,9 +221,18 @@ class Transfers:
         with self.timeline.span("read", urgency=urgency, layer=layer, expert=expert, start=start):
             self._source.read(copy.load.key, start, copy.record[start:stop])
 
-    def _put_back(self, copy: RecordCopy, start: int, stop: int, error: StoreError | None) -> None:
+    def _put_back(
+        self,
+        taken_as: Urgency,
+        copy: RecordCopy,
+        start: int,
+        stop: int,
+        error: StoreError | None,
+    ) -> None:
         with self._lock:
-            self._in_flight -= 1
+            self._in_flight[taken_as] -= 1
+            if taken_as is Urgency.PREFETCH and self._queues[Urgency.DEMAND]:
+                self._work_there.notify()  # this thread goes on with a demand
             self._count(copy, stop - start)
             copy.arrived(start, stop, error)
             piece = self._next_piece(copy)

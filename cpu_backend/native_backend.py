@@ -11,7 +11,7 @@ from torch import Tensor
 from moeserve.core import ExpertSpec, ExpertWeights, ModelError
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.backend import CpuBackend, Demands, ExpertJob
-from moeserve.cpu_backend.native_parts import NativeParts
+from moeserve.cpu_backend.native_parts import NativeParts, PartsMemory
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, dense_format
 
@@ -51,6 +51,7 @@ class NativeBackend(CpuBackend):
         self.runtime = runtime
         self._layers: dict[int, PackedExperts] = {}
         self._pending: deque[NativeTicket] = deque()  # in their order, which is that of their ends
+        self._parts_memory: list[PartsMemory] = []  # that no job uses now
 
     def add_layer(
         self, layer: int, spec: ExpertSpec, weights: ExpertWeights | PackedExperts
@@ -77,7 +78,8 @@ class NativeBackend(CpuBackend):
         return handle
 
     def in_parts(self, job: ExpertJob) -> NativeParts:
-        return NativeParts(self.runtime.handle, self._layers[job.layer].native, job)
+        layer = self._layers[job.layer].native
+        return NativeParts(self.runtime.handle, layer, job, self._parts_memory)
 
     def close(self) -> None:
         """The threads end with the runtime."""

@@ -24,8 +24,8 @@ from moeserve.cpu_backend.activations import SWIGLU_CLAMPED
 #: outputs of one panel (packed.h)
 PANEL_OUTPUTS = 16
 #: to be raised with every change of what packed.h, or a record of experts, means byte by byte:
-#: packed model directories of another version are refused
-LAYOUT_VERSION = 1
+#: what of an older version is still read: models/packed_model.py
+LAYOUT_VERSION = 2
 FormatName: TypeAlias = Literal["float32", "bfloat16", "int8", "int4", "mxfp4", "fp8"]
 #: in the order of packed.h
 FORMATS: tuple[FormatName, ...] = get_args(FormatName)
@@ -55,8 +55,9 @@ class PackFormat:
     """How a matrix is stored, and what its inputs are multiplied as.
 
     name: of FORMATS. group: inputs under one scale (int4: 32, 64 or 128; elsewhere fixed).
-    zero_points: int4 with a zero point per group. weight_only: inputs stay float; otherwise int8,
-    int4 and mxfp4 weights meet inputs that are rounded to int8 with one scale per token.
+    zero_points: int4 with a zero point per group, and with scales of their own; without, a group's
+    scale is a whole multiple of its output's (packed.h). weight_only: inputs stay float; otherwise
+    int8, int4 and mxfp4 weights meet inputs that are rounded to int8 with one scale per token.
     """
 
     name: FormatName

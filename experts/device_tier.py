@@ -16,6 +16,7 @@ from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.experts.cpu_costs import measure_cpu
 from moeserve.experts.device.clock import EmulatedClock, ModelledClock, RealCpuClock
 from moeserve.experts.device.emulated import EmulatedDevice
@@ -26,21 +27,18 @@ from moeserve.experts.disk_tier import DiskTier
 from moeserve.experts.host_over_disk import HostOverDisk
 from moeserve.experts.host_side import HostSide, WholeHost
 from moeserve.experts.prefetch import WatchedPrefetch
+from moeserve.experts.remote import not_held
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.emulation import with_emulated_device
-from moeserve.experts.schedule.inter_layer import InterLayerScheduler
+from moeserve.experts.schedule.inter_layer import InterLayerScheduler, WhichBegin, whatever
 from moeserve.experts.schedule.intra_layer import (
     IntraLayerScheduler,
     SimulatedPlacement,
     TimelinePlacement,
 )
 from moeserve.experts.schedule.over_disk import PlacementOverDisk
-from moeserve.experts.schedule.profile import (
-    Profile,
-    profile_names,
-    read_profile,
-    shipped_profile,
-)
+from moeserve.experts.schedule.profile import Profile
+from moeserve.experts.schedule.profile_file import profile_names, read_profile, shipped_profile
 from moeserve.experts.tiered_prefetch import TieredPrefetch
 from moeserve.experts.watch import Watch
 from moeserve.timeline import Timeline
@@ -63,11 +61,14 @@ def build_device_tier(
     layers: Mapping[int, PackedExperts],
     native: NativeRuntime,
     rest_bytes: int,
+    shared_bytes: int,
     watch: Watch,
     below: DiskTier | None = None,
+    workers: WorkerPool | None = None,
 ) -> DeviceTier:
     """layers: the experts of each MoE layer. rest_bytes: weights of everything else, which would
-    stand on the device. below: host memory over the disk, where it does not hold all experts.
+    stand on the device; shared_bytes: the shared experts among them. below: host memory over the
+    disk, where it does not hold all experts. workers: processes that compute some of them.
 
     Raises ConfigError where no slot fits, or the profile says nothing of a device.
     """
@@ -75,7 +76,10 @@ def build_device_tier(
     costs = _costs(config, sheet, layers, native)
     clock: EmulatedClock = RealCpuClock()
     if config.emulate_cpu:
-        clock = ModelledClock(rest_of_layer_us(sheet, rest_bytes // len(layers)))
+        rest_us = rest_of_layer_us(sheet, (rest_bytes - shared_bytes) // len(layers))
+        clock = ModelledClock(rest_us)
+        shared_us = read_on_device_us(sheet, shared_bytes // len(layers))
+        costs = {n: dataclasses.replace(each, shared_us=shared_us) for n, each in costs.items()}
     policy = config.tier_policy
     slot_bytes = max(experts.record_bytes for experts in layers.values())
     num_experts = {layer: experts.spec.num_experts for layer, experts in layers.items()}
@@ -93,12 +97,13 @@ def build_device_tier(
     device = emulated_device(clock, layers, costs, num_slots, watch, host)
     supply = DeviceSupply(cache, device)
     depth = config.layers_ahead
+    may_copy = whatever if workers is None else not_held(workers, cache.numbers)
     if below is None:
         intra = TimelinePlacement(costs, device.loading_us)
-        inter: InterLayerScheduler = prefetch_to_device(supply, intra, depth)
+        inter: InterLayerScheduler = prefetch_to_device(supply, intra, depth, may_copy)
     else:
         intra = over_disk = PlacementOverDisk(costs, below.cache.residency, device.loading_us)
-        to_device = prefetch_to_device(supply, intra, depth)
+        to_device = prefetch_to_device(supply, intra, depth, may_copy)
         inter = TieredPrefetch(
             to_device, _prefetch_to_host(below.supply, over_disk, clock, depth), cache
         )
@@ -126,9 +131,12 @@ def _read_by_model(
 
 
 def prefetch_to_device(
-    supply: DeviceSupply, intra: SimulatedPlacement, depth: int
+    supply: DeviceSupply,
+    intra: SimulatedPlacement,
+    depth: int,
+    may_copy: WhichBegin = whatever,
 ) -> WatchedPrefetch:
-    """Over the link, of what is ready in host memory."""
+    """Over the link, of what is ready in host memory. may_copy: which experts are any use there."""
     device = supply.device
     return WatchedPrefetch(
         supply.cache,
@@ -137,7 +145,8 @@ def prefetch_to_device(
         lambda: device.link.stats.busy_s,
         depth,
         lambda: device.clock.now_us() / 1e6,
-        supply.host.is_ready,
+        lambda numbers: supply.host.which_ready(numbers) & may_copy(numbers),
+        device.link_left_us,
     )
 
 
@@ -214,12 +223,19 @@ def costs_of(profile: Profile, experts: PackedExperts) -> CostModel:
 
 
 def rest_of_layer_us(profile: Profile, num_bytes: int) -> float:
-    """Attention and all else of a layer for a few rows: the device reads its weights."""
-    device = profile.device
-    read = None if device is None else device.best_read()
-    if device is None or read is None:
+    """Attention and all else of a layer, but for experts and for a few rows: the device reads its
+    weights."""
+    read_us = read_on_device_us(profile, num_bytes)
+    assert profile.device is not None
+    return profile.device.start_us.value + read_us
+
+
+def read_on_device_us(profile: Profile, num_bytes: int) -> float:
+    """Work of a few rows on the device, whose weights are so many bytes."""
+    read = None if profile.device is None else profile.device.best_read()
+    if read is None:
         raise ConfigError("device_profile: it has no rate of a device", field="device_profile")
-    return device.start_us.value + num_bytes / read.bytes_per_s.value * 1e6
+    return num_bytes / read.bytes_per_s.value * 1e6
 
 
 def _device_name(profile: Profile) -> str:

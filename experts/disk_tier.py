@@ -60,7 +60,9 @@ def build_disk_tier(
     tuning = tune_disk(store, slot_bytes, CHUNK_BYTES, num_slots)
     num_threads = config.disk_threads or tuning.num_threads
     slots = HostSlots(slot_bytes, num_slots)
-    transfers = Transfers(store, slots.__getitem__, num_threads, CHUNK_BYTES, timeline)
+    transfers = Transfers(
+        store, slots.__getitem__, num_threads, CHUNK_BYTES, timeline, tuning.prefetch_threads
+    )
     num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
     policy = config.tier_policy
     cache = ExpertCache(Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts))
@@ -84,7 +86,8 @@ def build_disk_tier(
         )
     how = "past the page cache" if store.direct else "through the page cache, which is given back"
     notes = {
-        "disk": f"{tuning.best_bytes_per_s / 1e9:.2f} GB/s by {num_threads} threads, {how}",
+        "disk": f"{tuning.best_bytes_per_s / 1e9:.2f} GB/s by {num_threads} threads, "
+        f"{min(num_threads, tuning.prefetch_threads)} of them on a guess, {how}",
         "policy": policy,
     }
     supply = DiskSupply(cache, store, slots, transfers, chores)

@@ -6,8 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moeserve.cache.expert_cache import ExpertState
 from moeserve.cache.lease import Lease
+from moeserve.cache.numbering import Numbers
 from moeserve.cache.types import Load
 from moeserve.core import ExpertKey, LayerUse, Placement
 from moeserve.experts.device.slot_guard import SlotGuard
@@ -36,6 +40,9 @@ class HostOverDisk(HostSide):
 
     def is_ready(self, key: ExpertKey) -> bool:
         return self.disk.cache.state(key) is ExpertState.READY
+
+    def which_ready(self, numbers: Numbers) -> NDArray[np.bool_]:
+        return self.disk.cache.which_ready(numbers)
 
     def observe(self, use: LayerUse) -> None:
         self.disk.cache.observe(use)

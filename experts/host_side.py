@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moeserve.cache.numbering import Numbers
 from moeserve.core import ExpertKey, LayerUse
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.supply import Group
@@ -35,8 +36,8 @@ class HostSide(ABC):
         """Who is to be asked where slots are lacking."""
 
     @abstractmethod
-    def is_ready(self, key: ExpertKey) -> bool:
-        """Whether a copy of the expert could begin at once."""
+    def which_ready(self, numbers: Numbers) -> NDArray[np.bool_]:
+        """Of experts by their numbers, [n]: those whose copy could begin at once, [n]."""
 
     def observe(self, use: LayerUse) -> None:  # noqa: B027 - where nothing goes, nothing is learnt
         """What a step asks of a layer beyond what the device serves."""
@@ -56,7 +57,7 @@ class HostSide(ABC):
         """The bytes of a pinned expert, and maybe more behind them."""
 
     # A copy: pinned when it is ordered, until it is complete or called off. A copy that a step
-    # waits for pins what a group has made readable; others pin what `is_ready`.
+    # waits for pins what a group has made readable; others pin what is ready.
 
     def pin(self, key: ExpertKey) -> None:  # noqa: B027 - nothing goes
         """The expert's slot is given to nobody from now on."""
@@ -90,8 +91,8 @@ class WholeHost(HostSide):
     def __init__(self, layers: Mapping[int, PackedExperts]) -> None:
         self._layers = layers
 
-    def is_ready(self, key: ExpertKey) -> bool:
-        return True
+    def which_ready(self, numbers: Numbers) -> NDArray[np.bool_]:
+        return np.ones(len(numbers), np.bool_)
 
     def acquire(
         self, layer: int, experts: Sequence[int]

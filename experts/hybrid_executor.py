@@ -42,6 +42,7 @@ class HybridExecutor:
         costs = device.costs(layer)
         rows = np.bincount(routing.ids.numpy().ravel(), minlength=len(supplied.slots.slots))
         on_cpu = frozenset(placement.on_cpu)
+        device.begin_layer(layer)
         for group in supplied.groups:
             here = [e for e in group if e in on_cpu]
             there = [e for e in group if e not in on_cpu]

@@ -17,6 +17,7 @@ from moeserve.experts.remote import RemoteExecutor
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
+from moeserve.predictors.base import NOTHING
 
 AnyExecutor: TypeAlias = Executor | HybridExecutor | RemoteExecutor
 
@@ -78,7 +79,9 @@ class MoELayer:
         with self.supply.acquire(placement) as supplied:
             self.timeline.lap("acquire", layer=self.layer)
             # Reads for later layers begin behind this layer's own, and beside its work.
-            self.inter.prefetch(self.predictor.predict(self.layer, x, routing), protect=placement)
+            wanted = self.inter.looks_ahead(self.layer)
+            ahead = self.predictor.predict(self.layer, x, routing) if wanted else NOTHING
+            self.inter.prefetch(ahead, protect=placement)
             self.timeline.lap("predict and prefetch", layer=self.layer)
             return self.executor.run(x, routing, placement, supplied)
 

@@ -21,7 +21,7 @@ from moeserve.cpu_backend.native_linear import NativeLinear
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedWeight, PackFormat
 from moeserve.predictors import calibration
-from moeserve.predictors.base import Prediction, Predictor
+from moeserve.predictors.base import NOTHING, Prediction, Predictor
 from moeserve.predictors.calibration import Calibration
 from moeserve.predictors.gate_lookahead import CALIBRATE_EVERY, GateLookahead, gates_ahead
 from moeserve.predictors.gates import LayerGate, MakeProduct, RowProduct, check_gates
@@ -32,7 +32,6 @@ from moeserve.predictors.residual_weights import ResidualWeights, TrainedPredict
 FORMAT = PackFormat("int8")
 #: numbers of outputs, ranks and units are padded to multiples of it (csrc/packed.h)
 PANEL_OUTPUTS = 16
-NOTHING = Prediction()
 
 
 def native_gates(native: NativeRuntime) -> GatePredictors:

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moeserve.cache.expert_cache import ExpertCache
-from moeserve.cache.types import Load
-from moeserve.core import ExpertKey, Placement, Routing
+from moeserve.cache.types import ExpertState, Load
+from moeserve.core import ExpertKey, Placement
+from moeserve.experts.schedule.device_prefetch import DevicePrefetch
 from moeserve.experts.schedule.inter_layer import (
     ImpactPrefetch,
     InterLayerScheduler,
+    WhichBegin,
     whatever,
 )
 from moeserve.experts.schedule.intra_layer import SimulatedPlacement
-from moeserve.predictors.base import Prediction, Predictor
-from moeserve.predictors.usefulness import PrefetchUsefulness
+from moeserve.predictors.base import NOTHING, Prediction
+from moeserve.predictors.usefulness import LATE_SHARE, PrefetchUsefulness, Returns, Switch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NOTHING = Prediction()
 #: calls after which the link's load is looked at again
 REVIEW_CALLS = 256
 
 
 class WatchedPrefetch(InterLayerScheduler):
     """`ImpactPrefetch`, over the distances at which it has paid.
+
+    Nothing is predicted where every expert has come in, or where prefetching as a whole takes more
+    time than it saves; that is tried again later. A predictor that learns from what it sees misses
+    those steps.
 
     Also tells the cache's policy what is predicted: an expert about to be wanted is no victim.
     """
@@ -43,11 +45,12 @@ class WatchedPrefetch(InterLayerScheduler):
         busy_s: Callable[[], float],
         max_depth: int,
         clock: Callable[[], float] = time.perf_counter,
-        can_begin: Callable[[ExpertKey], bool] = whatever,
+        can_begin: WhichBegin = whatever,
+        left_us: Callable[[], float] | None = None,
     ) -> None:
         """start: hands loads to whoever moves bytes, as prefetches. busy_s: for how many seconds
         the link has been moving anything so far. max_depth: layers to look ahead. can_begin: as
-        `ImpactPrefetch` has it."""
+        `ImpactPrefetch` has it. left_us: of the link to a device, as `DevicePrefetch` has it."""
         self._cache = cache
         self._start = start
         self._busy_s = busy_s
@@ -57,20 +60,46 @@ class WatchedPrefetch(InterLayerScheduler):
         # On a link that is always busy, a wrong prefetch delays as much as a right one saves; on
         # one that idles it delays nothing. Until the link is known it is taken for busy.
         self.usefulness = PrefetchUsefulness(layers, max_depth, break_even=0.5)
-        self._impact = ImpactPrefetch(cache, intra, self._begin, self._depth, clock, can_begin)
+        args = (cache, intra, self._begin, self._depth, clock, can_begin)
+        self._impact = (
+            ImpactPrefetch(*args) if left_us is None else DevicePrefetch(*args, left_us=left_us)
+        )
         #: by layer: (expert, the layer that asked for it, how many layers ahead)
         self._pending: dict[int, list[tuple[int, int, int]]] = {layer: [] for layer in layers}
         self._source = 0
+        self._told: Mapping[int, Tensor] = {}  # of the running call
         self._distances: tuple[int, ...] = ()
         self._num_calls = 0
         self._reviewed = (clock(), busy_s())
+        self._returns = Returns()
+        self._whole = Switch(self._returns)
+        # A step may break off, and not every layer of it is asked about: where it begins shows.
+        self._step, self._last_rank = 0, len(layers)
+        self._asked_s: float | None = None  # when a prediction was asked for
+        self._rests = False  # in this layer's step; what others were told is not followed
+
+    def looks_ahead(self, layer: int) -> bool:
+        """As the base class. What is then predicted counts as its own time."""
+        rank = self._rank[layer]
+        self._step += rank <= self._last_rank
+        self._last_rank = rank
+        allowed = not self._cache.holds_everything and self._whole.allows(self._step, break_even=1)
+        self._rests = not allowed
+        self._asked_s = self._clock() if allowed else None
+        return allowed
 
     def prefetch(self, prediction: Prediction, protect: Placement) -> None:
+        self._prefetch(NOTHING if self._rests else prediction, protect)
+        if self._asked_s is not None:
+            self._returns.spend((self._clock() - self._asked_s) * 1e6)
+        self._asked_s, self._rests = None, False
+
+    def _prefetch(self, prediction: Prediction, protect: Placement) -> None:
         self._judge(protect)
         self._review()
         for layer, chances in prediction.probabilities.items():
             self._cache.expect(layer, chances.numpy())
-        self._source = protect.layer
+        self._source, self._told = protect.layer, prediction.probabilities
         # Once a step for every layer: one that says nothing, after what was foreseen, is no other.
         self._distances = (
             self.usefulness.distances(protect.layer) if prediction.probabilities else ()
@@ -81,10 +110,14 @@ class WatchedPrefetch(InterLayerScheduler):
         return max(self._distances, default=0)
 
     def _begin(self, loads: tuple[Load, ...]) -> None:
+        """Only what was predicted can come true or not: what is brought for uses some time later
+        says nothing of predictions."""
         size = len(self._rank)
         for layer, expert in (load.key for load in loads):
             distance = (self._rank[layer] - self._rank[self._source]) % size or size
-            if distance <= self.usefulness.max_depth:
+            chances = self._told.get(layer)
+            guessed = chances is not None and bool(chances[expert] > chances.mean())
+            if guessed and distance <= self.usefulness.max_depth:
                 self._pending[layer].append((expert, self._source, distance))
         self._start(loads)
 
@@ -94,9 +127,14 @@ class WatchedPrefetch(InterLayerScheduler):
         if not pending:
             return
         wanted = {*placement.on_device, *placement.fetch_first, *placement.on_cpu}
+        saved_us = self._impact.saved_us(placement.layer)
         for expert, source, distance in pending:
             used = expert in wanted
             self.usefulness.record(source, distance, int(used), int(not used))
+            if used:
+                key = ExpertKey(placement.layer, expert)
+                in_time = self._cache.state(key) is ExpertState.READY
+                self._returns.save(saved_us if in_time else LATE_SHARE * saved_us)
         pending.clear()
 
     def _review(self) -> None:
@@ -109,27 +147,3 @@ class WatchedPrefetch(InterLayerScheduler):
             share = min(1.0, (busy_s - busy_then_s) / (now_s - then_s))
             self.usefulness.break_even = 0.5 * share
         self._reviewed = (now_s, busy_s)
-
-
-class PredictorInNeed(Predictor):
-    """Predicts while there is something to fetch; where all experts have come in, it costs nothing.
-
-    A predictor that learns from what it sees misses those steps.
-    """
-
-    def __init__(self, predictor: Predictor, cache: ExpertCache) -> None:
-        self.name = predictor.name
-        self.recent_tokens = predictor.recent_tokens
-        self._predictor = predictor
-        self._cache = cache
-
-    def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
-        self._predictor.begin_step(previous_rows)
-
-    def foresee(self, recent: NDArray[np.int64]) -> Prediction:
-        return NOTHING if self._cache.holds_everything else self._predictor.foresee(recent)
-
-    def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
-        if self._cache.holds_everything:
-            return NOTHING
-        return self._predictor.predict(layer, x, routing)

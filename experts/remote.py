@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.cache.expert_cache import Residency
+from moeserve.cache.numbering import ExpertNumbers, Numbers
 from moeserve.core import LayerUse, Placement, Routing
 from moeserve.cpu_backend.backend import ExpertJob
 from moeserve.cpu_backend.native_backend import NativeBackend
@@ -22,6 +23,7 @@ from moeserve.cpu_backend.worker_types import Pairs
 from moeserve.experts.executor import Executor
 from moeserve.experts.hybrid_executor import HybridExecutor
 from moeserve.experts.layer_use import CountUse, count_use
+from moeserve.experts.schedule.inter_layer import WhichBegin
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler
 from moeserve.experts.supply import ExpertSupply, Supplied
 from moeserve.experts.watch import Watch
@@ -75,6 +77,16 @@ class LocalPredictor(Predictor):
 
     def _local(self, chances: Tensor) -> Tensor:
         return chances.masked_fill(torch.from_numpy(self._pool.held(len(chances))), 0.0)
+
+
+def not_held(pool: WorkerPool, numbers: ExpertNumbers) -> WhichBegin:
+    """Those that this process computes: others gain nothing by a copy, however often they run."""
+
+    def which(asked: Numbers) -> NDArray[np.bool_]:
+        here: NDArray[np.bool_] = ~np.concatenate([pool.held(size) for size in numbers.sizes])
+        return here[asked]
+
+    return which
 
 
 class RemoteExecutor:

@@ -26,7 +26,7 @@ from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import DiskTier, build_disk_tier
 from moeserve.experts.layer_use import CountUse, count_use, nobody_looks
 from moeserve.experts.native_predictors import native_gates
-from moeserve.experts.prefetch import PredictorInNeed, WatchedPrefetch
+from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.remote import LocalPredictor, LocalUse, UsedPlacement
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
 from moeserve.experts.schedule.intra_layer import (
@@ -113,7 +113,6 @@ class ExpertRuntime:
         inter = self.inter
         if isinstance(self.supply, DiskSupply) and isinstance(self.intra, SimulatedPlacement):
             supply = self.supply
-            predictor = PredictorInNeed(predictor, self.cache)
             inter = WatchedPrefetch(
                 self.cache, self.intra, supply.begin_prefetch, supply.busy_s, depth
             )
@@ -130,22 +129,35 @@ class ExpertRuntime:
         """
         predictor = self.predictor
         predictor.begin_step(previous_rows)
-        if predictor.recent_tokens:
+        if not predictor.recent_tokens:
+            return
+        # As if said in the last layer of the step before, whose experts nobody needs now.
+        last = self.cache.numbers.layers[-1]
+        if self.inter.looks_ahead(last):
             foreseen = predictor.foresee(recent_tokens(predictor.recent_tokens))
             if foreseen.probabilities:
                 self.supply.collect()
-                # As if said in the last layer of the step before, whose experts nobody needs now.
-                self.inter.prefetch(foreseen, Placement(self.cache.numbers.layers[-1]))
+                self.inter.prefetch(foreseen, Placement(last))
 
-    def with_device(self, layers: Mapping[int, PackedExperts], rest_bytes: int) -> ExpertRuntime:
+    def with_device(
+        self, layers: Mapping[int, PackedExperts], rest_bytes: int, shared_bytes: int
+    ) -> ExpertRuntime:
         """The runtime with an emulated device over host memory, and over the disk where experts
         stay there, as its config has it.
 
-        layers: the experts of each MoE layer. rest_bytes: all other weights. Raises ConfigError.
+        layers: the experts of each MoE layer. rest_bytes: all other weights;
+        shared_bytes: the shared experts among them. Raises ConfigError.
         """
         assert self.native is not None, "an emulated device computes with the native kernels"
         tier = build_device_tier(
-            self.config, layers, self.native, rest_bytes, self.watch, self.disk
+            self.config,
+            layers,
+            self.native,
+            rest_bytes,
+            shared_bytes,
+            self.watch,
+            self.disk,
+            self.workers,
         )
         return replace(
             self,

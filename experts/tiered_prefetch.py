@@ -22,6 +22,10 @@ class TieredPrefetch(InterLayerScheduler):
         self._host = host
         self._on_device = on_device
 
+    def looks_ahead(self, layer: int) -> bool:
+        device, host = self._device.looks_ahead(layer), self._host.looks_ahead(layer)
+        return device or host
+
     def prefetch(self, prediction: Prediction, protect: Placement) -> None:
         self._device.prefetch(prediction, protect)
         # What the running step asks of the host tier; what is on the device is none of that.

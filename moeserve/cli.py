@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 from moeserve.core import MoeserveError
 
@@ -81,30 +83,6 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _chat_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.chat.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _chat(args: argparse.Namespace) -> int:
-    from moeserve.chat.command import run
-
-    return run(args)
-
-
-def _request_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.client.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _request(args: argparse.Namespace) -> int:
-    from moeserve.client.command import run
-
-    return run(args)
-
-
 def _pack_arguments(parser: argparse.ArgumentParser) -> None:
     from moeserve.cli_options import PACK_SETTINGS, add_flags
     from moeserve.config import ExpertConfig, ModelConfig
@@ -130,30 +108,6 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
-def _convert_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.convert.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _convert(args: argparse.Namespace) -> int:
-    from moeserve.convert.command import run
-
-    return run(args)
-
-
-def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.evaluate.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _eval(args: argparse.Namespace) -> int:
-    from moeserve.evaluate.command import run
-
-    return run(args)
-
-
 def _keygen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", help="where to write the keys; what is there stays")
     parser.add_argument(
@@ -171,100 +125,13 @@ def _keygen(args: argparse.Namespace) -> int:
     return 0
 
 
-def _ctl_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.ctl.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _ctl(args: argparse.Namespace) -> int:
-    from moeserve.ctl.command import run
-
-    return run(args)
-
-
-def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.doctor.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from moeserve.doctor.command import run
-
-    return run(args)
-
-
-def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.planner.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _calibrate(args: argparse.Namespace) -> int:
-    from moeserve.planner.command import run
-
-    return run(args)
-
-
-def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.planner.plan_command import add_arguments
-
-    add_arguments(parser)
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from moeserve.planner.plan_command import run
-
-    return run(args)
-
-
-def _predictors_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.predictor_tools.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _predictors(args: argparse.Namespace) -> int:
-    from moeserve.predictor_tools.command import run
-
-    return run(args)
-
-
-def _trace_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.predictor_tools.trace_command import add_arguments
-
-    add_arguments(parser)
-
-
-def _trace(args: argparse.Namespace) -> int:
-    from moeserve.predictor_tools.trace_command import run
-
-    return run(args)
-
-
-def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.bench.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from moeserve.bench.command import run
-
-    return run(args)
-
-
-def _worker_arguments(parser: argparse.ArgumentParser) -> None:
-    from moeserve.worker.command import add_arguments
-
-    add_arguments(parser)
-
-
-def _worker(args: argparse.Namespace) -> int:
-    from moeserve.worker.command import run
-
-    return run(args)
+def _room(help: str, module: str) -> Command:
+    """A command with a module of its own, which has `add_arguments` and `run`."""
+    return Command(
+        help,
+        lambda parser: import_module(module).add_arguments(parser),
+        lambda args: int(import_module(module).run(args)),
+    )
 
 
 def _model_argument(parser: argparse.ArgumentParser) -> None:
@@ -276,25 +143,23 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "serve": Command("serve a model over HTTP and ZeroMQ", _serve_arguments, _serve),
     "generate": Command("continue one prompt and exit", _generate_arguments, _generate),
-    "chat": Command("talk to a model, here or on a server", _chat_arguments, _chat),
-    "request": Command("send one prompt to a server over ZeroMQ", _request_arguments, _request),
-    "ctl": Command("look at a running server, or change it", _ctl_arguments, _ctl),
-    "doctor": Command("what this machine has and what is in the way", _doctor_arguments, _doctor),
-    "calibrate": Command(
-        "measure this machine for the layer scheduler", _calibrate_arguments, _calibrate
+    "chat": _room("talk to a model, here or on a server", "moeserve.chat.command"),
+    "request": _room("send one prompt to a server over ZeroMQ", "moeserve.client.command"),
+    "ctl": _room("look at a running server, or change it", "moeserve.ctl.command"),
+    "doctor": _room("what this machine has and what is in the way", "moeserve.doctor.command"),
+    "calibrate": _room("measure this machine for the layer scheduler", "moeserve.planner.command"),
+    "plan": _room(
+        "whether a model fits a machine, and how fast it will be", "moeserve.planner.plan_command"
     ),
-    "plan": Command(
-        "whether a model fits a machine, and how fast it will be", _plan_arguments, _plan
+    "predictors": _room(
+        "train and evaluate predictors of experts", "moeserve.predictor_tools.command"
     ),
-    "predictors": Command(
-        "train and evaluate predictors of experts", _predictors_arguments, _predictors
-    ),
-    "trace": Command("record which experts a model takes", _trace_arguments, _trace),
-    "bench": Command("replay recorded routing or traffic", _bench_arguments, _bench),
+    "trace": _room("record which experts a model takes", "moeserve.predictor_tools.trace_command"),
+    "bench": _room("replay recorded routing or traffic", "moeserve.bench.command"),
     "pack": Command("write a model in the form that loads at once", _pack_arguments, _pack),
-    "convert": Command("turn a dense model into experts", _convert_arguments, _convert),
-    "eval": Command("perplexity of a text", _eval_arguments, _eval),
-    "worker": Command("compute a part of a model's experts", _worker_arguments, _worker),
+    "convert": _room("turn a dense model into experts", "moeserve.convert.command"),
+    "eval": _room("perplexity of a text", "moeserve.evaluate.command"),
+    "worker": _room("compute a part of a model's experts", "moeserve.worker.command"),
     "keygen": Command("make CURVE keys for ZeroMQ over TCP", _keygen_arguments, _keygen),
 }
 
@@ -309,20 +174,30 @@ class _VersionAction(argparse.Action):
         parser.exit()
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
-    """A parser that knows all subcommands by name and the flags of the one that is named."""
+def _parser(command: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """A parser that knows all subcommands by name and the flags of the one that is named, and that
+    one's own."""
     parser = argparse.ArgumentParser(
         prog="moeserve", description="Serve Mixture-of-Experts language models."
     )
     parser.add_argument(
         "--version", action=_VersionAction, nargs=0, help="print the version and exit"
     )
+    named = parser
     choices = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, entry in COMMANDS.items():
         sub = choices.add_parser(name, help=entry.help, description=entry.help.capitalize() + ".")
         if name == command:
             entry.add_arguments(sub)
-    return parser
+            named = sub
+    return parser, named
+
+
+def _no_argument(command: str, word: str, parser: argparse.ArgumentParser) -> MoeserveError:
+    flags = set(re.findall(r"--[a-z][a-z-]*", parser.format_help()))
+    close = difflib.get_close_matches(word.partition("=")[0], flags, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"moeserve {command} --help"
+    return MoeserveError(f"{command}: {word!r} is no argument of it", hint=hint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -335,7 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moeserve: no command {command!r}{hint}", file=sys.stderr)
         return 2
     try:
-        args = _parser(command).parse_args(arguments)
+        parser, named = _parser(command)
+        args, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            raise _no_argument(args.command, unknown[0], named)
         return COMMANDS[args.command].run(args)
     except MoeserveError as error:
         print(f"moeserve: {error}", file=sys.stderr)

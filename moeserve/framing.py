@@ -161,6 +161,11 @@ class Wire:
             check_depth(frames[1], max_items=self._max_items)
         try:
             message = self._decoder.decode(frames[1])
+        except msgspec.ValidationError as error:
+            _, problem = field_first(str(error))
+            raise ProtocolError(
+                f"header: {problem}", request_id=self._attribute(frames[1])
+            ) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MoeserveError) as error:
             raise ProtocolError(
                 f"header: {error}", request_id=self._attribute(frames[1])
@@ -172,6 +177,15 @@ class Wire:
             return self._attribution.decode(header).request_id
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
+
+
+def field_first(problem: str) -> tuple[str | None, str]:
+    """msgspec's "Expected `int`, got `str` - at `$.max_tokens`" as our errors have it: the field at
+    fault, if one is, and "max_tokens: expected int, got str"."""
+    what, _, path = problem.partition(" - at `$")
+    field = path.rstrip("`").removeprefix(".").replace("[...]", "") or None
+    text = (what[:1].lower() + what[1:]).replace("`", "")
+    return field, f"{field}: {text}" if field else text
 
 
 def client_server_wire(max_bytes: int) -> Wire:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ class Prediction:
     probabilities: Mapping[int, Tensor] = field(default_factory=dict)
 
 
+NOTHING: Final = Prediction()
+
+
 class Predictor(ABC):
     """Called once per MoE layer and step, with what the router there really chose, before the
     layer's experts run: they are what prefetching has time beside.
@@ -53,7 +56,8 @@ class Predictor(ABC):
 
         Nobody has to say: a predictor that cares takes it, unsaid, that two steps with the same
         number of rows are of the same sequences in the same order, and others have nothing in
-        common. Wrong rows make a prediction worse, not wrong.
+        common. Where it is said, it is said of every step, also of one that `predict` will not be
+        asked about, or only from some layer on. Wrong rows make a prediction worse, not wrong.
         """
 
     def foresee(self, recent: NDArray[np.int64]) -> Prediction:
@@ -62,7 +66,7 @@ class Predictor(ABC):
         recent: [T, recent_tokens] token ids of every row of the step to come, the row's own last,
         -1 before the text. To be called after `begin_step`, if tokens are wanted.
         """
-        return Prediction()
+        return NOTHING
 
     @abstractmethod
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:

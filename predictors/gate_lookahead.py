@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moeserve.core import Routing
-from moeserve.predictors.base import Chances, Prediction, Predictor, any_row
+from moeserve.predictors.base import NOTHING, Chances, Prediction, Predictor, any_row
 from moeserve.predictors.calibration import (
     OUT_OF_REACH,
     Bins,
@@ -88,6 +88,9 @@ class GatePredictor(Predictor):
         self._layer = -1
         self._seen: dict[tuple[int, int], Bins] = {}  # [T, E] by (from, of), to compare with
 
+    def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
+        self._seen.clear()  # of layers that did not run, or of which nobody asked
+
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         """As the base class; says nothing of the next token's layers."""
         if layer <= self._layer:
@@ -98,7 +101,7 @@ class GatePredictor(Predictor):
             self._compare(layer, routing)
         view = self._views.get(layer)
         if view is None or len(x) == 0:
-            return Prediction()
+            return NOTHING
         bins = view.bins(x)
         if self._step % CALIBRATE_EVERY == 0:
             for target, seen in zip(view.targets, bins, strict=True):

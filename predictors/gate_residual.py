@@ -182,6 +182,7 @@ class GateResidual(Predictor):
 
     def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
         self._links.tell(previous_rows)
+        self._layer = sys.maxsize  # whatever layer is asked for first
 
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         """As the base class; says nothing of the next token's layers."""
@@ -192,7 +193,7 @@ class GateResidual(Predictor):
         """By layer ahead, [T, E]: P(chosen) of every row for itself. In place of `predict`."""
         if len(x) == 0:
             return {}
-        if layer <= self._layer:
+        if layer <= self._layer or len(x) != self._links.num_rows:
             self._turn(len(x))
         self._layer = layer
         view = self._views.get(layer)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from moeserve.chores import at_once
 from moeserve.core import Routing
-from moeserve.predictors.base import Prediction, Predictor, any_row
+from moeserve.predictors.base import NOTHING, Prediction, Predictor, any_row
 from moeserve.predictors.layers import LayerRing
 from moeserve.predictors.log_linear import Floats, Ids, LogLinear
 from moeserve.predictors.row_links import RowLinks
@@ -86,19 +86,24 @@ class MarkovPredictor(Predictor):
         self._has_bias = [False] * count
         self._links = RowLinks()
         self._layer = sys.maxsize  # whatever layer comes first begins a step
+        self._place = -1  # of the last layer that was asked for
 
     def begin_step(self, previous_rows: NDArray[np.int64]) -> None:
         self._links.tell(previous_rows)
+        self._layer = sys.maxsize  # whatever layer is asked for first
 
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         """As the base class. The layers after the last one are those of the next token."""
         ids = routing.ids.cpu().numpy()
         if len(ids) == 0:
-            return Prediction()
-        if layer <= self._layer:
+            return NOTHING
+        begins = layer <= self._layer or len(ids) != len(self._chosen)
+        if begins:
             self._turn(*ids.shape)
-        self._layer = layer
-        place = self._ring.place_of[layer]
+        place, expected = self._ring.place_of[layer], (self._place + 1) % len(self._ring.layers)
+        if place != expected or begins != (place == 0):  # what came between was not seen
+            self._said.clear()
+        self._layer, self._place = layer, place
         self._chosen[:, place] = ids
         self._learn(place)
         return Prediction(self._say(place, ids.shape[1]))

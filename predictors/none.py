@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moeserve.core import Routing
-from moeserve.predictors.base import Prediction, Predictor
+from moeserve.predictors.base import NOTHING, Prediction, Predictor
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-NOTHING = Prediction()
 
 
 class NonePredictor(Predictor):

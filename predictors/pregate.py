@@ -25,12 +25,11 @@ import torch
 from numpy.typing import NDArray
 
 from moeserve.core import ConfigError, Routing
-from moeserve.predictors.base import Chances, Prediction, Predictor, any_row
+from moeserve.predictors.base import NOTHING, Chances, Prediction, Predictor, any_row
 from moeserve.predictors.layers import LayerRing
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-NOTHING = Prediction()
 
 #: logits are held within: no chance is nearer to 0 or 1 than can be known
 MOST_LOGIT = np.float32(9.0)
@@ -125,6 +124,10 @@ class PregatePredictor(Predictor):
             for layer in layers
         }
         self._layer = sys.maxsize  # nothing is known before the first step's tokens
+
+    def begin_step(self, previous_rows: Ids) -> None:
+        """What was foreseen was of the step before."""
+        self._layer = sys.maxsize
 
     def foresee(self, recent: Ids) -> Prediction:
         """As the base class: all layers."""

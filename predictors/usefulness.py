@@ -1,14 +1,20 @@
-"""Does prefetching pay? Counted per layer and distance while serving; the depth follows."""
+"""Does prefetching pay? Counted per layer and distance while serving; the depth follows. And does
+it as a whole bring back the time that it takes?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from moeserve.core import ConfigError
 
 #: outcomes after which one counts half
 HALF_LIFE = 64.0
+#: calls, one a layer and step, after which what all layers save and take counts half
+HALF_LIFE_CALLS = 4096.0
+#: calls that say as much as an outcome: a predictor that learns must have had time to
+CALLS_OF_EVIDENCE = 64.0
 #: outcomes to see before one may say that it does not pay
 LEAST_EVIDENCE = 16.0
 #: steps to the next try after prefetching was switched off, doubled after each try that failed
@@ -16,6 +22,10 @@ FIRST_PAUSE_STEPS = 64
 LONGEST_PAUSE_STEPS = 4096
 #: steps that a try goes on
 TRY_STEPS = 8
+#: of a prefetch's time, what one saves that a step still had to wait for
+LATE_SHARE = 0.5
+#: times as long as usual that a call may have taken: what is more the system took
+LONGEST_CALL = 4.0
 
 
 @dataclass
@@ -36,15 +46,60 @@ class Outcomes:
         return self.useful + self.wasted
 
     def pays(self, break_even: float) -> bool:
-        """Whether the useful share reaches `break_even`, or too little is known to say no."""
-        return self.evidence < LEAST_EVIDENCE or self.useful >= break_even * self.evidence
+        """Whether the useful share reaches `break_even`."""
+        return self.useful >= break_even * self.evidence
+
+    def forget(self) -> None:
+        self.useful = self.wasted = 0.0
 
 
 @dataclass
-class Switch:
-    """On, off, or off and being tried again, for one layer and distance."""
+class Returns:
+    """What looking ahead takes of the engine's time, and what it saves it, of late.
 
-    outcomes: Outcomes
+    Reads of a few KB are over before a prediction and the bookkeeping of a guess are; no prediction
+    is good enough for them.
+    """
+
+    num_calls: float = 0.0
+    saved_us: float = 0.0
+    spent_us: float = 0.0
+    _usual_us: float = 0.0
+
+    def spend(self, us: float) -> None:
+        """One call to predict and to choose took so long."""
+        if self._usual_us:  # what the system did meanwhile is not its doing
+            us = min(us, LONGEST_CALL * self._usual_us)
+        self._usual_us += (us - self._usual_us) / min(self.num_calls + 1, HALF_LIFE)
+        fade = 0.5 ** (1 / HALF_LIFE_CALLS)
+        self.num_calls = self.num_calls * fade + 1
+        self.spent_us = self.spent_us * fade + us
+        self.saved_us *= fade
+
+    def save(self, us: float) -> None:
+        """A prefetch was used, and so much was not waited for."""
+        self.saved_us += us
+
+    @property
+    def evidence(self) -> float:
+        return self.num_calls / CALLS_OF_EVIDENCE
+
+    def pays(self, break_even: float) -> bool:
+        """Whether at least that share of what it takes comes back."""
+        return self.saved_us >= break_even * self.spent_us
+
+    def forget(self) -> None:
+        self.num_calls = self.saved_us = self.spent_us = 0.0
+
+
+Evidence = TypeVar("Evidence", Outcomes, Returns)
+
+
+@dataclass
+class Switch(Generic[Evidence]):
+    """On, off, or off and being tried again, by what is known of its outcomes."""
+
+    outcomes: Evidence
     on: bool = True
     pause_steps: int = FIRST_PAUSE_STEPS
     until_step: int = 0  # off: when to try again; trying: when to give up
@@ -53,7 +108,7 @@ class Switch:
     def allows(self, step: int, break_even: float) -> bool:
         """Whether to prefetch in this step. Called once per step, in rising order."""
         if self.on:
-            if self.outcomes.pays(break_even):
+            if self.outcomes.evidence < LEAST_EVIDENCE or self.outcomes.pays(break_even):
                 return True
             self._off(step)
             return False
@@ -62,7 +117,7 @@ class Switch:
         if step < self.until_step:
             return False
         # What was learnt before the pause is old: the try is judged by its own outcomes.
-        self.outcomes.useful = self.outcomes.wasted = 0.0
+        self.outcomes.forget()
         self.trying, self.until_step = True, step + TRY_STEPS
         return True
 
@@ -71,8 +126,7 @@ class Switch:
         outcomes = self.outcomes
         if outcomes.evidence < LEAST_EVIDENCE and step < self.until_step:
             return True
-        seen = outcomes.evidence > 0
-        if seen and outcomes.useful >= break_even * outcomes.evidence:
+        if outcomes.evidence > 0 and outcomes.pays(break_even):
             self.on, self.trying, self.pause_steps = True, False, FIRST_PAUSE_STEPS
             return True
         self.pause_steps = min(2 * self.pause_steps, LONGEST_PAUSE_STEPS)

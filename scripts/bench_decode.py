@@ -45,6 +45,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="directory for the result, named by date")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     args = parser.parse_args()
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     engine = Engine.from_config(
         EngineConfig(

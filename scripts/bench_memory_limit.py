@@ -54,6 +54,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--engine", choices=("ours", "llama.cpp"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     if args.engine is not None:
         run = run_ours if args.engine == "ours" else run_llama_cpp
         print(json.dumps(run(args)))

@@ -81,6 +81,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, help="directory for the result, named by date")
     args = parser.parse_args()
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": machine(args.threads), "models": []}
     with tempfile.TemporaryDirectory(prefix="moeserve-bench-") as folder:
         models = args.models

@@ -49,8 +49,9 @@ from plan_bench.predict import on_disk, predict  # noqa: E402
 from plan_bench.report import PARTS, accuracy, draw, markdown, summarise  # noqa: E402
 
 from moeserve.cpu_backend.machine import cpu_model  # noqa: E402
-from moeserve.experts.schedule.profile import Profile, encode_profile  # noqa: E402
-from moeserve.planner.deployment import find_hardware  # noqa: E402
+from moeserve.experts.schedule.profile import Profile  # noqa: E402
+from moeserve.experts.schedule.profile_file import encode_profile  # noqa: E402
+from moeserve.planner.lookup import find_hardware  # noqa: E402
 from moeserve.planner.random_model import write_random_packed  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,9 @@ gate_residual's training has not seen either, in windows of 512 tokens, replayed
 token a step; the first tenth of the steps is not counted. recall@k: of the k experts of the next
 layer that a token takes, the share among the k likeliest. Precision, coverage, waste: of
 prefetching every expert with a probability of 0.5 or more, as if none were in memory. Costs:
-medians, the predictor running between the layers of a decoding model, as in serving; of a busy
-machine they say little.
+medians, the predictor running between the layers of a decoding model whose experts are all in
+memory, where serving would not predict (bench_predictor_cost.py measures a step that is served);
+of a busy machine they say little.
 
     python scripts/bench_predictors.py --stories FILE --shakespeare FILE [--train] \\
         [--output benchmarks/results]
@@ -104,13 +105,13 @@ def markdown(report: dict[str, Any], command: str, note: str) -> str:
     if not any(each["costs"] for each in report["predictors"]):
         return "\n".join(lines) + "\n"
     lines += ["", "Cost of predicting two layers ahead, per decode step:", ""]
-    lines += ["| predictor | sequences | model us | predicting us | share |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
+    lines += ["| predictor | sequences | model us | predicting us | share | added us |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
     for each in report["predictors"]:
         for cost in each["costs"]:
             lines.append(
                 f"| {each['name']} | {cost['rows']} | {cost['step_us']:.0f} "
-                f"| {cost['predict_us']:.0f} | {percent(cost['share'])} |"
+                f"| {cost['predict_us']:.0f} | {percent(cost['share'])} | {cost['added_us']:.0f} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -129,6 +130,7 @@ def percent(share: float | None) -> str:
 def main() -> None:
     args = parse_args()
     output = args.output or Path("benchmarks/results")
+    output.mkdir(parents=True, exist_ok=True)
     name = f"{datetime.date.today()}-predictors"
     backend = ["--cpu-backend", "native"]
     if args.threads is not None:

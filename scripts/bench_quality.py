@@ -272,6 +272,8 @@ def main() -> int:
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="directory for <date>-quality.json and .md")
     args = parser.parse_args()
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
     figures = Figures(BUNDLED_MODEL.name, {}, args.window)
     measure_errors(figures)
     print(figures.errors, file=sys.stderr, flush=True)

@@ -25,9 +25,11 @@ from numpy.typing import NDArray
 
 from moeserve.core import ExpertSpec, Routing
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
+from moeserve.experts.device_tier import read_on_device_us, rest_of_layer_us
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.emulation import with_emulated_device
-from moeserve.experts.schedule.profile import Profile, read_profile, shipped_profile
+from moeserve.experts.schedule.profile import Profile
+from moeserve.experts.schedule.profile_file import read_profile, shipped_profile
 from moeserve.planner.ablation import (
     STRATEGIES,
     DecodeSimulation,
@@ -47,8 +49,8 @@ SEGMENTS = 8
 
 @dataclass(frozen=True)
 class Trace:
-    """file, array: where the ids are. rest_bytes: weights of a layer besides its routed experts, in
-    bf16: attention and shared experts, which the device reads for every token."""
+    """file, array: where the ids are. rest_bytes: weights of a layer besides its experts, in bf16;
+    shared_bytes: of its shared experts. The device reads both for every token."""
 
     name: str
     file: str
@@ -56,6 +58,7 @@ class Trace:
     spec: ExpertSpec
     form: PackFormat
     rest_bytes: int
+    shared_bytes: int
 
 
 TRACES = (
@@ -66,6 +69,7 @@ TRACES = (
         ExpertSpec(num_experts=32, hidden_size=2880, intermediate_size=2880),
         PackFormat("mxfp4"),
         2 * 2880 * (64 * 64 * 2 + 8 * 64 * 2),
+        0,
     ),
     Trace(
         "DeepSeek-V2-Lite, prompts token by token",
@@ -73,7 +77,8 @@ TRACES = (
         "intent_ids",
         ExpertSpec(num_experts=64, hidden_size=2048, intermediate_size=1408),
         PackFormat("bfloat16"),
-        2 * (2048 * (16 * 192 + 576 + 16 * 128) + 512 * 16 * 256 + 2 * 3 * 2048 * 1408),
+        2 * (2048 * (16 * 192 + 576 + 16 * 128) + 512 * 16 * 256),
+        2 * 3 * 2048 * 2 * 1408,
     ),
 )
 
@@ -140,14 +145,10 @@ def setting_of(trace: Trace, profile: Profile, ids: Ids, policy: str, depth: int
     spec = trace.spec
     record_bytes = PackedExperts.bytes_of_record(spec, trace.form, trace.form)
     weights = trace.form.describe()
-    device = profile.device
-    read = None if device is None else device.best_read()
-    assert device is not None, "a profile with a device"
-    assert read is not None, "a profile with rates of the device"
-    rest_us = trace.rest_bytes / read.bytes_per_s.value * 1e6 + device.start_us.value
+    costs = CostModel.of(profile, spec, weights, record_bytes)
     return Setting(
-        costs=CostModel.of(profile, spec, weights, record_bytes),
-        between_us=rest_us,
+        costs=replace(costs, shared_us=read_on_device_us(profile, trace.shared_bytes)),
+        between_us=rest_of_layer_us(profile, trace.rest_bytes),
         num_experts=spec.num_experts,
         num_layers=ids.shape[1],
         num_slots=0,

@@ -1,7 +1,7 @@
 """A model larger than its memory: decode over the disk tier, beside its bounds.
 
     python scripts/bench_tiers.py PACKED --trace ROUTING.npz [--shares 25,50,75] [--repeats 3]
-        [--out benchmarks/results]
+        [--ahead 6] [--out benchmarks/results]
 
 Theory. A step reads from disk every expert that it wants and that has no slot. Nothing else comes
 near in time: an expert of 14 MB takes 14 ms from a disk of 1 GB/s and half a millisecond from
@@ -55,12 +55,8 @@ from moeserve.models.transformer import MoeFfn
 HISTORY = 8000
 WARM = 48
 TOKENS = 96
-#: (name, policy, predictor, depth)
-CASES = (
-    ("on-demand lru", "lru", "none", 1),
-    ("score", "score", "none", 1),
-    ("score, markov", "score", "markov", 6),
-)
+#: (name, policy, predictor, depth); with `--ahead`, markov once for each of these depths
+CASES = (("on-demand lru", "lru", "none", 1), ("score", "score", "none", 1))
 
 
 def main() -> int:
@@ -69,21 +65,26 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--shares", default="25,50,75", help="percent of experts with a slot")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ahead", default="6", help="layers that markov looks ahead")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--first-token", type=int, help="of the trace; default: near its end")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     trace = load_trace(args.trace)
     first = args.first_token or len(trace.ids) - WARM - TOKENS - 1
     if args.case is not None:
         print(json.dumps(run_case(args.model, trace, first, args.threads, json.loads(args.case))))
         return 0
     shares = [int(share) / 100 for share in args.shares.split(",")]
+    depths = [int(depth) for depth in args.ahead.split(",")]
+    cases = [*CASES, *((f"score, markov {n} ahead", "score", "markov", n) for n in depths)]
     runs: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for _ in range(args.repeats):  # by turns, so that a drifting machine is unfair to none
         for share in shares:
-            for case in CASES:
+            for case in cases:
                 result = run_alone(share, case)
                 runs.setdefault((share, case[0]), []).append(result)
                 print(f"{share:.0%} {case[0]}: {result['tokens_per_s']:.2f} tokens/s", flush=True)
@@ -208,8 +209,7 @@ def summarise(
         )
         with_computing = TOKENS / max(disk_s, computing_s)
         lru = statistics.median(r["tokens_per_s"] for r in runs[share, CASES[0][0]])
-        for name, *_ in CASES:
-            results = runs[share, name]
+        for name, results in ((name, runs[of, name]) for of, name in runs if of == share):
             speed = statistics.median(r["tokens_per_s"] for r in results)
             median = {
                 key: statistics.median(r[key] for r in results)

@@ -68,6 +68,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     if args.case is not None:
         print(json.dumps(run_engine(args.model, args.threads, args.tokens, json.loads(args.case))))
         return 0

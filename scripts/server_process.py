@@ -49,7 +49,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], runtime: Path) -> Server
             raise RuntimeError(f"the server ended with status {process.returncode}")
         if addresses.exists():
             where = json.loads(addresses.read_text())
-            if httpx.get(f"{where['http']}/health", trust_env=False).status_code == 200:
+            if httpx.get(f"{where['http']}/health", trust_env=False, timeout=30).status_code == 200:
                 return Server(process, where["http"], where["zmq"])
         time.sleep(0.1)
     raise RuntimeError(f"the server was not ready after {START_TIMEOUT_S} s")

@@ -22,13 +22,14 @@ from moeserve.predictors.base import Prediction
 from moeserve.predictors.none import NonePredictor
 
 LAYERS, EXPERTS, CHOSEN, TOKENS = 4, 16, 3, 60
-REST_US = 50.0
+REST_US, OUTSIDE_US = 50.0, 1000.0
 COSTS = CostModel(
     expert_bytes=1000,
     cpu=Curve([1, 2], [160.0, 170.0]),
     cpu_start_us=20.0,
     device=Curve([1], [13.0]),
     device_start_us=20.0,
+    shared_us=35.0,
     link=Curve([1000], [200.0]),
 )
 
@@ -43,11 +44,22 @@ def case() -> Case:
             chances /= chances.sum(1, keepdims=True)
         for layer in range(LAYERS):
             ids[token, layer] = rng.choice(EXPERTS, CHOSEN, replace=False, p=chances[layer])
-    weights = rng.random(ids.shape).astype(np.float32)
+    weights = np.full(ids.shape, 1 / CHOSEN, np.float32)  # which is what the simulation takes
     trace = RoutingTrace("random", ids, weights, (), EXPERTS, tuple(range(LAYERS)))
     tokens = np.arange(TOKENS)
     shape = replace(SHAPES[0], num_experts=EXPERTS)
-    return Case(shape, trace, tokens[:0], tokens, COSTS, REST_US)
+    return Case(
+        shape,
+        trace,
+        tokens[:0],
+        tokens[:0],
+        tokens,
+        COSTS,
+        REST_US,
+        OUTSIDE_US,
+        (),
+        (0.4, 0.6, 0.8),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +68,24 @@ def decoder(case: Case) -> Decoder:
 
 
 @pytest.mark.parametrize("share", [0.25, 0.6])
+@pytest.mark.parametrize("policy_name", ["lru", "score"])
 def test_times_are_those_of_the_simulation_and_bits_those_of_all(
-    case: Case, decoder: Decoder, share: float
+    case: Case, decoder: Decoder, share: float, policy_name: str
 ) -> None:
     num_slots = int(share * LAYERS * EXPERTS)
     popular = popularity(case.trace.ids, EXPERTS)
-    policy = build_policy("lru", case.trace.experts_per_layer)
+    policy = build_policy(policy_name, case.trace.experts_per_layer)
     learnt = Learnt(popular, policy, NonePredictor())
     rows = []
-    # The same to the last microsecond, but where everything is on and slots are few: there now one,
-    # now the other is faster (docs/log.md: 1 % in standard deviation, why is not known).
-    few = share < 0.5
     for strategy in STRATEGIES:
-        outcome = decoder.run(strategy, num_slots, learnt)
-        setting = Setting(COSTS, REST_US, EXPERTS, LAYERS, num_slots, popular, "lru", DEPTH)
+        run = decoder.begin(strategy, num_slots, learnt)
+        run.decode(TOKENS // 3)
+        run.decode(TOKENS)
+        outcome = run.outcome()
+        setting = Setting(COSTS, REST_US, EXPERTS, LAYERS, num_slots, popular, policy_name, DEPTH)
         nothing = [[Prediction()] * LAYERS] * TOKENS
         simulated = DecodeSimulation(strategy, setting).run(case.trace.ids, nothing)
-        near = 0.05 if few and strategy.name == "all" else 1e-6
-        assert outcome.token_us == pytest.approx(simulated.token_us, rel=near), strategy.name
+        assert outcome.token_us == pytest.approx(simulated.token_us, rel=1e-6), strategy.name
         rows.append(row_of(case, share, strategy.name, outcome, outcome))
         assert rows[-1]["checksum"] == rows[0]["checksum"]
     table = markdown(rows, ["About."])

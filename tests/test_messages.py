@@ -198,6 +198,10 @@ def test_a_bad_submit_is_attributed_to_its_request() -> None:
     error = decode_error([CLIENT_VERSION, msgpack.packb(header)])
     assert error.request_id == "r1"
     assert "temprature" in str(error)
+    header = {"type": "submit", "request_id": "r2", "prompt": [1, 2]}
+    error = decode_error([CLIENT_VERSION, msgpack.packb(header)])
+    assert error.request_id == "r2"
+    assert str(error) == "header: prompt: expected str | null, got array"
 
 
 def test_a_direction_refuses_the_other_directions_messages() -> None:

@@ -220,7 +220,7 @@ class RawClient:
     async def receive(self) -> dict[str, Any]:
         """The next message that is no ping."""
         while True:
-            frames = await asyncio.wait_for(self.socket.recv_multipart(), 20)
+            frames = await asyncio.wait_for(self.socket.recv_multipart(), 120)
             assert frames[0] == CLIENT_VERSION
             message = msgpack.unpackb(frames[1], strict_map_key=False)
             if message["type"] != "ping":
@@ -265,7 +265,7 @@ def echoed(prompt: str, num_tokens: int) -> str:
     return (prompt * (num_tokens // len(prompt) + 1))[:num_tokens]
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
     """Waits for something that other tasks or threads bring about."""
     end_s = time.monotonic() + timeout_s
     while not condition():

@@ -54,6 +54,11 @@ class Policy(ABC):
         """The experts in the order in which they should get slots."""
         return numbers
 
+    def uses_to_come(self, numbers: Numbers) -> NDArray[np.float64]:
+        """How often each of these experts will be used, what is further off counting less, and
+        without what a predictor says of the next use. 0 from a policy that cannot say."""
+        return np.zeros(len(numbers))
+
     @abstractmethod
     def victims(
         self, candidates: Numbers, count: int, incoming: Numbers | None = None

@@ -13,6 +13,9 @@ from moeserve.cache.policies.base import RankedPolicy
 from moeserve.cache.policies.reuse_model import ReuseModel
 from moeserve.core import LayerUse
 
+#: keeps the uses to come finite
+MOST_LOG_VALUE = -0.01
+
 
 class ScorePolicy(RankedPolicy):
     """Worth of an expert: E[gamma^(time to its next use)] times the cost of a miss.
@@ -75,6 +78,12 @@ class ScorePolicy(RankedPolicy):
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
         """Everything was said by `observed`."""
+
+    def uses_to_come(self, numbers: Numbers) -> NDArray[np.float64]:
+        """v / (1 - v): as if after every use the next one were as far off again as this one."""
+        log_value = self._model.log_value[numbers] + self._ahead[self.numbers.rank[numbers]]
+        value: NDArray[np.float64] = np.exp(np.minimum(log_value, MOST_LOG_VALUE))
+        return value / (1 - value)
 
     def worth(self, numbers: Numbers) -> NDArray[np.float64]:
         self._take_predictions()

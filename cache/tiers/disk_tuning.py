@@ -18,14 +18,19 @@ THREADS = (1, 2, 4, 8)
 TRIAL_BYTES = 96 << 20
 #: fewer threads are taken if they come that near to the fastest: each also takes processor time
 NEAR = 0.95
+#: the same for threads that read on a guess: what they have in flight, a demand waits behind, which
+#: costs more than a tenth of the bandwidth (docs/log.md)
+NEAR_AHEAD = 0.9
 
 
 @dataclass(frozen=True)
 class DiskTuning:
-    """bytes_per_s: of whole records, by number of threads; num_threads: the choice."""
+    """bytes_per_s: of whole records, by number of threads; num_threads: the choice;
+    prefetch_threads: how many of them read what no step waits for."""
 
     bytes_per_s: dict[int, float]
     num_threads: int
+    prefetch_threads: int
 
     @property
     def best_bytes_per_s(self) -> float:
@@ -50,9 +55,17 @@ def tune_disk(
             rates[num_threads] = read_rate(transfers, loads, num_bytes)
         finally:
             transfers.close()
-    fastest = max(rates.values())
-    enough = min(n for n, rate in rates.items() if rate >= NEAR * fastest)
-    return DiskTuning(rates, enough)
+    return choose_threads(rates)
+
+
+def choose_threads(bytes_per_s: dict[int, float]) -> DiskTuning:
+    """bytes_per_s: by number of threads."""
+    fastest = max(bytes_per_s.values())
+
+    def fewest(near: float) -> int:
+        return min(n for n, rate in bytes_per_s.items() if rate >= near * fastest)
+
+    return DiskTuning(bytes_per_s, fewest(NEAR), fewest(NEAR_AHEAD))
 
 
 def read_rate(transfers: Transfers, loads: Sequence[Load], num_bytes: int) -> float:

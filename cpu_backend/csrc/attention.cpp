@@ -49,8 +49,10 @@ std::vector<AttentionTile> make_tiles(const AttentionCall &call,
     for (std::int64_t i = count - 1; i >= 0; --i) {
       const std::int64_t first = i * num_pairs / count;
       const std::int64_t end = (i + 1) * num_pairs / count;
-      const int heads =
-          static_cast<int>(std::clamp<std::int64_t>(most / (end - first), 1, call.num_kv_heads));
+      // As few tiles as have room for all heads, and in each the same number of them.
+      const auto room = std::clamp<std::int64_t>(most / (end - first), 1, call.num_kv_heads);
+      const auto heads =
+          static_cast<int>(ceil_div(call.num_kv_heads, ceil_div(call.num_kv_heads, room)));
       for (int head = 0; head < call.num_kv_heads; head += heads) {
         AttentionTile tile = {.span = &span,
                               .first_head = head,
@@ -105,7 +107,7 @@ void for_rows(Runtime &runtime, std::int64_t num_rows, std::int64_t row_numbers,
   }
   runtime.pool.run([&](Worker &worker) {
     float *memory = per_thread[static_cast<std::size_t>(worker.index())].take<float>(row_floats);
-    worker.share(num_rows, [&](std::int64_t row) { body(row, memory); });
+    worker.share_rows(num_rows, [&](std::int64_t row) { body(row, memory); });
   });
 }
 
@@ -145,7 +147,10 @@ void attend(Runtime &runtime, const AttentionCall &call, const std::vector<Atten
   };
 
   const std::int64_t enough = kTilesPerThread * num_threads;
-  if (num_threads == 1 || static_cast<std::int64_t>(tiles.size()) >= enough) {
+  const bool splits = std::any_of(tiles.begin(), tiles.end(), [](const AttentionTile &tile) {
+    return tile.end_partition - tile.first_partition > 1;
+  });
+  if (num_threads == 1 || !splits || static_cast<std::int64_t>(tiles.size()) >= enough) {
     runtime.pool.run([&](Worker &worker) {
       float *memory = memory_of(worker);
       worker.share(static_cast<std::int64_t>(tiles.size()), [&](std::int64_t item) {

@@ -125,10 +125,12 @@ class AttentionSpans {
       spans_.push_back({first_row, num_rows, context_tokens, values});
       owners_.push_back(kv_slots);
       num_rows_ += num_rows;
+      longest_context_ = std::max(longest_context_, context_tokens);
     }
   }
 
   std::int64_t num_rows() const { return num_rows_; }
+  std::int64_t longest_context() const { return longest_context_; }
   std::int64_t num_slots() const { return num_slots_; }  // that a pool must have at least
   const std::vector<AttentionSpan> &spans() const { return spans_; }
 
@@ -136,6 +138,7 @@ class AttentionSpans {
   std::vector<AttentionSpan> spans_;
   std::vector<nanobind::object> owners_;
   std::int64_t num_rows_ = 0;
+  std::int64_t longest_context_ = 0;
   std::int64_t num_slots_ = 0;
 };
 

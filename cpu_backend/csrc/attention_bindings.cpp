@@ -9,6 +9,7 @@
 
 #include "attention_arguments.h"
 #include "bindings.h"
+#include "python_lock.h"
 #include "runtime.h"
 #include "tensor.h"
 
@@ -65,7 +66,9 @@ void attend_spans(Runtime &runtime, const AttentionSpans &spans, const Tensor &q
   call.entries = entries.data();
   if (sinks) call.sinks = floats(*sinks, "sinks", {heads, group});
   call.out = out.written("out");
-  const nb::gil_scoped_release release;
+  const auto kv_bytes =
+      static_cast<std::size_t>(spans.longest_context() * heads * width) * size_of(call.dtype);
+  const PythonLockGivenUp without(num_rows, kv_bytes);
   if (num_rows > 0) attend(runtime, call, spans.spans());
 }
 
@@ -100,7 +103,8 @@ void prepare_grouped(Runtime &runtime, const Tensor &qkv, const Tensor &cosine, 
   call.clip = clip;
   call.entries = entries.written("entries");
   call.slots = slots(write_slots, "write_slots", num_rows, size(entries, 0));
-  const nb::gil_scoped_release release;
+  const auto row_bytes = static_cast<std::size_t>(call.row_stride) * size_of(call.dtype);
+  const PythonLockGivenUp without(num_rows, row_bytes);
   prepare(runtime, call, num_rows);
 }
 
@@ -133,7 +137,9 @@ void prepare_latent(Runtime &runtime, const Tensor &latents, const Tensor &rotat
   call.norm_eps = norm_eps;
   call.entries = entries.written("entries");
   call.slots = slots(write_slots, "write_slots", num_rows, size(entries, 0));
-  const nb::gil_scoped_release release;
+  const auto row_bytes =
+      static_cast<std::size_t>(width + size(rotated, 1) * call.turns.dim) * size_of(call.dtype);
+  const PythonLockGivenUp without(num_rows, row_bytes);
   prepare(runtime, call, num_rows);
 }
 

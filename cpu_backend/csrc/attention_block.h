@@ -126,13 +126,7 @@ struct Block {
       gather_keys(d, depth);
       score(d, depth);
     }
-    for (int pair = 0; pair < view.num_pairs; ++pair) {
-      if (view.first_key[pair] == 0 && view.end_key[pair] == kBlockKeys) {
-        soften_all(pair);
-      } else {
-        soften_some(pair);
-      }
-    }
+    soften();
     for (int d = 0; d < call.value_dim; d += kChunk) {
       const int count = smaller(kChunk, call.value_dim - d);
       gather_values(d, count);
@@ -214,63 +208,66 @@ struct Block {
     }
   }
 
-  // Scores of a pair to weights, and what that does to its sums so far.
-  void soften_all(int pair) const {
-    constexpr int kVecs = kBlockKeys / kLanes;
-    float *scores = memory.scores + pair * kBlockKeys;
-    Vec::F x[kVecs];
-    MOESERVE_UNROLL for (int v = 0; v < kVecs; ++v) x[v] = Vec::load(scores + v * kLanes);
-    Vec::F most = x[0];
-    MOESERVE_UNROLL for (int v = 1; v < kVecs; ++v) most = Vec::max(most, x[v]);
-    const Vec::F largest = raise(pair, Vec::largest(most));
-    MOESERVE_UNROLL for (int v = 0; v < kVecs; ++v) {
-      x[v] = exp2_of(Vec::sub(x[v], largest));
-      Vec::store(scores + v * kLanes, x[v]);
+  // Scores to weights, and what that does to the sums so far. Largest scores are compared, and the
+  // factors that follow from them computed, for 16 pairs at a time.
+  void soften() const {
+    alignas(64) float most[kMaxTilePairs];
+    for (int pair = 0; pair < view.num_pairs; ++pair) most[pair] = largest_score(pair);
+    for (int pair = 0; pair < view.num_pairs; pair += kLanes) {
+      raise(most + pair, pair, view.num_pairs - pair);
     }
-    MOESERVE_UNROLL for (int v = 1; v < kVecs; ++v) x[0] = Vec::add(x[0], x[v]);
-    add_weights(pair, x[0]);
+    for (int pair = 0; pair < view.num_pairs; ++pair) {
+      Vec::F sum = Vec::zero();
+      const Vec::F largest = Vec::set1(memory.softmax.largest[pair]);
+      float *scores = memory.scores + pair * kBlockKeys;
+      for_seen(pair, [&](int key, Vec::F score, auto &&hide) __attribute__((always_inline)) {
+        const Vec::F weight = hide(exp2_of(Vec::sub(score, largest)), Vec::zero());
+        Vec::store(scores + key, weight);
+        sum = Vec::add(sum, weight);
+      });
+      float *weights = memory.softmax.weights + pair * kLanes;
+      const Vec::F factor = Vec::set1(memory.factors[pair]);
+      Vec::store(weights, Vec::fma(Vec::load(weights), factor, sum));
+    }
   }
 
-  // The same where the pair sees a part of the block, perhaps nothing.
-  void soften_some(int pair) const {
+  MOESERVE_INLINE float largest_score(int pair) const {
+    Vec::F most = Vec::set1(-kInfinity);
+    for_seen(pair, [&](int, Vec::F score, auto &&hide) __attribute__((always_inline)) {
+      most = Vec::max(most, hide(score, Vec::set1(-kInfinity)));
+    });
+    return Vec::largest(most);
+  }
+
+  // body(key, scores, hide) for the vectors of keys that a pair sees. hide(x, other): x where it
+  // sees the key, else `other`.
+  template <class Body>
+  MOESERVE_INLINE void for_seen(int pair, const Body &body) const {
+    const float *scores = memory.scores + pair * kBlockKeys;
     const int first = view.first_key[pair], end = view.end_key[pair];
-    memory.factors[pair] = 1.0f;
-    if (first == end) return;
-    const int start = first / kLanes * kLanes, stop = padded(end);
-    float *scores = memory.scores + pair * kBlockKeys;
-    for (int key = start; key < first; ++key) scores[key] = -kInfinity;
-    for (int key = end; key < stop; ++key) scores[key] = -kInfinity;
-    Vec::F most = Vec::load(scores + start);
-    for (int key = start + kLanes; key < stop; key += kLanes) {
-      most = Vec::max(most, Vec::load(scores + key));
+    if (first == 0 && end == kBlockKeys) {
+      MOESERVE_UNROLL for (int key = 0; key < kBlockKeys; key += kLanes) {
+        body(key, Vec::load(scores + key), [](Vec::F x, Vec::F) { return x; });
+      }
+      return;
     }
-    const Vec::F largest = raise(pair, Vec::largest(most));
-    for (int key = start; key < stop; key += kLanes) {
-      Vec::store(scores + key, exp2_of(Vec::sub(Vec::load(scores + key), largest)));
+    for (int key = first / kLanes * kLanes; key < end; key += kLanes) {
+      const int before = larger(0, first - key), until = smaller(kLanes, end - key);
+      body(key, Vec::load(scores + key), [&](Vec::F x, Vec::F other) {
+        return Vec::first_lanes(other, before, Vec::first_lanes(x, until, other));
+      });
     }
-    // Exactly nothing for hidden keys: exp2_of never returns 0.
-    for (int key = start; key < first; ++key) scores[key] = 0.0f;
-    for (int key = end; key < stop; ++key) scores[key] = 0.0f;
-    Vec::F sum = Vec::load(scores + start);
-    for (int key = start + kLanes; key < stop; key += kLanes) {
-      sum = Vec::add(sum, Vec::load(scores + key));
-    }
-    add_weights(pair, sum);
   }
 
-  MOESERVE_INLINE Vec::F raise(int pair, float largest) const {
-    float &before = memory.softmax.largest[pair];
-    memory.factors[pair] = 1.0f;
-    if (largest > before) {
-      memory.factors[pair] = exp2_of(before - largest);
-      before = largest;
-    }
-    return Vec::set1(before);
-  }
-
-  MOESERVE_INLINE void add_weights(int pair, Vec::F sum) const {
-    float *weights = memory.softmax.weights + pair * kLanes;
-    Vec::store(weights, Vec::fma(Vec::load(weights), Vec::set1(memory.factors[pair]), sum));
+  // most: of the scores of the pairs from `pair` on, of which there are `left`.
+  MOESERVE_INLINE void raise(const float *most, int pair, int left) const {
+    float *largest = memory.softmax.largest + pair;
+    const Vec::F before = load_some(Dtype::kF32, largest, left);
+    const Vec::F now = Vec::max(load_some(Dtype::kF32, most, left), before);
+    // Neither is NaN; their difference is where both are the same infinity, and then nothing falls.
+    const Vec::F fall = Vec::min(Vec::sub(before, now), Vec::zero());
+    store_some(Dtype::kF32, memory.factors + pair, exp2_of(fall), left);
+    store_some(Dtype::kF32, largest, now, left);
   }
 
   void mix(int d, int num_vecs) const {

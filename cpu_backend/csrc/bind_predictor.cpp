@@ -3,8 +3,10 @@
 
 #include <vector>
 
+#include "lookahead_predictor.h"
 #include "packed_objects.h"
-#include "predictor.h"
+#include "python_lock.h"
+#include "residual_predictor.h"
 
 namespace nb = nanobind;
 
@@ -95,7 +97,7 @@ class Lookahead {
   bool predict(Runtime &runtime, int place, const Tensor &x, const Tensor &ids) {
     check_place(place, num_layers_);
     const RoutedRows rows = rows_of(x, ids, hidden_, num_experts_);
-    const nb::gil_scoped_release release;
+    const PythonLockGivenUp without(predictor_.is_brief(place, rows.num_rows));
     return predictor_.predict(runtime, place, rows);
   }
 
@@ -189,7 +191,7 @@ class Residual {
     check_contiguous(weights, "weights");
     check_rows(weights, "weights", rows.num_rows, rows.top_k);
     rows.weights = static_cast<const float *>(weights.data());
-    const nb::gil_scoped_release release;
+    const PythonLockGivenUp without(predictor_.is_brief(place, rows));
     return predictor_.predict(runtime, place, rows);
   }
 

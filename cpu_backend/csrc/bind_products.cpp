@@ -9,6 +9,7 @@
 #include "decoder.h"
 #include "packed_objects.h"
 #include "pair_sum.h"
+#include "python_lock.h"
 #include "tensor.h"
 
 namespace nb = nanobind;
@@ -39,7 +40,8 @@ void sum_expert_pairs(Runtime &runtime, const Tensor &pairs, const Tensor &ids,
   check_contiguous(pairs, "pairs");
   check_rows(pairs, "pairs", sum.num_tokens * sum.top_k, sum.hidden);
   sum.pairs = static_cast<const float *>(pairs.data());
-  const nb::gil_scoped_release release;
+  const auto pair_bytes = static_cast<std::size_t>(sum.hidden) * sizeof(float);
+  const PythonLockGivenUp without(sum.num_tokens * sum.top_k, pair_bytes);
   if (sum.num_tokens > 0) sum_pairs(runtime, sum);
 }
 
@@ -60,7 +62,7 @@ void norm_rows(Runtime &runtime, const Tensor &x, const Tensor &weight, float ep
   const std::int64_t out_bytes = rows > 1 ? out.stride(0) * size : 0;
   const Norm norm = {static_cast<const float *>(weight.data()), eps};
   void *result = out.written("out");
-  const nb::gil_scoped_release release;
+  const PythonLockGivenUp without(rows, static_cast<std::size_t>(cols * size));
   rms_norm(runtime, dtype, norm, x.data(), x_bytes, result, out_bytes, rows,
            static_cast<int>(cols));
 }

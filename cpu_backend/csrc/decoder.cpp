@@ -12,7 +12,7 @@ void for_rows(Runtime &runtime, std::int64_t num_rows, int cols, const Row &row)
   if (num_rows * cols < kWorthSharing) {
     for (std::int64_t i = 0; i < num_rows; ++i) row(i);
   } else {
-    runtime.pool.run([&](Worker &worker) { worker.share(num_rows, row); });
+    runtime.pool.run([&](Worker &worker) { worker.share_rows(num_rows, row); });
   }
 }
 

@@ -69,7 +69,7 @@ class NativeRouter {
     const std::int64_t stride = rows > 1 ? x.stride(0) : 0;
     auto *chosen = static_cast<std::int64_t *>(ids.written("ids"));
     auto *factors = static_cast<float *>(weights.written("weights"));
-    const nanobind::gil_scoped_release release;
+    const PythonLockGivenUp without(rows, gate().layout.bytes());
     route(runtime, gate(), rule_, dtype, x.data(), rows, stride, chosen, factors);
   }
 
@@ -182,7 +182,11 @@ class AttentionLayer {
            const Tensor &sine, const Tensor &entries, const Tensor &write_slots) const {
     const Stream stream = stream_of(x, hidden_);
     const Call call = prepare(stream, {spans, cosine, sine, write_slots}, entries);
-    const nanobind::gil_scoped_release release;
+    const auto kv_bytes =
+        static_cast<std::size_t>(spans.longest_context() * call_.num_kv_heads * call_.width) *
+        size_of(stream.dtype);
+    const PythonLockGivenUp without(
+        stream.num_rows, half_.qkv->layout.bytes() + half_.output->layout.bytes() + kv_bytes);
     compute(runtime, stream, call, spans);
   }
 

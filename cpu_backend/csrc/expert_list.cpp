@@ -6,9 +6,11 @@ namespace moeserve {
 namespace {
 
 // Panels of an item: see linear.cpp. Those of gate_up come in pairs; with many rows multiples of 3
-// and of 2 are best, the widths of tiles (gemm_cover.h).
-constexpr std::int64_t kGateUpPanels = 4;
-constexpr std::int64_t kGateUpPanelsMany = 24;
+// and of 2 are best, the widths of tiles (gemm_cover.h). With few rows long items are best, too, as
+// long as threads end together: the streams of one tile go on where those of the last end.
+constexpr std::int64_t kFewestGateUpPanels = 4;
+constexpr std::int64_t kGateUpPanels = 24;
+constexpr std::int64_t kGateUpItemsPerThread = 16;
 constexpr std::int64_t kManyRows = 8;
 constexpr std::int64_t kExpertsPerThread = 4;
 
@@ -19,7 +21,8 @@ const std::uint8_t *alike(const ReadNext &next, const PackedLayout &layout) {
 
 bool same_rows(const RowFormat &a, const RowFormat &b) {
   return a.form == b.form && a.cols == b.cols && a.num_groups == b.num_groups &&
-         a.group_cols == b.group_cols && a.zero == b.zero && a.data_bytes == b.data_bytes;
+         a.group_cols == b.group_cols && a.zero == b.zero && a.row_zero == b.row_zero &&
+         a.data_bytes == b.data_bytes;
 }
 
 }  // namespace
@@ -50,7 +53,11 @@ ExpertList::ExpertList(Runtime &runtime, const ExpertJob &job, const ExpertChoic
   } else if (!whole_) {
     activated_ = memory.activated.take<float>(static_cast<std::size_t>(num_pairs) * inner_);
   }
-  gate_up_panels_ = many_ ? kGateUpPanelsMany : kGateUpPanels;
+  const std::int64_t for_each_thread = num_groups * experts_.gate_up.num_panels /
+                                       (kGateUpItemsPerThread * runtime.pool.num_threads());
+  gate_up_panels_ = many_ ? kGateUpPanels
+                          : std::clamp(for_each_thread / kFewestGateUpPanels * kFewestGateUpPanels,
+                                       kFewestGateUpPanels, kGateUpPanels);
   gate_up_items_ = (experts_.gate_up.num_panels + gate_up_panels_ - 1) / gate_up_panels_;
 }
 
@@ -155,11 +162,7 @@ void ExpertList::gate_up_panels(float *out, float *rows, std::int64_t item,
       .next_rows_bytes = 0,
   };
   kernels_.gemm(gemm);
-  const float *bias = nullptr;
-  if (experts_.gate_up_bias_offset != 0) {
-    bias = reinterpret_cast<const float *>(record(group) + experts_.gate_up_bias_offset) +
-           panel * kPanelOutputs;
-  }
+  const float *bias = bias_of(group, experts_.gate_up_bias_offset, panel);
   for (std::int64_t r = 0; r < group.count; ++r) {
     float *row = rows + static_cast<std::size_t>(r) * activated_stride_;
     float *target = row + panel / 2 * kPanelOutputs;
@@ -212,11 +215,7 @@ void ExpertList::down(const ThreadNumbers &numbers, std::int64_t panel, std::int
         .next_rows_bytes = follower.rows_bytes,
     };
     kernels_.gemm(gemm);
-    const float *bias = nullptr;
-    if (experts_.down_bias_offset != 0) {
-      bias = reinterpret_cast<const float *>(record(group) + experts_.down_bias_offset) +
-             panel * kPanelOutputs;
-    }
+    const float *bias = bias_of(group, experts_.down_bias_offset, panel);
     for (std::int64_t r = 0; r < group.count; ++r) {
       const Pair &pair = pairs_[static_cast<std::size_t>(group.first + r)];
       kernels_.accumulate(numbers.sums + pair.token * width, numbers.out + r * width, bias,

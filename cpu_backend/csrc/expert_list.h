@@ -76,6 +76,11 @@ class ExpertList {
   const std::uint8_t *record(const Group &group) const {
     return experts_.records[static_cast<std::size_t>(group.expert)];
   }
+  // Biases from a panel of outputs on; null where the experts have none.
+  const float *bias_of(const Group &group, std::size_t offset, std::int64_t panel) const {
+    if (offset == 0) return nullptr;
+    return reinterpret_cast<const float *>(record(group) + offset) + panel * kPanelOutputs;
+  }
   const Group &group_of(std::int64_t item) const {
     return groups_[static_cast<std::size_t>(item / gate_up_items_)];
   }

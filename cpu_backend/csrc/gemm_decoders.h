@@ -89,11 +89,21 @@ struct Decoder<Format::kFp8> {
   }
 };
 
-template <Format kFormat>
+// Factors of a group of int4 without zero points.
+MOESERVE_INLINE const std::int8_t *factors_of(const PackedLayout &layout, const std::uint8_t *panel,
+                                              int group) {
+  return reinterpret_cast<const std::int8_t *>(panel + layout.factor_offset) +
+         kPanelOutputs * group;
+}
+
+template <Format kFormat, bool kFactors = false>
 MOESERVE_INLINE Vec::F load_scale(const PackedLayout &layout, const std::uint8_t *panel,
                                   int group) {
   const std::uint8_t *scales = panel + layout.scale_offset;
-  if constexpr (kFormat == Format::kInt8 || kFormat == Format::kFp8) {
+  if constexpr (kFactors) {
+    return Vec::mul(Vec::load(reinterpret_cast<const float *>(scales)),
+                    Vec::load_s8(factors_of(layout, panel, group)));
+  } else if constexpr (kFormat == Format::kInt8 || kFormat == Format::kFp8) {
     return Vec::load(reinterpret_cast<const float *>(scales) + kPanelOutputs * group);
   } else {
     return Vec::load_bf16(reinterpret_cast<const std::uint16_t *>(scales) + kPanelOutputs * group);

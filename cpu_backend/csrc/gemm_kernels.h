@@ -6,12 +6,15 @@
 #pragma once
 
 #include "gemm_cover.h"
+#include "gemm_factors.h"
 #include "gemm_four_bit.h"
 
 namespace {
 
 // From how many rows on taking nibbles apart beforehand pays.
 constexpr int kUnpackRows = 8;
+// The same for multiplying them with their factors, which takes as long as four rows.
+constexpr int kExpandRows = 6;
 
 template <Format kFormat, bool kAsymmetric>
 void four_bit_gemm(const GemmJob &job) {
@@ -19,10 +22,23 @@ void four_bit_gemm(const GemmJob &job) {
   gemm_tiles<IntTile<kFormat, kAsymmetric>>(job);
 }
 
+void factor_gemm(const GemmJob &job) {
+  if (job.num_rows >= kExpandRows) return ExpandedProduct::run(job);
+  gemm_tiles<FactorTile>(job);
+}
+
 RowForm row_form(const PackedLayout &layout) {
   if (layout.format == Format::kBF16 && Vec::kHasBf16Dot) return RowForm::kBF16;
   const bool codes = layout.format == Format::kInt8 || moeserve::is_four_bit(layout.format);
   return codes && !layout.weight_only ? RowForm::kInt8 : RowForm::kF32;
+}
+
+int tile_panels(const PackedLayout &layout) {
+  // Weights with factors are widened to bytes first.
+  const bool as_bytes = layout.format == Format::kInt8 || layout.has_factors();
+  const bool bytes = as_bytes && row_form(layout) == RowForm::kInt8;
+  return bytes ? Tiles<IntTile<Format::kInt8, false>>::kManyPanels
+               : Tiles<FloatTile<Format::kBF16, false>>::kManyPanels;
 }
 
 void gemm(const GemmJob &job) {
@@ -39,7 +55,7 @@ void gemm(const GemmJob &job) {
       return gemm_tiles<FloatTile<Format::kInt8, false>>(job);
     case Format::kInt4:
       if (integer && layout.asymmetric) return four_bit_gemm<Format::kInt4, true>(job);
-      if (integer) return four_bit_gemm<Format::kInt4, false>(job);
+      if (integer) return factor_gemm(job);
       if (layout.asymmetric) return gemm_tiles<FloatTile<Format::kInt4, true>>(job);
       return gemm_tiles<FloatTile<Format::kInt4, false>>(job);
     case Format::kMxfp4:

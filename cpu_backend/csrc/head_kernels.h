@@ -13,17 +13,19 @@ using moeserve::LatentHeads;
 using moeserve::RowTurns;
 
 // Numbers of a head as floats; a multiple of 16 of them is written, with zeros behind.
-inline void load_head(Dtype dtype, const void *p, int count, float *out) {
-  const auto size = static_cast<std::int64_t>(size_of(dtype));
+template <Dtype kDtype>
+inline void load_head(const void *p, int count, float *out) {
+  const auto size = static_cast<std::int64_t>(size_of(kDtype));
   for (int d = 0; d < count; d += kLanes) {
-    Vec::store(out + d, load_some(dtype, static_cast<const char *>(p) + d * size, count - d));
+    Vec::store(out + d, load_some(kDtype, static_cast<const char *>(p) + d * size, count - d));
   }
 }
 
-inline void store_head(Dtype dtype, const float *x, void *p, int count) {
-  const auto size = static_cast<std::int64_t>(size_of(dtype));
+template <Dtype kDtype>
+inline void store_head(const float *x, void *p, int count) {
+  const auto size = static_cast<std::int64_t>(size_of(kDtype));
   for (int d = 0; d < count; d += kLanes) {
-    store_some(dtype, static_cast<char *>(p) + d * size, Vec::load(x + d), count - d);
+    store_some(kDtype, static_cast<char *>(p) + d * size, Vec::load(x + d), count - d);
   }
 }
 
@@ -55,24 +57,24 @@ inline void clip_head(float *x, int count, float limit) {
   }
 }
 
-// x: at least padded(turns.dim) numbers, of which the first turns.dim turn. buffer: as many.
-inline void turn_head(const RowTurns &turns, std::int64_t row, float *x, float *buffer) {
+// The first turns.dim numbers of x turn; up to 15 behind padded(turns.dim) are read.
+inline void turn_head(const RowTurns &turns, std::int64_t row, float *x) {
   const int half = turns.dim / 2;
-  const auto half_bytes = sizeof(float) * static_cast<std::size_t>(half);
-  __builtin_memcpy(buffer, x + half, half_bytes);
-  __builtin_memcpy(buffer + half, x, half_bytes);
   const float *cosine = turns.cosine + row * turns.dim, *sine = turns.sine + row * turns.dim;
-  for (int d = 0; d < turns.dim; d += kLanes) {
-    const int count = smaller(kLanes, turns.dim - d);
-    const Vec::F cosines = load_some(Dtype::kF32, cosine + d, count);
-    const Vec::F sines = load_some(Dtype::kF32, sine + d, count);
-    const Vec::F turned =
-        Vec::fma(Vec::load(buffer + d), sines, Vec::mul(Vec::load(x + d), cosines));
-    store_some(Dtype::kF32, x + d, turned, count);
+  for (int d = 0; d < half; d += kLanes) {
+    const int count = half - d;
+    const auto load = [&](const float *p) { return load_some(Dtype::kF32, p, count); };
+    const auto turned = [&](Vec::F own, Vec::F other, int i) {
+      return Vec::fma(other, load(sine + i), Vec::mul(own, load(cosine + i)));
+    };
+    const Vec::F first = load(x + d), second = load(x + half + d);
+    store_some(Dtype::kF32, x + d, turned(first, second, d), count);
+    store_some(Dtype::kF32, x + half + d, turned(second, first, half + d), count);
   }
 }
 
 // Factors of the norms of all queries and of all keys together.
+template <Dtype kDtype>
 inline void norm_together(const GroupedHeads &call, const char *row, float *head, float *queries,
                           float *keys) {
   const auto size = static_cast<std::int64_t>(size_of(call.dtype));
@@ -80,7 +82,7 @@ inline void norm_together(const GroupedHeads &call, const char *row, float *head
   for (int h = 0; h < call.num_kv_heads; ++h) {
     for (int i = 0; i <= call.group_heads; ++i) {
       const std::int64_t place = (std::int64_t{h} * (call.group_heads + 2) + i) * call.head_dim;
-      load_head(call.dtype, row + place * size, call.head_dim, head);
+      load_head<kDtype>(row + place * size, call.head_dim, head);
       Vec::F &squares = i < call.group_heads ? query_squares : key_squares;
       squares = add_squares(head, call.head_dim, squares);
     }
@@ -90,21 +92,22 @@ inline void norm_together(const GroupedHeads &call, const char *row, float *head
   *keys = inverse_root(key_squares, num_keys, call.norm_eps);
 }
 
-// memory: 2 * padded(head_dim) floats.
-void prepare_grouped(const GroupedHeads &call, std::int64_t row, float *memory) {
+// memory: padded(head_dim) floats, and 16 more.
+template <Dtype kDtype>
+void prepare_grouped_as(const GroupedHeads &call, std::int64_t row, float *memory) {
   const int group = call.group_heads, dim = call.head_dim;
   const auto size = static_cast<std::int64_t>(size_of(call.dtype));
-  float *head = memory, *buffer = memory + padded(dim);
+  float *head = memory;
   char *first = static_cast<char *>(call.rows) + row * call.row_stride * size;
   char *entry =
       static_cast<char *>(call.entries) + call.slots[row] * call.num_kv_heads * 2 * dim * size;
   float of_queries = 0.0f, of_keys = 0.0f;
   const bool together = call.norm_weight != nullptr && call.norm_together;
-  if (together) norm_together(call, first, head, &of_queries, &of_keys);
+  if (together) norm_together<kDtype>(call, first, head, &of_queries, &of_keys);
   for (int h = 0; h < call.num_kv_heads; ++h) {
     for (int i = 0; i < group + 2; ++i) {
       char *place = first + (std::int64_t{h} * (group + 2) + i) * dim * size;
-      load_head(call.dtype, place, dim, head);
+      load_head<kDtype>(place, dim, head);
       const bool value = i == group + 1;
       if (call.norm_weight != nullptr && !value) {
         const float factor =
@@ -114,34 +117,45 @@ void prepare_grouped(const GroupedHeads &call, std::int64_t row, float *memory) 
         scale_head(head, dim, factor, call.norm_weight + h * call.norm_stride + i * dim);
       }
       if (call.clip < kInfinity) clip_head(head, dim, call.clip);
-      if (!value) turn_head(call.turns, row, head, buffer);
+      if (!value) turn_head(call.turns, row, head);
       if (i >= group) place = entry + (2 * h + (value ? 1 : 0)) * dim * size;
-      store_head(call.dtype, head, place, dim);
+      store_head<kDtype>(head, place, dim);
     }
   }
 }
 
-// memory: 2 * padded(rank) + 2 * padded(turns.dim) floats.
-void prepare_latent(const LatentHeads &call, std::int64_t row, float *memory) {
+void prepare_grouped(const GroupedHeads &call, std::int64_t row, float *memory) {
+  with_type(call.dtype,
+            [&](auto type) { prepare_grouped_as<decltype(type)::value>(call, row, memory); });
+}
+
+// memory: padded(rank) + padded(turns.dim) floats, and 16 more.
+template <Dtype kDtype>
+void prepare_latent_as(const LatentHeads &call, std::int64_t row, float *memory) {
   const int rank = call.rank, turned = call.turns.dim;
   const auto size = static_cast<std::int64_t>(size_of(call.dtype));
-  float *latent = memory, *head = memory + padded(rank), *buffer = head + padded(turned);
+  float *latent = memory, *head = memory + padded(rank);
   const char *from = static_cast<const char *>(call.latents) + row * call.latent_stride * size;
   char *entry = static_cast<char *>(call.entries) + call.slots[row] * (rank + turned) * size;
-  load_head(call.dtype, from, rank, latent);
+  load_head<kDtype>(from, rank, latent);
   scale_head(latent, rank,
              inverse_root(add_squares(latent, rank, Vec::zero()), rank, call.norm_eps),
              call.norm_weight);
-  store_head(call.dtype, latent, entry, rank);
-  load_head(call.dtype, from + rank * size, turned, head);
-  turn_head(call.turns, row, head, buffer);
-  store_head(call.dtype, head, entry + rank * size, turned);
+  store_head<kDtype>(latent, entry, rank);
+  load_head<kDtype>(from + rank * size, turned, head);
+  turn_head(call.turns, row, head);
+  store_head<kDtype>(head, entry + rank * size, turned);
   char *place = static_cast<char *>(call.rotated) + row * call.rotated_strides[0] * size;
   for (int h = 0; h < call.num_heads; ++h, place += call.rotated_strides[1] * size) {
-    load_head(call.dtype, place, turned, head);
-    turn_head(call.turns, row, head, buffer);
-    store_head(call.dtype, head, place, turned);
+    load_head<kDtype>(place, turned, head);
+    turn_head(call.turns, row, head);
+    store_head<kDtype>(head, place, turned);
   }
+}
+
+void prepare_latent(const LatentHeads &call, std::int64_t row, float *memory) {
+  with_type(call.dtype,
+            [&](auto type) { prepare_latent_as<decltype(type)::value>(call, row, memory); });
 }
 
 }  // namespace

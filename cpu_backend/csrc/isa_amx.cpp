@@ -155,9 +155,16 @@ void amx_gemm(const GemmJob &job) {
   gemm(job);
 }
 
+int amx_tile_panels(const PackedLayout &layout) {
+  const bool tiles = layout.format == Format::kBF16 ||
+                     (layout.format == Format::kInt8 && row_form(layout) == RowForm::kInt8);
+  return tiles ? kTilePanels : tile_panels(layout);
+}
+
 moeserve::Kernels make_amx_table() {
   moeserve::Kernels table = make_table("amx");
   table.gemm = amx_gemm;
+  table.tile_panels = amx_tile_panels;
   table.attention = moeserve::avx512_kernels()->attention;
   return table;
 }

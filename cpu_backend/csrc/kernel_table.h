@@ -14,6 +14,7 @@ constexpr moeserve::Kernels make_table(const char *name) {
   table.name = name;
   table.gemm = gemm;
   table.row_form = row_form;
+  table.tile_panels = tile_panels;
   table.prepare_row = prepare_row;
   table.to_float = to_float;
   table.from_float = from_float;

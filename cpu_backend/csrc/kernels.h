@@ -14,8 +14,12 @@ namespace moeserve {
 enum class Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
 constexpr std::size_t size_of(Dtype dtype) { return dtype == Dtype::kF32 ? 4 : 2; }
 
+// Inputs of int4 whose products with int8 add up to 16 bits: 32 * 8 * 127.
+constexpr int kRunInputs = 32;
+
 // How rows stand ready for products. F32: floats. BF16: for the bf16 dot instruction. Int8: one
-// scale per row, and for every group of the weights -zero * (sum of the row's codes in it).
+// scale per row, and for every group of the weights -zero * (sum of the row's codes in it); behind
+// these, where row_zero is not 0, -row_zero * (sum of all of its codes).
 enum class RowForm : int { kF32 = 0, kBF16 = 1, kInt8 = 2 };
 
 struct RowFormat {
@@ -23,14 +27,17 @@ struct RowFormat {
   int cols;        // K
   int num_groups;  // of the weights, for Int8
   int group_cols;
-  std::int32_t zero;       // of symmetric codes
+  std::int32_t zero;  // of symmetric codes
+  std::int32_t row_zero;
   std::size_t data_bytes;  // of one row, a multiple of 64, padded with zeros
+
+  int num_sums() const { return num_groups + (row_zero == 0 ? 0 : 1); }
 };
 
 // A batch of rows in a RowFormat. sums, scales: Int8 only.
 struct Rows {
   std::uint8_t *data;
-  std::int32_t *sums;  // [rows, num_groups]
+  std::int32_t *sums;  // [rows, num_sums()]
   float *scales;       // [rows]
 };
 
@@ -76,6 +83,8 @@ struct Kernels {
   void (*gemm)(const GemmJob &job);
   // The form in which gemm wants rows for that layout.
   RowForm (*row_form)(const PackedLayout &layout);
+  // Panels that gemm multiplies together where rows are many: whole multiples of it are best.
+  int (*tile_panels)(const PackedLayout &layout);
 
   // One row of x (K numbers) into place `row` of `rows`.
   void (*prepare_row)(const RowFormat &format, Dtype dtype, const void *x, const Rows &rows,

@@ -12,10 +12,15 @@ constexpr std::int64_t kDecodeItemBytes = 128 * 1024;
 constexpr std::int64_t kRowsPerItem = 128;
 constexpr std::int64_t kPanelsPerItem = 12;
 constexpr std::int64_t kItemsPerThread = 4;  // of the rows that stand together
-// Bytes of weights times rows below which the calling thread is done before another has woken.
-constexpr std::int64_t kAloneBytes = 64 * 1024;
+// A thread takes its second item when it starts the first, so with fewer some threads get none.
+constexpr std::int64_t kFewestItemsPerThread = 2;
+constexpr std::int64_t kAloneBytes = 64 * 1024;  // of weights times rows, at most
 
 }  // namespace
+
+bool is_alone(const Matrix &matrix, std::int64_t num_rows) {
+  return static_cast<std::int64_t>(matrix.layout.bytes()) * num_rows < kAloneBytes;
+}
 
 void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x,
             std::int64_t num_rows, std::int64_t x_stride, Dtype y_dtype, void *y,
@@ -29,10 +34,13 @@ void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x
   const bool few = num_rows <= 4;
   const std::int64_t by_bytes =
       kDecodeItemBytes / static_cast<std::int64_t>(layout.panel_bytes) / 4 * 4;
-  const std::int64_t by_threads =
-      layout.num_panels / (kItemsPerThread * runtime.pool.num_threads()) / 2 * 2;
-  const std::int64_t item_panels = few ? std::clamp<std::int64_t>(by_bytes, 4, 64)
-                                       : std::clamp<std::int64_t>(by_threads, 2, kPanelsPerItem);
+  const auto for_each_thread = [&](std::int64_t items) {
+    return layout.num_panels / (items * runtime.pool.num_threads());
+  };
+  const std::int64_t item_panels =
+      few ? std::min(std::clamp<std::int64_t>(by_bytes, 4, 64),
+                     std::max<std::int64_t>(1, for_each_thread(kFewestItemsPerThread)))
+          : std::clamp<std::int64_t>(for_each_thread(kItemsPerThread) / 2 * 2, 2, kPanelsPerItem);
   const std::int64_t panel_items = (layout.num_panels + item_panels - 1) / item_panels;
   const std::int64_t row_items = (num_rows + kRowsPerItem - 1) / kRowsPerItem;
 
@@ -45,9 +53,8 @@ void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x
   const auto panels_at = [&](std::int64_t panel) {
     return matrix.panels + static_cast<std::size_t>(panel) * layout.panel_bytes;
   };
-  const bool alone = static_cast<std::int64_t>(layout.bytes()) * num_rows < kAloneBytes;
   const auto region = [&](Worker &worker) {
-    worker.share(num_rows, [&](std::int64_t row) {
+    worker.share_rows(num_rows, [&](std::int64_t row) {
       kernels.prepare_row(format, x_dtype, static_cast<const std::uint8_t *>(x) + row * x_bytes,
                           rows, row);
     });
@@ -89,7 +96,7 @@ void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x
       }
     });
   };
-  runtime.pool.run(region, alone);
+  runtime.pool.run(region, is_alone(matrix, num_rows));
 }
 
 }  // namespace moeserve

@@ -14,6 +14,9 @@ struct Matrix {
   const float *bias;  // [num_panels * 16], or null
 };
 
+// Whether the calling thread computes that many rows alone: it is done before another has woken.
+bool is_alone(const Matrix &matrix, std::int64_t num_rows);
+
 // x: [num_rows, K], rows `x_stride` numbers apart. y: [num_rows, N] of y_dtype, `y_stride` apart.
 void linear(Runtime &runtime, const Matrix &matrix, Dtype x_dtype, const void *x,
             std::int64_t num_rows, std::int64_t x_stride, Dtype y_dtype, void *y,

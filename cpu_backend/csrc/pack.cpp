@@ -33,7 +33,13 @@ void write_row(const PackedLayout &layout, std::uint8_t *panels, std::int64_t ro
       const std::uint16_t half = to_bf16(row.scales[g]);
       std::memcpy(panel + layout.scale_offset + 2 * at, &half, 2);
     }
-    if (layout.asymmetric) panel[layout.zero_offset + at] = row.zeros[g];
+  }
+  for (std::size_t g = 0; g < row.factors.size(); ++g) {
+    panel[layout.factor_offset + g * kPanelOutputs + lane] =
+        static_cast<std::uint8_t>(row.factors[g]);
+  }
+  for (std::size_t g = 0; g < row.zeros.size(); ++g) {
+    panel[layout.zero_offset + g * kPanelOutputs + lane] = row.zeros[g];
   }
 }
 
@@ -134,7 +140,10 @@ void unpack_row(const PackedLayout &layout, const std::uint8_t *panels, std::int
     int zero = 8;
     if (layout.num_groups > 0) {
       const std::size_t at = static_cast<std::size_t>(k / layout.group_cols) * kPanelOutputs + lane;
-      if (layout.has_float_scales()) {
+      if (layout.has_factors()) {
+        std::memcpy(&scale, panel + layout.scale_offset + 4 * lane, 4);
+        scale *= static_cast<std::int8_t>(panel[layout.factor_offset + at]);
+      } else if (layout.has_float_scales()) {
         std::memcpy(&scale, panel + layout.scale_offset + 4 * at, 4);
       } else {
         std::uint16_t half;

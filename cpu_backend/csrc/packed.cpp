@@ -29,8 +29,10 @@ PackedLayout make_layout(Format format, std::int64_t rows, std::int64_t cols, in
     throw std::invalid_argument("shape: [" + std::to_string(rows) + ", " + std::to_string(cols) +
                                 "]; rows must be 1 to 2^30, columns 1 to 2^24");
   }
-  if (format == Format::kInt8 && cols > kLargestInt8Cols) {
-    throw std::invalid_argument("int8: " + std::to_string(cols) + " inputs; at most 65536");
+  const bool factors = format == Format::kInt4 && !asymmetric;
+  if ((format == Format::kInt8 || factors) && cols > kLargestInt8Cols) {
+    throw std::invalid_argument(std::string(factors ? "int4 without zero points" : "int8") + ": " +
+                                std::to_string(cols) + " inputs; at most 65536");
   }
   if (format == Format::kInt4 && group_cols != 32 && group_cols != 64 && group_cols != 128) {
     throw std::invalid_argument("group: " + std::to_string(group_cols) +
@@ -69,7 +71,9 @@ PackedLayout make_layout(Format format, std::int64_t rows, std::int64_t cols, in
   const std::size_t groups = static_cast<std::size_t>(layout.num_groups);
   layout.scale_offset = static_cast<std::size_t>(layout.num_chunks) * kChunkBytes;
   const std::size_t scale_bytes = layout.has_float_scales() ? 4 : 2;
-  layout.zero_offset = layout.scale_offset + groups * kPanelOutputs * scale_bytes;
+  layout.factor_offset = layout.scale_offset + static_cast<std::size_t>(layout.num_scales()) *
+                                                   kPanelOutputs * scale_bytes;
+  layout.zero_offset = layout.factor_offset + (layout.has_factors() ? groups * kPanelOutputs : 0);
   const std::size_t zeros = asymmetric ? groups * kPanelOutputs : 0;
   layout.panel_bytes = static_cast<std::size_t>(
       round_up(static_cast<std::int64_t>(layout.zero_offset + zeros), kChunkBytes));

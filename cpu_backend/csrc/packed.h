@@ -2,7 +2,7 @@
 //
 // A matrix W [N, K] (outputs by inputs) is cut into panels of 16 outputs. A panel holds all K
 // inputs of its outputs, chunk after chunk of 64 bytes, so that computing 16 outputs is one
-// sequential stream; then its scales, then its zero points. One 64-byte chunk is
+// sequential stream; then its scales, its factors, its zero points. One 64-byte chunk is
 //
 //   f32     [16 outputs]                 of 1 input
 //   bf16    [16 outputs][2 inputs]       as the bf16 dot instructions want it
@@ -14,6 +14,12 @@
 // K is padded with weights of zero to whole chunks and whole groups, N to whole panels. A weight is
 // scale * (code - zero) with one scale per output and group of inputs; the codes of mxfp4 and fp8
 // stand for the values that their formats name.
+//
+// The scales of int4 without zero points are whole multiples of one scale per output: a weight is
+// scale * factor * (code - 8), with a factor of -15 to 15 per group. Then factor * (code - 8) is an
+// int8 weight, and a product is exact in integers until its end. (Two levels of scales, the finer
+// one whole numbers, are those of QServe: Lin et al. 2024, arXiv:2405.04532, section 4.1. Signs and
+// the choice of both by their error, encode_int4.cpp, are not.)
 #pragma once
 
 #include <cstddef>
@@ -27,6 +33,7 @@ constexpr int kNumFormats = 6;
 
 constexpr int kPanelOutputs = 16;
 constexpr int kChunkBytes = 64;
+constexpr int kMostFactor = 15;
 
 constexpr bool is_float(Format f) { return f == Format::kF32 || f == Format::kBF16; }
 constexpr bool is_four_bit(Format f) { return f == Format::kInt4 || f == Format::kMxfp4; }
@@ -61,12 +68,17 @@ struct PackedLayout {
   int num_chunks;    // per panel
   int num_groups;    // 0 for f32 and bf16
   int num_panels;
-  std::size_t scale_offset;  // in a panel; scales are [num_groups][16]: bf16, float for int8, fp8
-  std::size_t zero_offset;   // zero points are [num_groups][16] bytes
-  std::size_t panel_bytes;   // a multiple of 64
+  std::size_t scale_offset;   // in a panel; scales are [num_scales()][16]: bf16, or float
+  std::size_t factor_offset;  // factors are [num_groups][16] int8
+  std::size_t zero_offset;    // zero points are [num_groups][16] bytes
+  std::size_t panel_bytes;    // a multiple of 64
 
   std::size_t bytes() const { return panel_bytes * static_cast<std::size_t>(num_panels); }
-  bool has_float_scales() const { return format == Format::kInt8 || format == Format::kFp8; }
+  bool has_factors() const { return format == Format::kInt4 && !asymmetric; }
+  bool has_float_scales() const {
+    return format == Format::kInt8 || format == Format::kFp8 || has_factors();
+  }
+  int num_scales() const { return has_factors() ? 1 : num_groups; }
   // Whether its panels are read by the same code, from the same kind of rows.
   bool has_panels_of(const PackedLayout &other) const {
     return format == other.format && cols == other.cols && group_cols == other.group_cols &&

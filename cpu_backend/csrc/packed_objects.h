@@ -11,6 +11,7 @@
 #include "bindings.h"
 #include "linear.h"
 #include "moe.h"
+#include "python_lock.h"
 #include "tensor.h"
 
 namespace moeserve {
@@ -49,7 +50,7 @@ class PackedMatrix {
     const std::int64_t x_stride = rows > 1 ? x.stride(0) : 0;
     const std::int64_t out_stride = rows > 1 ? out.stride(0) : 0;
     void *result = out.written("out");
-    const nanobind::gil_scoped_release release;
+    const PythonLockGivenUp without(rows, matrix_.layout.bytes());
     linear(runtime, matrix_, x_dtype, x.data(), rows, x_stride, out_dtype, result, out_stride);
   }
 
@@ -166,7 +167,7 @@ class PackedExperts {
   void run(Runtime &runtime, const Tensor &x, const Tensor &ids, const Tensor &weights,
            const std::optional<Tensor> &wanted, const Tensor &out) const {
     const ExpertJob job = make_job(x, ids, weights, wanted, out);
-    const nanobind::gil_scoped_release release;
+    const PythonLockGivenUp without(job.num_tokens * job.lists[0].top_k, record_bytes_);
     if (job.num_tokens > 0) run_experts(runtime, job);
   }
 

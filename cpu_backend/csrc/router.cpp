@@ -154,7 +154,7 @@ void route(Runtime &runtime, const Matrix &gate, const RouterRule &rule, Dtype d
   }
   runtime.pool.run([&](Worker &worker) {
     RowMemory memory;
-    worker.share(num_rows, [&](std::int64_t row) { one(row, memory); });
+    worker.share_rows(num_rows, [&](std::int64_t row) { one(row, memory); });
   });
 }
 

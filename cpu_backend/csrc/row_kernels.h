@@ -150,6 +150,7 @@ inline void quantize_row(const RowFormat &format, Dtype dtype, const void *x, st
   } else {
     __builtin_memset(codes, 0, format.data_bytes);
   }
+  std::int32_t total = 0;
   for (int g = 0; g < format.num_groups; ++g) {
     const int begin = g * format.group_cols;
     const int end =
@@ -161,7 +162,9 @@ inline void quantize_row(const RowFormat &format, Dtype dtype, const void *x, st
     }
     for (; i < end; ++i) sum += codes[i];
     sums[g] = -format.zero * sum;
+    total += sum;
   }
+  if (format.row_zero != 0) sums[format.num_groups] = -format.row_zero * total;
 }
 
 void prepare_row(const RowFormat &format, Dtype dtype, const void *x, const Rows &rows,
@@ -181,7 +184,7 @@ void prepare_row(const RowFormat &format, Dtype dtype, const void *x, const Rows
     }
     case moeserve::RowForm::kInt8:
       quantize_row(format, dtype, x, reinterpret_cast<std::int8_t *>(data),
-                   rows.sums + row * format.num_groups, rows.scales + row);
+                   rows.sums + row * format.num_sums(), rows.scales + row);
       break;
   }
   // Whole vectors were written; what lies behind them must be zero too.

@@ -49,6 +49,11 @@ inline RowFormat row_format(const Kernels &kernels, const PackedLayout &layout) 
       break;
     case Format::kInt4:
       format.zero = layout.asymmetric ? 1 : 8;
+      if (layout.has_factors()) {  // gemm_factors.h
+        format.group_cols = kRunInputs;
+        format.num_groups = layout.padded_cols / kRunInputs;
+        format.row_zero = 128;
+      }
       break;
     case Format::kMxfp4:
       format.zero = 12;
@@ -70,9 +75,9 @@ class RowBuffer {
  public:
   Rows take(const RowFormat &format, std::int64_t count) {
     const auto rows = static_cast<std::size_t>(count);
-    const auto groups = static_cast<std::size_t>(format.num_groups);
+    const auto sums = static_cast<std::size_t>(format.num_sums());
     return {data_.take<std::uint8_t>(rows * format.data_bytes),
-            sums_.take<std::int32_t>(rows * groups), scales_.take<float>(rows)};
+            sums_.take<std::int32_t>(rows * sums), scales_.take<float>(rows)};
   }
 
  private:
@@ -82,7 +87,7 @@ class RowBuffer {
 inline Rows rows_from(const Rows &rows, const RowFormat &format, std::int64_t first) {
   const auto at = static_cast<std::size_t>(first);
   return {rows.data + at * format.data_bytes,
-          rows.sums + at * static_cast<std::size_t>(format.num_groups), rows.scales + at};
+          rows.sums + at * static_cast<std::size_t>(format.num_sums()), rows.scales + at};
 }
 
 }  // namespace moeserve

@@ -38,8 +38,13 @@ class Worker {
   template <class Body>
   void share(std::int64_t count, const Body &body);
 
-  // The same with body(item, next): the item that this thread will run after it, or -1. It is taken
-  // one item ahead, so that its data can be asked for meanwhile.
+  // The same for rows, some that stand together at a time: the hardware reads ahead from one to the
+  // next.
+  template <class Body>
+  void share_rows(std::int64_t count, const Body &body);
+
+  // As `share`, with body(item, next): the item that this thread will run after it, or -1. It is
+  // taken one item ahead, so that its data can be asked for meanwhile.
   template <class Body>
   void share_ahead(std::int64_t count, const Body &body);
 
@@ -153,6 +158,17 @@ void Worker::share(std::int64_t count, const Body &body) {
     std::uint32_t finished = 0;
     for (std::int64_t item; (item = take()) >= 0; ++finished) body(item);
     return finished;
+  });
+}
+
+template <class Body>
+void Worker::share_rows(std::int64_t count, const Body &body) {
+  constexpr std::int64_t kMost = 8, kItemsPerThread = 4;
+  const std::int64_t wanted = count / (kItemsPerThread * pool_.num_threads());
+  const std::int64_t block = wanted < 1 ? 1 : wanted < kMost ? wanted : kMost;
+  share((count + block - 1) / block, [&](std::int64_t item) {
+    const std::int64_t end = (item + 1) * block < count ? (item + 1) * block : count;
+    for (std::int64_t row = item * block; row < end; ++row) body(row);
   });
 }
 

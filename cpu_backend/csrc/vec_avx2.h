@@ -59,6 +59,13 @@ struct Vec {
     const __m128 h2 = _mm_max_ps(h4, _mm_movehl_ps(h4, h4));
     return _mm_cvtss_f32(_mm_max_ss(h2, _mm_movehdup_ps(h2)));
   }
+  static F first_lanes(F x, int count, F y) {
+    const __m256i all = _mm256_set1_epi32(count), lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i a = _mm256_cmpgt_epi32(all, lanes);
+    const __m256i b = _mm256_cmpgt_epi32(all, _mm256_add_epi32(lanes, _mm256_set1_epi32(8)));
+    return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(a)),
+            _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(b))};
+  }
 
   static F load_bf16(const std::uint16_t *p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
   static void store_bf16(std::uint16_t *p, F x) {
@@ -186,6 +193,43 @@ struct Vec {
     return {_mm256_madd_epi16(x.a, factor), _mm256_madd_epi16(x.b, factor)};
   }
 
+  static I load_s8_low(const std::int8_t *p) {
+    const I own = load_s8_wide(p);
+    const __m256i mask = _mm256_set1_epi32(0xffff);
+    return {_mm256_and_si256(own.a, mask), _mm256_and_si256(own.b, mask)};
+  }
+  static F load_s8(const std::int8_t *p) { return to_float(load_s8_wide(p)); }
+  static I mul_add_small(I acc, I x, I y) {
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(x.a, y.a)),
+            _mm256_add_epi32(acc.b, _mm256_madd_epi16(x.b, y.b))};
+  }
+
+  struct Factor {
+    I turn, low, high, offset;
+  };
+  static Factor load_factor(const std::int8_t *p) {
+    const I own = load_s8_wide(p);
+    Factor f;
+    factor_of(own.a, f.turn.a, f.low.a, f.high.a, f.offset.a);
+    factor_of(own.b, f.turn.b, f.low.b, f.high.b, f.offset.b);
+    return f;
+  }
+  static void scale_nibbles(I raw, const Factor &f, I &low, I &high) {
+    const __m256i low_mask = _mm256_set1_epi8(0x0f);
+    const __m256i high_mask = _mm256_set1_epi8(static_cast<char>(0xf0));
+    const auto low_bytes = [&](__m256i codes, __m256i factor, __m256i offset) {
+      const __m256i own = _mm256_and_si256(codes, low_mask);
+      return _mm256_add_epi8(_mm256_mullo_epi16(own, factor), offset);
+    };
+    const auto high_bytes = [&](__m256i codes, __m256i factor, __m256i offset) {
+      const __m256i own = _mm256_and_si256(codes, high_mask);
+      return _mm256_add_epi8(_mm256_mulhi_epu16(own, factor), offset);
+    };
+    const I codes = {_mm256_xor_si256(raw.a, f.turn.a), _mm256_xor_si256(raw.b, f.turn.b)};
+    low = {low_bytes(codes.a, f.low.a, f.offset.a), low_bytes(codes.b, f.low.b, f.offset.b)};
+    high = {high_bytes(codes.a, f.high.a, f.offset.a), high_bytes(codes.b, f.high.b, f.offset.b)};
+  }
+
   // Never run: kHasBf16Dot is false.
   static F bf16_dot(F acc, I, const std::uint16_t *) { return acc; }
 
@@ -194,6 +238,21 @@ struct Vec {
   }
 
  private:
+  static I load_s8_wide(const std::int8_t *p) {
+    const __m128i bytes = load16(p);
+    return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+  }
+  static void factor_of(__m256i own, __m256i &turn, __m256i &low, __m256i &high, __m256i &offset) {
+    const __m256i first = _mm256_set_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0, 0x0c0c0c0c,
+                                           0x08080808, 0x04040404, 0);
+    const __m256i bytes = _mm256_shuffle_epi8(own, first);
+    const __m256i size = _mm256_abs_epi8(bytes);
+    turn = _mm256_srai_epi16(bytes, 15);
+    low = _mm256_and_si256(size, _mm256_set1_epi16(0xff));
+    high = _mm256_slli_epi16(size, 12);
+    const __m256i zero = _mm256_sub_epi8(_mm256_slli_epi16(size, 3), _mm256_and_si256(size, turn));
+    offset = _mm256_sub_epi8(_mm256_set1_epi8(static_cast<char>(128)), zero);
+  }
   static __m128i load16(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
   static __m256 widen_bf16(const std::uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load16(p)), 16));

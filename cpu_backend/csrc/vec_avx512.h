@@ -46,6 +46,10 @@ struct Vec {
     return _mm_cvtss_f32(_mm_add_ss(h2, _mm_movehdup_ps(h2)));
   }
   static float largest(F a) { return _mm512_reduce_max_ps(a); }
+  // `count` lanes of a, the others of b.
+  static F first_lanes(F a, int count, F b) {
+    return _mm512_mask_mov_ps(b, static_cast<__mmask16>((1u << count) - 1), a);
+  }
 
   static F load_bf16(const std::uint16_t *p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
@@ -160,6 +164,54 @@ struct Vec {
   // a * b per lane, for b within 16 bits and a within 0..255.
   static I mul_small(I a, std::int32_t b) {
     return _mm512_madd_epi16(a, _mm512_set1_epi32(b & 0xffff));
+  }
+
+  // 16 signed bytes, widened to 16 bits, zeros above.
+  static I load_s8_low(const std::int8_t *p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    return _mm512_and_si512(_mm512_cvtepi8_epi32(bytes), _mm512_set1_epi32(0xffff));
+  }
+  static F load_s8(const std::int8_t *p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    return to_float(_mm512_cvtepi8_epi32(bytes));
+  }
+  // acc + a * b per lane, for a within 16 bits and b of load_s8_low.
+  static I mul_add_small(I acc, I a, I b) {
+#if defined(__AVX512VNNI__)
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+#else
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+  }
+
+  // A factor f of -15 to 15 for all four bytes of each lane, in the form that `scale_nibbles`
+  // wants. Its sign turns codes round: f * (code - 8) = -f * ((15 - code) - 7).
+  struct Factor {
+    I turn;       // 15 - code where ones
+    I low, high;  // |f|, and |f| << 12, in words
+    I offset;     // 128 - |f| * 8, or 7
+  };
+  static Factor load_factor(const std::int8_t *p) {
+    const I own = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    const I first = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
+    const I bytes = _mm512_shuffle_epi8(own, first);
+    const I size = _mm512_abs_epi8(bytes), turn = _mm512_srai_epi16(bytes, 15);
+    const I zero = _mm512_sub_epi8(_mm512_slli_epi16(size, 3), _mm512_and_si512(size, turn));
+    return {turn, _mm512_and_si512(size, _mm512_set1_epi16(0xff)), _mm512_slli_epi16(size, 12),
+            _mm512_sub_epi8(_mm512_set1_epi8(static_cast<char>(128)), zero)};
+  }
+  // A chunk of nibbles to bytes of f * (code - 8) + 128: inputs 0-3, inputs 4-7.
+  static void scale_nibbles(I raw, const Factor &f, I &low, I &high) {
+    constexpr int kTurnAndMask = 0x28;  // (a ^ b) & c
+    const I low_codes =
+        _mm512_ternarylogic_epi32(raw, f.turn, _mm512_set1_epi8(0x0f), kTurnAndMask);
+    const I high_codes = _mm512_ternarylogic_epi32(
+        raw, f.turn, _mm512_set1_epi8(static_cast<char>(0xf0)), kTurnAndMask);
+    // Two codes in a word: their products with |f| stay in their own bytes. The higher half of that
+    // with |f| << 12 has the codes' own 4 bits shifted out.
+    low = _mm512_add_epi8(_mm512_mullo_epi16(low_codes, f.low), f.offset);
+    high = _mm512_add_epi8(_mm512_mulhi_epu16(high_codes, f.high), f.offset);
   }
 
   // acc + two products of bf16 numbers per lane; where kHasBf16Dot is false, never run.

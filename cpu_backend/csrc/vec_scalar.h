@@ -76,6 +76,9 @@ struct Vec {
     for (int i = 1; i < kLanes; ++i) best = best > a.v[i] ? best : a.v[i];
     return best;
   }
+  static F first_lanes(const F &a, int count, const F &b) {
+    return each([&](int i) { return i < count ? a.v[i] : b.v[i]; });
+  }
 
   static F load_bf16(const std::uint16_t *p) {
     return each([&](int i) { return from_bits(static_cast<std::uint32_t>(p[i]) << 16); });
@@ -187,6 +190,41 @@ struct Vec {
   }
   static I mul_small(const I &a, std::int32_t b) {
     return ieach([&](int i) { return a.v[i] * static_cast<std::uint32_t>(b); });
+  }
+
+  static I load_s8_low(const std::int8_t *p) {
+    return ieach([&](int i) { return static_cast<std::uint32_t>(p[i]) & 0xffffu; });
+  }
+  static F load_s8(const std::int8_t *p) {
+    return each([&](int i) { return static_cast<float>(p[i]); });
+  }
+  static I mul_add_small(const I &acc, const I &a, const I &b) {
+    return ieach([&](int i) {
+      return acc.v[i] + a.v[i] * static_cast<std::uint32_t>(static_cast<std::int16_t>(b.v[i]));
+    });
+  }
+
+  struct Factor {
+    std::int32_t v[kLanes];
+  };
+  static Factor load_factor(const std::int8_t *p) {
+    Factor f;
+    for (int i = 0; i < kLanes; ++i) f.v[i] = p[i];
+    return f;
+  }
+  static void scale_nibbles(const I &raw, const Factor &f, I &low, I &high) {
+    const auto scaled = [&](int shift) {
+      return ieach([&](int i) {
+        std::uint32_t out = 0;
+        for (int b = 0; b < 32; b += 8) {
+          const auto code = static_cast<std::int32_t>((raw.v[i] >> (b + shift)) & 15u);
+          out |= (static_cast<std::uint32_t>(f.v[i] * (code - 8) + 128) & 0xffu) << b;
+        }
+        return out;
+      });
+    };
+    low = scaled(0);
+    high = scaled(4);
   }
 
   static F bf16_dot(const F &acc, const I &raw, const std::uint16_t *pair) {

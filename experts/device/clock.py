@@ -84,7 +84,7 @@ class ModelledClock(EmulatedClock):
     """
 
     def __init__(self, rest_of_layer_us: float) -> None:
-        """rest_of_layer_us: attention and all else of a layer, on the device that is emulated."""
+        """rest_of_layer_us: attention and all else of a layer that is no expert, on the device."""
         self.rest_of_layer_us = rest_of_layer_us
         self._now_us = 0.0
 

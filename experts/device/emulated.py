@@ -82,6 +82,26 @@ class EmulatedDevice:
         self.link.advance(self.clock.now_us())
         return self.link.left_us(layer)
 
+    def link_left_us(self) -> float:
+        """Until the link has made all copies that it was asked for."""
+        return self.link.all_left_us(self.clock.now_us())
+
+    def begin_layer(self, layer: int) -> None:
+        """Submits its shared experts: their time alone, for who runs them is not the executor."""
+        us = self._layers[layer].costs.shared_us
+        if us:
+            start_us = self._begin(self._layers[layer].costs)
+            self._free_us = start_us + us
+            self.busy_us += us
+            self.watch.timeline.add(
+                "shared experts",
+                "device",
+                start_us / 1e6,
+                self._free_us / 1e6,
+                EMULATED,
+                layer=layer,
+            )
+
     def submit(
         self,
         parts: NativeParts,
@@ -119,8 +139,7 @@ class EmulatedDevice:
     ) -> None:
         """Puts the work on the device's timeline, and writes down the reads of slots."""
         costs = layer.costs
-        now_us = max(self.clock.now_us(), self._free_us) + costs.device_start_us
-        self.busy_us += costs.device_start_us
+        now_us = self._begin(costs)
         for expert in experts:
             key = ExpertKey(slots.layer, expert)
             start_us = max(now_us, self.link.arrives_us(key))
@@ -133,6 +152,13 @@ class EmulatedDevice:
             )
             self.guard.read(slots.slots[expert], key, start_us, now_us)
         self._free_us = now_us
+
+    def _begin(self, costs: CostModel) -> float:
+        """When work that is submitted now begins: launching it is hidden by work before it."""
+        now_us = self.clock.now_us()
+        start_us = max(now_us + costs.device_start_us, self._free_us)
+        self.busy_us += start_us - max(now_us, self._free_us)
+        return start_us
 
     def _copy(self, key: ExpertKey) -> tuple[int, float]:
         """Bytes and time of a copy."""

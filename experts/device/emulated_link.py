@@ -128,6 +128,11 @@ class EmulatedLink:
             key.expert: copy.left_us for key, copy in self._waiting.items() if key.layer == layer
         }
 
+    def all_left_us(self, now_us: float) -> float:
+        """Until everything that was ordered has moved, if no more is."""
+        self.advance(now_us)
+        return self._now_us - now_us + sum(copy.left_us for copy in self._waiting.values())
+
     def _finish(self, copy: _Copy) -> None:
         self._move(copy, copy.left_us)
 

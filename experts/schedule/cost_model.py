@@ -42,8 +42,9 @@ class CostModel:
     """Times of one kind of expert, in microseconds (DESIGN, invariant 8: measured, no literals).
 
     cpu, device: of one further expert in a job, by rows. cpu_start_us: what the first expert on the
-    CPU costs beyond a further one. link, disk: of a transfer alone, by bytes. device, link, disk
-    are None where the machine has none. expert_bytes: of one record.
+    CPU costs beyond a further one. shared_us: of a layer's shared experts, which the device runs
+    before its routed ones, whatever is placed there. link, disk: of a transfer alone, by bytes.
+    device, link, disk are None where the machine has none. expert_bytes: of one record.
     """
 
     expert_bytes: int
@@ -51,6 +52,7 @@ class CostModel:
     cpu_start_us: float
     device: Curve | None = None
     device_start_us: float = 0.0
+    shared_us: float = 0.0
     link: Curve | None = None
     disk: Curve | None = None
 
@@ -82,6 +84,16 @@ class CostModel:
             link=Curve([p.num_bytes for p in link], [p.us.value for p in link]) if link else None,
             disk=disk_curve(profile.disk) if profile.disk else None,
         )
+
+    @property
+    def device_begins_us(self) -> float:
+        """Before the first routed expert on the device."""
+        return self.device_start_us + self.shared_us
+
+    @property
+    def device_least_us(self) -> float:
+        """Of a layer with no routed expert on the device."""
+        return self.device_begins_us if self.shared_us else 0.0
 
     def cpu_us(self, num_rows: int) -> float:
         """One more expert on that many rows by the CPU backend."""

@@ -72,7 +72,7 @@ def fill_from_disk(costs: CostModel, active: Active, link_price_us: float = 0.0)
     read_us = costs.disk_us(costs.expert_bytes) if active.on_disk else 0.0
     staying_us = sum([device[rows] for rows in active.on_device_only])
     # [m], [k], [x], and [k, x]
-    own_us = costs.device_start_us + staying_us + _sums(device, active.on_device)
+    own_us = costs.device_begins_us + staying_us + _sums(device, active.on_device)
     run_us, waiting_us = _as_fetched(costs, active, read_us)
     own_cpu_us = _rest(costs.cpu, active.on_device)
     fetched_cpu_us = _rest(costs.cpu, active.in_host)
@@ -82,7 +82,7 @@ def fill_from_disk(costs: CostModel, active: Active, link_price_us: float = 0.0)
     # [m, k, x]
     device_us = run_us + np.maximum(own_us[:, None, None], waiting_us)
     if not active.on_device_only:
-        device_us[0, 0, 0] = 0.0
+        device_us[0, 0, 0] = costs.device_least_us
     work_us = own_cpu_us[:, None, None] + fetched_cpu_us[:, None] + read_cpu_us
     cpu_us = costs.cpu_start_us + np.maximum(work_us, late_us)
     cpu_us[-1, -1, -1] = 0.0

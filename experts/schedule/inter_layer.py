@@ -7,10 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from moeserve.cache.expert_cache import ExpertCache, ExpertState, Load, Tier
+from moeserve.cache.expert_cache import ExpertCache, ExpertState, Load
+from moeserve.cache.numbering import Numbers
 from moeserve.core import ExpertKey, Placement
 from moeserve.experts.schedule.intra_layer import SimulatedPlacement
 from moeserve.predictors.base import Prediction
@@ -21,13 +24,22 @@ PERIOD_WEIGHT = 1 / 16
 PRICE_WEIGHT = 1 / 8
 
 
-def whatever(key: ExpertKey) -> bool:
+#: by experts' numbers [n]: which of them the source has, [n]
+WhichBegin: TypeAlias = Callable[[Numbers], NDArray[np.bool_]]
+
+
+def whatever(numbers: Numbers) -> NDArray[np.bool_]:
     """A source that has every expert."""
-    return True
+    return np.ones(len(numbers), np.bool_)
 
 
 class InterLayerScheduler(ABC):
     """Turns predictions into prefetches."""
+
+    def looks_ahead(self, layer: int) -> bool:
+        """Whether it wants to be told what follows after `layer`, which is about to run: predicting
+        takes time. Once a step for every layer, before `prefetch`."""
+        return True
 
     @abstractmethod
     def prefetch(self, prediction: Prediction, protect: Placement) -> None:
@@ -37,6 +49,9 @@ class InterLayerScheduler(ABC):
 
 class ResidentPrefetch(InterLayerScheduler):
     """Everything is in the fast tier already: there is nothing to bring."""
+
+    def looks_ahead(self, layer: int) -> bool:
+        return False
 
     def prefetch(self, prediction: Prediction, protect: Placement) -> None:
         """Nothing is absent, so no prediction can name anything to move."""
@@ -70,10 +85,6 @@ class ImpactPrefetch(InterLayerScheduler):
     - What cannot arrive before its layer is worth less by the time it is late.
     - The link is kept busy until the next call and no longer: that one knows more.
 
-    What is left of the link then goes to the experts that the CPU ran because they were absent, if
-    the cache's policy holds them for worth more than what would have to go: a tier in which a miss
-    costs no fetch would otherwise never learn.
-
     To be called before the layer of `protect` runs, so that the link moves beside it.
     """
 
@@ -84,11 +95,11 @@ class ImpactPrefetch(InterLayerScheduler):
         start: Callable[[tuple[Load, ...]], None],
         depth: Callable[[int], int],
         clock: Callable[[], float] = time.perf_counter,
-        can_begin: Callable[[ExpertKey], bool] = whatever,
+        can_begin: WhichBegin = whatever,
     ) -> None:
         """start: hands loads to whoever moves bytes, as prefetches. depth: for how many layers
-        after the given one predictions are followed. clock: in seconds. can_begin: whether the
-        source has the expert; what it has not is left alone."""
+        after the given one predictions are followed. clock: in seconds. can_begin: which
+        experts the source has; what it has not is left alone."""
         self._cache = cache
         self._intra = intra
         self._start = start
@@ -110,15 +121,15 @@ class ImpactPrefetch(InterLayerScheduler):
         if busy_us >= period_us:
             return
         room = ceil((period_us - busy_us) / fetch_us)
-        candidates = self._candidates(prediction, layer, period_us)
+        candidates = self._candidates(prediction, layer, period_us, period_us)
         chosen, price_us = choose(candidates, busy_us, fetch_us, room)
         self._intra.link_price_us += PRICE_WEIGHT * (price_us - self._intra.link_price_us)
         if chosen:
             self._begin([candidate.key for candidate in chosen], protect)
-        if len(chosen) < room and self._cache.tier is Tier.DEVICE:
-            run_for_want = [ExpertKey(layer, e) for e in protect.on_cpu]
-            there = [key for key in run_for_want if self._can_begin(key)]
-            self._begin(there[: room - len(chosen)], protect)
+
+    def saved_us(self, layer: int) -> float:
+        """Of the layer's time, by a prefetched expert that is used and has arrived."""
+        return self._intra.fetch_us(layer)
 
     def _begin(self, keys: Sequence[ExpertKey], protect: Placement) -> None:
         loads = self._cache.prefetch(keys, protect)
@@ -154,16 +165,19 @@ class ImpactPrefetch(InterLayerScheduler):
         self._called_s = now_s
 
     def _candidates(
-        self, prediction: Prediction, layer: int, period_us: float
+        self, prediction: Prediction, layer: int, next_us: float, period_us: float
     ) -> list[list[Candidate]]:
-        """By predicted layer: what is absent, likeliest first, as far as it gains anything."""
+        """By predicted layer: what is absent, likeliest first, as far as it gains anything.
+
+        next_us: until the next layer. period_us: from there from one to the next.
+        """
         found = []
         most = self._depth(layer)
         for later, probabilities in prediction.probabilities.items():
             distance = (self._rank[later] - self._rank[layer]) % len(self._rank) or len(self._rank)
             if distance <= most:
                 chances = probabilities.numpy()
-                of_layer = self._of_layer(later, chances, distance * period_us)
+                of_layer = self._of_layer(later, chances, next_us + (distance - 1) * period_us)
                 if of_layer:
                     found.append(of_layer)
         return found
@@ -179,13 +193,14 @@ class ImpactPrefetch(InterLayerScheduler):
         by_chance = (-chances).argsort(kind="stable").tolist()
         wanted = by_chance[:num_wanted]
         num_absent = sum(slots[e] < 0 for e in wanted)
+        in_source = self._can_begin(self._cache.numbers.of(layer, range(len(slots)))).tolist()
         rows = self._intra.rows_per_expert
         found: list[Candidate] = []
         for expert in by_chance:
             chance = chance_of[expert]
             if chance <= at_random:
                 break
-            if slots[expert] >= 0 or not self._can_begin(ExpertKey(layer, expert)):
+            if slots[expert] >= 0 or not in_source[expert]:
                 continue
             # As if the likelier ones had been brought; beyond the wanted, as if it took the place
             # of one that is there.

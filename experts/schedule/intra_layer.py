@@ -20,6 +20,16 @@ from moeserve.experts.schedule.timeline import fill, run_as_fetched_us
 Loading: TypeAlias = Callable[[int], Mapping[int, float]]
 
 
+#: by layer and experts: what each of them is worth for later uses if it is fetched now, beyond what
+#: would lose its slot, in microseconds
+KeptUs: TypeAlias = Callable[[int, Sequence[int]], Sequence[float]]
+
+
+def nothing_is_kept(layer: int, experts: Sequence[int]) -> Sequence[float]:
+    """Where nobody says what later uses are worth."""
+    return [0.0] * len(experts)
+
+
 def nothing_is_loading(layer: int) -> Mapping[int, float]:
     """For a mover that does not say: experts on their way count as absent."""
     return {}
@@ -60,7 +70,8 @@ class ResidentPlacement(IntraLayerScheduler):
 class SimulatedPlacement(IntraLayerScheduler):
     """A placement whose duration can be told beforehand, as the inter-layer scheduler needs it.
 
-    costs: by layer. rows_per_expert: of the layer that was placed last, over its active experts.
+    costs: by layer. rows_per_expert, placed_us: of the layer that was placed last, over its active
+    experts, and how long it takes as placed.
     layer_us(layer, num_resident, num_absent, rows): duration of a layer with so many active experts
     of either kind and that many rows each; the last few thousand answers are kept.
     """
@@ -68,7 +79,9 @@ class SimulatedPlacement(IntraLayerScheduler):
     def __init__(self, costs: Mapping[int, CostModel]) -> None:
         self.costs = costs
         self.rows_per_expert = 1
+        self.placed_us = 0.0
         self.link_price_us = 0.0
+        self.kept_us: KeptUs = nothing_is_kept
         self.layer_us = lru_cache(maxsize=4096)(self._layer_us)
 
     def _layer_us(self, layer: int, num_resident: int, num_absent: int, rows: int) -> float:
@@ -101,7 +114,8 @@ class SimulatedPlacement(IntraLayerScheduler):
 class TimelinePlacement(SimulatedPlacement):
     """Device over host: fills CPU, link and device so that the layer is over first (`fill`).
 
-    link_price_us: what a fetch must save to be worth the link; the inter-layer scheduler sets it.
+    link_price_us: what a fetch must save to be worth the link, now or later; kept_us: what it saves
+    later. The inter-layer scheduler sets both.
     """
 
     def __init__(
@@ -113,14 +127,15 @@ class TimelinePlacement(SimulatedPlacement):
 
     def place(self, use: LayerUse, residency: Residency) -> Placement:
         resident, absent = self._split(use, residency)
+        price_us = self._price_us(use.layer, absent)
         coming = self._loading(use.layer) if absent else {}
         loading_us = first_coming(absent, coming)
-        m, k, _ = fill(
+        m, k, self.placed_us = fill(
             self.costs[use.layer],
             [-rows for rows, _ in resident],
             [-rows for rows, _ in absent],
             loading_us,
-            self.link_price_us,
+            price_us,
         )
         return Placement(
             use.layer,
@@ -128,6 +143,16 @@ class TimelinePlacement(SimulatedPlacement):
             fetch_first=tuple([e for _, e in absent[:k]]),
             on_cpu=tuple([e for _, e in resident[m:]] + [e for _, e in absent[k:]]),
         )
+
+    def _price_us(self, layer: int, absent: list[tuple[int, int]]) -> float:
+        """What a fetch must save now: less, as it is worth something for later. Of those with as
+        many rows, what is worth most comes first."""
+        if not absent:
+            return self.link_price_us
+        kept_us = self.kept_us(layer, [expert for _, expert in absent])
+        worth_us = dict(zip(absent, kept_us, strict=True))
+        absent.sort(key=lambda entry: (entry[0], -worth_us[entry], entry[1]))
+        return max(0.0, self.link_price_us - max(kept_us))
 
     def fetch_us(self, layer: int) -> float:
         costs = self.costs[layer]
@@ -142,11 +167,11 @@ class TimelinePlacement(SimulatedPlacement):
 def first_coming(absent: list[tuple[int, int]], coming: Mapping[int, float]) -> list[float]:
     """Puts first what arrives first, and says how long the copies take that are under way.
 
-    absent: (-rows, expert), most rows first. coming: by expert.
+    absent: (-rows, expert), most rows first, which is kept among others. coming: by expert.
     """
     if not coming:
         return []
-    absent.sort(key=lambda entry: (coming.get(entry[1], inf), entry))
+    absent.sort(key=lambda entry: coming.get(entry[1], inf))
     return [coming[expert] for _, expert in absent if expert in coming]
 
 

@@ -41,6 +41,7 @@ class PlacementOverDisk(TimelinePlacement):
     def place(self, use: LayerUse, residency: Residency) -> Placement:
         in_host = self._host(use.layer).ready
         resident, absent = self._split(use, residency)
+        price_us = self._price_us(use.layer, absent)
         self.reads.rows_per_expert = self.rows_per_expert
         coming = self._loading(use.layer) if absent else {}
         staying = [entry for entry in resident if entry[1] not in in_host]
@@ -55,7 +56,7 @@ class PlacementOverDisk(TimelinePlacement):
             on_disk=_rows(to_read),
             loading_us=loading_us,
         )
-        m, k, x, _ = self._fill(self.costs[use.layer], active)
+        m, k, x, self.placed_us = self._fill(self.costs[use.layer], active, price_us)
         return Placement(
             use.layer,
             on_device=_experts(staying + movable[:m]),
@@ -63,16 +64,16 @@ class PlacementOverDisk(TimelinePlacement):
             on_cpu=_experts(movable[m:] + to_fetch[k:] + to_read[x:]),
         )
 
-    def _fill(self, costs: CostModel, active: Active) -> DiskFill:
+    def _fill(self, costs: CostModel, active: Active, price_us: float) -> DiskFill:
         if active.on_disk:
-            return fill_from_disk(costs, active, self.link_price_us)
+            return fill_from_disk(costs, active, price_us)
         # The same, in a tenth of the time: in most layers nothing has to be read.
         m, k, us = fill(
             costs,
             active.on_device,
             active.in_host,
             active.loading_us,
-            self.link_price_us,
+            price_us,
             active.on_device_only,
         )
         return DiskFill(m, k, 0, us)

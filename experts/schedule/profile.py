@@ -1,4 +1,4 @@
-"""What one machine's parts cost: the calibration profile, as read and written.
+"""What one machine's parts cost: the calibration profile. Files: profile_file.py.
 
 `moeserve calibrate` measures a profile, the layer scheduler and the throughput predictor read it. A
 profile holds measured points and their spread, never a fitted model: how to go from points to costs
@@ -9,19 +9,12 @@ the same form, and say so (`source`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
-from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 import msgspec
 
-from moeserve.core import ConfigError, ExpertSpec
-
-#: to be raised when a field of the profile changes its meaning
-PROFILE_VERSION = 4
-#: where the package keeps profiles of machines that are not at hand
-SHIPPED = files("moeserve") / "planner" / "profiles"
+from moeserve.core import ExpertSpec
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,6 +33,12 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for name in ("value", "spread", "interval"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must not be negative")
+
+
+def _check_rate(name: str, rate: Figure) -> None:
+    """ValueError for a rate by which nothing ever ends."""
+    if not rate.value > 0:
+        raise ValueError(f"{name} {rate.value} must be above 0")
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,6 +61,9 @@ class ReadRate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kernel: str
     num_threads: int
     bytes_per_s: Figure
+
+    def __post_init__(self) -> None:
+        _check_rate("bytes_per_s", self.bytes_per_s)
 
 
 class ExpertCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,7 +93,8 @@ class ExpertCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class ProductCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Picoseconds that a linear layer takes for each of its weights, by the rows it multiplies.
 
-    weights: a `PackFormat.describe()`. rows: ascending.
+    weights: a `PackFormat.describe()`, or a dtype and "per head": what latent attention multiplies
+    head by head, with torch. rows: ascending.
     """
 
     weights: str
@@ -129,6 +132,10 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     start_us: Figure
     expert_curves: list[ExpertCurve] = []
     product_curves: list[ProductCurve] = []
+
+    def __post_init__(self) -> None:
+        for name, rate in self.ops_per_s.items():
+            _check_rate(f"ops_per_s of {name}", rate)
 
     def best_read(self, kernel: str = "read") -> ReadRate | None:
         """The highest rate of a kernel over the numbers of threads."""
@@ -171,6 +178,9 @@ class DiskPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     block_bytes: int
     queue_depth: int
     bytes_per_s: Figure
+
+    def __post_init__(self) -> None:
+        _check_rate("bytes_per_s", self.bytes_per_s)
 
 
 class AttentionPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -260,32 +270,6 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     steps: StepFigures | None = None
 
 
-def profile_names() -> list[str]:
-    """Of the profiles that come with the package."""
-    names = (entry.name for entry in SHIPPED.iterdir())
-    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
-
-
-def shipped_profile(name: str) -> Profile:
-    """One of the package's own profiles. ConfigError names those that there are."""
-    if name not in profile_names():
-        known = ", ".join(profile_names())
-        raise ConfigError(f"profile: {name!r} is not one of {known}", field="profile")
-    return decode_profile((SHIPPED / f"{name}.json").read_bytes(), name)
-
-
-def read_profile(path: Path) -> Profile:
-    """ConfigError, naming the file and what is wrong in it, where it is no profile."""
-    try:
-        return decode_profile(path.read_bytes(), str(path))
-    except OSError as error:
-        raise ConfigError(
-            f"profile: {path} cannot be read: {error.strerror}",
-            field="profile",
-            hint="`moeserve calibrate` writes one",
-        ) from error
-
-
 def all_figures(part: object) -> Iterator[Figure]:
     """Every figure of a profile, or of a part of one."""
     if isinstance(part, Figure):
@@ -299,69 +283,3 @@ def all_figures(part: object) -> Iterator[Figure]:
     elif isinstance(part, list):
         for value in part:
             yield from all_figures(value)
-
-
-class _Versioned(msgspec.Struct):
-    version: int
-
-
-def decode_profile(content: bytes, name: str) -> Profile:
-    """name: how errors call it."""
-    again = "measure again with `moeserve calibrate`"
-    try:
-        # First alone: fields of another version would be refused as unknown, which says too little.
-        version = msgspec.json.decode(content, type=_Versioned).version
-        if version != PROFILE_VERSION:
-            raise ConfigError(
-                f"profile: {name} has version {version}, this moeserve reads {PROFILE_VERSION}",
-                field="profile",
-                hint=again,
-            )
-        return msgspec.json.decode(content, type=Profile)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"profile: {name} is no profile: {error}", field="profile", hint=again
-        ) from error
-
-
-def encode_profile(profile: Profile) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(profile)) + b"\n"
-
-
-def check_profile(profile: Profile, here: Hardware, moeserve: str, name: str) -> None:
-    """Raises ConfigError where figures were not measured on this hardware with these kernels.
-
-    Each difference is named. A data sheet's profile is for planning and emulation: it is refused
-    as a description of this machine.
-    """
-    if profile.source != "measured":
-        raise ConfigError(
-            f"profile: {name} comes from data sheets; it does not describe this machine",
-            field="profile",
-            hint="measure this one with `moeserve calibrate`",
-        )
-    differences = _differences(profile.hardware, here)
-    if differences:
-        raise ConfigError(
-            f"profile: {name} is of another machine: {'; '.join(differences)}",
-            field="profile",
-            hint="measure this one with `moeserve calibrate`",
-        )
-    if profile.moeserve != moeserve:
-        raise ConfigError(
-            f"profile: {name} is stale: it was measured with moeserve {profile.moeserve} on"
-            f" {profile.date}, this is {moeserve}",
-            field="profile",
-            hint="measure again with `moeserve calibrate`",
-        )
-
-
-def _differences(there: Hardware, here: Hardware) -> list[str]:
-    # What the kernel leaves of the memory for itself changes with its version.
-    if abs(there.memory_bytes - here.memory_bytes) < 0.05 * here.memory_bytes:
-        here = msgspec.structs.replace(here, memory_bytes=there.memory_bytes)
-    return [
-        f"{field} {getattr(there, field)!r}, here {getattr(here, field)!r}"
-        for field in Hardware.__struct_fields__
-        if getattr(there, field) != getattr(here, field)
-    ]

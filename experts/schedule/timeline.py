@@ -1,9 +1,9 @@
 """Three timelines of one layer and step, CPU, link and device: simulated, and filled.
 
 The model: the CPU runs its experts one after another; the link moves fetched experts one after
-another; the device runs what is resident, then every fetched expert once it has arrived. The layer
-is over when CPU and device are. An expert costs more with more rows on both, and every transfer
-costs the same, since the experts of a layer are alike.
+another; the device runs shared experts and what is resident, then every fetched expert once it has
+arrived. The layer is over when CPU and device are. An expert costs more with more rows on both, and
+every transfer costs the same, since the experts of a layer are alike.
 """
 
 from __future__ import annotations
@@ -61,14 +61,15 @@ def fill(
     if device is None:
         raise ConfigError("profile: it says nothing of a device", field="profile")
     fetch_us = costs.transfer_us(costs.expert_bytes) if absent else 0.0
-    cpu_start_us, device_start_us = costs.cpu_start_us, costs.device_start_us
+    cpu_start_us, least_us = costs.cpu_start_us, costs.device_least_us
     resident_device_us = [device[rows] for rows in resident]
     resident_cpu_us = [cpu[rows] for rows in resident]
     num_resident, num_absent, num_loading = len(resident), len(absent), len(loading_us)
 
     cpu_us = sum([cpu[rows] for rows in absent])  # what the CPU runs, without its start
     # the device, before what is fetched
-    own_us = device_start_us + sum(resident_device_us) + sum([device[rows] for rows in staying])
+    own_us = costs.device_begins_us + sum(resident_device_us)
+    own_us += sum([device[rows] for rows in staying])
     fetched_us = waiting_us = arrived_us = price_us = 0.0
     m = num_resident
     best, best_us = Fill(0, 0, inf), inf
@@ -83,13 +84,13 @@ def fill(
             waiting_us = max(waiting_us, arrived_us - fetched_us)
             fetched_us += device[rows]
             cpu_us -= cpu[rows]
-        device_ends_us = fetched_us + max(own_us, waiting_us) if k or m or staying else 0.0
+        device_ends_us = fetched_us + max(own_us, waiting_us) if k or m or staying else least_us
         start_us = cpu_start_us if k < num_absent or m < num_resident else 0.0
         makespan_us = max(device_ends_us, cpu_us + start_us)
         while m:  # to the CPU with the smallest resident expert, as long as that is shorter
             fewer_us = own_us - resident_device_us[m - 1]
             more_us = cpu_us + resident_cpu_us[m - 1]
-            device_ends_us = 0.0
+            device_ends_us = least_us
             if k or m > 1 or staying:
                 device_ends_us = fetched_us + max(fewer_us, waiting_us)
             shorter_us = max(device_ends_us, more_us + cpu_start_us)
@@ -128,8 +129,8 @@ def makespan_us(
     minimises, step by step. fetched: in the order of transfers."""
     cpu_us = sum(costs.cpu_us(rows) for rows in on_cpu) + (costs.cpu_start_us if on_cpu else 0.0)
     if not on_device and not fetched:
-        return cpu_us
-    busy_us = costs.device_start_us + sum(costs.device_us(rows) for rows in on_device)
+        return max(cpu_us, costs.device_least_us)
+    busy_us = costs.device_begins_us + sum(costs.device_us(rows) for rows in on_device)
     fetch_us = costs.transfer_us(costs.expert_bytes)
     run_us = [costs.device_us(rows) for rows in fetched]
     return max(cpu_us, run_as_fetched_us(fetch_us, run_us, busy_us))

@@ -111,7 +111,7 @@ def read_plan(path: Path, workload: Workload, slo: SloTargets) -> dict[str, Any]
         ) from error
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(
-            f"plan: {path} holds no plan for a workload: {error!r}", field="plan", hint=again
+            f"plan: {path} holds no plan for a workload", field="plan", hint=again
         ) from error
     if not same:
         raise ConfigError(

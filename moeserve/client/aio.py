@@ -120,7 +120,10 @@ class AsyncClient:
         params: max_tokens, temperature, top_k, top_p, min_p, stop, seed, n, logprobs, ... as in
         docs/protocol.md. Use `async with` or run the stream to its end; a stream that is only
         dropped goes on at the server.
+
+        Raises ClientError for a prompt that is no text.
         """
+        wire.check_prompt(prompt)
         fields = {
             "request_id": f"{self._id_prefix}-{next(self._numbers)}",
             "model": model,

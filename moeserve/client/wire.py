@@ -22,6 +22,13 @@ def encode(kind: str, *raw: bytes, **fields: Any) -> list[bytes]:
     header = {"type": kind, **{k: v for k, v in fields.items() if v is not None}}
     try:
         return [VERSION, msgpack.packb(header), *raw]
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(error.object[error.start]):04X}"
+        raise ClientError(
+            f"{kind}: a text has {half} at character {error.start}, half of a surrogate pair",
+            code="invalid_request",
+            hint="send whole characters; text that is read must be UTF-8",
+        ) from error
     except (TypeError, ValueError, OverflowError) as error:
         raise ClientError(f"{kind}: cannot be sent: {error}", code="invalid_request") from error
 
@@ -107,3 +114,14 @@ def _logprobs(given: list[Header] | None) -> tuple[Logprob, ...] | None:
         )
         for one in given
     )
+
+
+def check_prompt(prompt: object) -> None:
+    """ClientError where a prompt is neither a text nor None: other kinds have their own names."""
+    if prompt is not None and not isinstance(prompt, str):
+        raise ClientError(
+            f"prompt: expected a text, got {type(prompt).__name__}",
+            code="invalid_request",
+            field="prompt",
+            hint="send tokens as token_ids=, a conversation as messages=",
+        )

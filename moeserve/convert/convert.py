@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moeserve.convert.calibration import Calibration
 from moeserve.convert.converted import ConvertedLayer, copied, layer_sources
-from moeserve.convert.dense import DenseModel
+from moeserve.convert.dense import EMBEDDING, DenseModel
 from moeserve.convert.glm import make_gate
 from moeserve.convert.measure import judge, measure_perplexity
 from moeserve.convert.methods import LayerSample, Split, split_layer
@@ -27,7 +27,6 @@ from moeserve.convert.workplace import State, Workplace
 from moeserve.core import ModelError
 from moeserve.models.packed_model import config_sha256
 
-EMBEDDING = "model.embed_tokens.weight"
 #: of the work directory, tuning included: what another version left cannot be taken up
 FORMAT = 2
 

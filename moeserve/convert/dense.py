@@ -29,6 +29,7 @@ from moeserve.models.weight_map import WeightRule
 #: what can be converted
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FUSED = ("qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "W_pack")
+EMBEDDING = "model.embed_tokens.weight"
 CPU = torch.device("cpu")
 
 

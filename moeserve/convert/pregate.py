@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moeserve.convert.calibration import Calibration
-from moeserve.convert.pregate_layers import EMBEDDING, WrittenModel
+from moeserve.convert.dense import EMBEDDING
+from moeserve.convert.pregate_layers import WrittenModel
 from moeserve.convert.shards import Source, write_safetensors
 from moeserve.models.packed_model import config_sha256
 from moeserve.predictors.gates import LayerGate

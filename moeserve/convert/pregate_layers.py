@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moeserve.config import ExpertConfig
-from moeserve.convert.dense import CPU
+from moeserve.convert.dense import CPU, EMBEDDING
 from moeserve.convert.run_layers import WindowSteps
 from moeserve.core import ExpertSpec, Routing
 from moeserve.cpu_backend.activations import elementwise_activation
@@ -35,8 +35,6 @@ from moeserve.models.targets import Weight
 from moeserve.models.transformer import MoeFfn
 from moeserve.models.weight_map import WeightRule
 from moeserve.predictors.gates import LayerGate
-
-EMBEDDING = "model.embed_tokens.weight"
 
 #: the router of a layer, by its index, to what routes instead
 Reroute = Callable[[int, Routes], Routes]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moeserve.convert.dense import CPU, DenseModel
+from moeserve.convert.dense import CPU, EMBEDDING, DenseModel
 from moeserve.convert.run_layers import DenseFfn
 from moeserve.convert.settings import MoeShape
 from moeserve.convert.tune_ffn import CutFfn, TunedFfn, Worked
@@ -26,7 +26,6 @@ from moeserve.models.safetensors_file import SafetensorsFile
 from moeserve.models.spec import AttentionSpec
 from moeserve.models.targets import Weight
 
-EMBEDDING = "model.embed_tokens.weight"
 #: logits that are held at once
 HEAD_NUMBERS = 1 << 24
 

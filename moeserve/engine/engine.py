@@ -25,6 +25,7 @@ from moeserve.core import (
 from moeserve.cpu_backend._native import usable_isa_extensions
 from moeserve.cpu_backend.threads import use_threads
 from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
+from moeserve.engine.heap import trim_heap
 from moeserve.engine.host_memory import HostMemory
 from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.kv_sizes import kv_sizes
@@ -115,6 +116,7 @@ class Engine:
         loaded.notes["isa"] = ", ".join(usable_isa_extensions()) or "no vector extension known"
         engine = cls(config, loaded)
         engine.page_mover.start()
+        trim_heap()
         return engine
 
     @property

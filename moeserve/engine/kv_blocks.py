@@ -27,51 +27,24 @@ import heapq
 from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 from moeserve.core import ConfigError
+from moeserve.engine.block_table import AllBlocks, BlockTable, KvRoom
 from moeserve.engine.prefix_index import PrefixIndex, PrefixNode
 
 
-class BlockTable:
-    """The blocks of one sequence.
+class Joining(NamedTuple):
+    """How a waiting table would change who holds what, were it claimed and extended.
 
-    block_ids: held blocks in the order of positions; empty while the sequence waits.
-    path: index nodes of the leading blocks. While holding, `path[i].block_id == block_ids[i]`;
-    while waiting, the prefix that could be reused if the sequence were admitted now.
-    variant: of the kv, which is shared with tables of the same variant only.
+    num_alone: blocks that it alone would hold.
+    num_shared: blocks that one table alone holds now and that it would be the second to hold.
+    holder: index of that table; None where there are no such blocks.
     """
 
-    __slots__ = ("block_ids", "path", "variant")
-
-    def __init__(self) -> None:
-        self.block_ids: list[int] = []
-        self.path: list[PrefixNode] = []
-        self.variant = 0
-
-
-class KvRoom(Protocol):
-    """Has the memory for blocks."""
-
-    @property
-    def extent(self) -> int:
-        """Blocks that may be used now."""
-        ...
-
-    def grow(self, needed: int, preferred: int) -> None:
-        """Makes the extent larger, to `needed` blocks at least. With `preferred` of them no idle
-        block would have to be evicted. Neither is more than the pool has."""
-        ...
-
-
-class AllBlocks:
-    """A pool with memory for all of its blocks, for good."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.extent = num_blocks
-
-    def grow(self, needed: int, preferred: int) -> None:
-        """Nothing: there are no more blocks than these."""
+    num_alone: int
+    num_shared: int
+    holder: int | None
 
 
 class BlockManager:
@@ -134,26 +107,29 @@ class BlockManager:
         fresh = self.blocks_for(num_tokens) - len(table.path)
         return fresh + len(table.path) - self._first_with(table.path, 0)
 
-    def split_shared(
-        self, holders: Sequence[BlockTable], newcomer: BlockTable, num_tokens: int
-    ) -> tuple[int, list[int]]:
-        """How the held blocks would divide if `newcomer` were claimed and extended.
+    def split_shared(self, holders: Sequence[BlockTable]) -> tuple[int, list[int]]:
+        """How many of the held blocks two or more tables share, and how many each holds alone.
 
-        holders: all tables that hold blocks. Returns the number of blocks that two or more tables
-        would share, and per table (the newcomer's last) the number that it alone would hold.
+        holders: all tables that hold blocks.
         """
         alone = [len(table.block_ids) - self._first_with(table.path, 1) for table in holders]
-        shared = self.num_held - sum(alone)
+        return self.num_held - sum(alone), alone
+
+    def joining(
+        self, newcomer: BlockTable, num_tokens: int, holders: Sequence[BlockTable]
+    ) -> Joining:
+        """What claiming `newcomer` and extending it to `num_tokens` would change for `holders`."""
         first, stop = self._first_with(newcomer.path, 1), self._first_with(newcomer.path, 0)
+        holder = None
         if first < stop:
-            # The newcomer would be the second holder of these. One table is the first of them all,
-            # because the holder of the last holds its ancestors.
+            # Who holds the last of these alone holds them all, because it holds its ancestors.
             node = newcomer.path[first]
-            for index, table in enumerate(holders):
-                if first < len(table.path) and table.path[first] is node:
-                    alone[index] -= stop - first
-        alone.append(self.blocks_for(num_tokens) - stop)
-        return shared + stop - first, alone
+            holder = next(
+                index
+                for index, table in enumerate(holders)
+                if first < len(table.path) and table.path[first] is node
+            )
+        return Joining(self.blocks_for(num_tokens) - stop, stop - first, holder)
 
     def _first_with(self, path: list[PrefixNode], references: int) -> int:
         """Index of the first node with at most so many references.

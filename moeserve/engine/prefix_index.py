@@ -44,7 +44,10 @@ class PrefixIndex:
 
     def root(self, variant: int) -> PrefixNode:
         """Where the prefixes of a variant start."""
-        return self._roots.setdefault(variant, PrefixNode(None, (), -1))
+        root = self._roots.get(variant)
+        if root is None:
+            root = self._roots[variant] = PrefixNode(None, (), -1)
+        return root
 
     def match(
         self, token_ids: Sequence[int], max_blocks: int, path: list[PrefixNode], variant: int = 0

@@ -8,14 +8,7 @@ long prompt, prompts fill the compute that decodes leave over).
 Order everywhere is (priority, arrival): smaller priority first, first come first served within
 one. A steady stream of more urgent requests can starve less urgent ones, which is what priorities
 ask for. A running request is not stopped because a more urgent one arrives; priorities decide who
-starts next and who gives way when kv runs out.
-
-A waiting request that kv has no room for, a long prompt mostly, may be overtaken by smaller ones of
-its priority behind it, which would otherwise wait beside room that nobody uses. Everyone is
-overtaken a limited number of times and then starts next, so nobody starves (`SequenceQueue`).
-Backfilling, as batch systems call it (Feitelson and Weil, "Utilization and Predictability in
-Scheduling the IBM SP2 with Backfilling", IPPS 1998), but with a count in place of the reservation
-that theirs makes from the run times that users state.
+starts next (entrance.py) and who gives way when kv runs out.
 
 A sequence gets blocks for all its tokens when it starts, so a prefill never stops half-way for
 want of kv; only decodes grow. When a decode finds no block, the last sequence in order gives up
@@ -26,8 +19,7 @@ of all others, and alone it fits (`add` saw to that): somebody always advances, 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from moeserve.config import SchedulerConfig
 from moeserve.core import (
@@ -41,23 +33,14 @@ from moeserve.core import (
 from moeserve.engine.admission import AdmissionPolicy, check_length, make_admission
 from moeserve.engine.batch import ScheduledBatch, ScheduledChunk, StepResult
 from moeserve.engine.deadlines import Deadlines
-from moeserve.engine.decode_groups import PredictedExperts, make_decode_groups
+from moeserve.engine.decode_groups import PredictedExperts
+from moeserve.engine.decodes import Decodes
 from moeserve.engine.deltas import end_delta, token_delta
+from moeserve.engine.entrance import Entrance
 from moeserve.engine.kv_blocks import BlockManager
+from moeserve.engine.request_counts import RequestCounts
 from moeserve.engine.sequence import Sequence, SequenceState
 from moeserve.engine.sequence_queue import SequenceQueue
-
-
-@dataclass
-class _Counters:
-    """Since the start. recomputed_tokens: computed again after a preemption or a switch of kv."""
-
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    generated_tokens: int = 0
-    recomputed_tokens: int = 0
-    requests_finished: int = 0
 
 
 class RequestScheduler:
@@ -92,9 +75,8 @@ class RequestScheduler:
         self._context_tokens = context_tokens
         self._kv_switch_tokens = kv_switch_tokens
         self._admission = make_admission(config) if admission is None else admission
-        self._groups = make_decode_groups(config, predicted_experts)
-        # With no more sequences than tokens in a step, every decode can run in every step.
-        self._max_running = min(config.max_running, config.max_batch_tokens)
+        self._decodes = Decodes(config, blocks, predicted_experts)
+        self._entrance = Entrance(config, blocks, self._admission)
         self._sequences: dict[str, Sequence] = {}
         self._waiting = SequenceQueue(SequenceState.WAITING)
         self._running = SequenceQueue(SequenceState.RUNNING)
@@ -102,7 +84,7 @@ class RequestScheduler:
         self._events: list[EngineDelta] = []
         self._num_arrivals = 0
         self._step = 0
-        self._count = _Counters()
+        self._count = RequestCounts()
 
     @property
     def has_work(self) -> bool:
@@ -119,20 +101,7 @@ class RequestScheduler:
 
     def stats(self) -> EngineStats:
         """What the scheduler knows; step counts and times are the engine's."""
-        count = self._count
-        return EngineStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            kv_blocks_used=self._blocks.num_held,
-            kv_blocks_total=self._blocks.num_blocks,
-            prefix_cached_blocks=self._blocks.num_idle,
-            num_preemptions=count.preemptions,
-            prompt_tokens=count.prompt_tokens,
-            cached_prompt_tokens=count.cached_prompt_tokens,
-            generated_tokens=count.generated_tokens,
-            requests_finished=count.requests_finished,
-            extra={"recomputed_tokens": float(count.recomputed_tokens)},
-        )
+        return self._count.stats(len(self._running), len(self._waiting), self._blocks)
 
     # -- requests come and go ---------------------------------------------------------------------
 
@@ -204,55 +173,24 @@ class RequestScheduler:
         for late in self._deadlines.passed(now_s, self._sequences):
             self._events += self.abort(late.request_id, FinishReason.DEADLINE, now_s)
         preemptions = self._count.preemptions
-        chunks = self._decodes(now_s)
+        chunks = self._decodes.chunks(self._running, now_s, self._preempt)
         budget = self._config.max_batch_tokens - len(chunks)
         for sequence in self._running:
             if budget and sequence.num_tokens_to_compute > 1:
                 chunks.append(ScheduledChunk.of(sequence, budget, self._blocks))
                 budget -= chunks[-1].num_tokens
         if self._count.preemptions == preemptions:  # else kv is short: what starts would be next
-            while budget and (started := self._start_next(now_s)) is not None:
-                chunks.append(ScheduledChunk.of(started, budget, self._blocks))
+            while budget and (new := self._entrance.next(self._waiting, self._running)):
+                self._start(new, now_s)
+                chunks.append(ScheduledChunk.of(new, budget, self._blocks))
                 budget -= chunks[-1].num_tokens
         if not chunks:
             return None
         self._step += 1
         return ScheduledBatch(tuple(chunks), self._step)
 
-    def _decodes(self, now_s: float) -> list[ScheduledChunk]:
-        """One token for every running sequence that lacks just one, or for a group of them."""
-        if self._groups is None:
-            return self._decode(None)
-        ready = [s for s in self._running if s.num_tokens_to_compute == 1]
-        chunks = self._decode(frozenset(self._groups.choose(ready, now_s)))
-        if chunks:
-            return chunks
-        # Each of the group had to give way for want of kv. The first in order never has to.
-        return self._decode(frozenset(ready[: self._groups.size]))
-
-    def _decode(self, group: Container[Sequence] | None) -> list[ScheduledChunk]:
-        """One token for every sequence of the group (None: of all) that lacks just one; preempts
-        where kv is short."""
-        chunks: list[ScheduledChunk] = []
-        position = 0
-        # Victims come from the end, and this walks from the front: no victim is in `chunks` yet.
-        while position < len(self._running):
-            sequence = self._running[position]
-            position += 1
-            left_out = group is not None and sequence not in group
-            if sequence.num_tokens_to_compute > 1 or left_out:
-                continue
-            while not self._blocks.extend(sequence.table, sequence.num_tokens):
-                victim = self._running.pop_last()
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-            else:
-                chunks.append(ScheduledChunk.of(sequence, 1, self._blocks))
-        return chunks
-
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes the blocks of a sequence that was running."""
+        """Takes the blocks of a sequence that was running and has left that queue."""
         self._compute_anew(sequence)
         sequence.num_preemptions += 1
         self._count.preemptions += 1
@@ -267,30 +205,8 @@ class RequestScheduler:
         switch = self._kv_switch_tokens
         return int(switch is not None and sequence.num_tokens > switch)
 
-    def _start_next(self, now_s: float) -> Sequence | None:
-        """Starts the first waiting sequence that may start; None where none may."""
-        if len(self._running) >= self._max_running:
-            return None
-        blocks, least_refused = self._blocks, self._blocks.num_blocks + 1
-        for sequence in self._waiting.in_turn(self._config.overtaking):
-            num_reused = blocks.match(
-                sequence.table, sequence.token_ids, sequence.num_reusable_tokens
-            )
-            wanted = blocks.num_blocks_to_take(sequence.table, sequence.num_tokens)
-            # Who wants as much as one that was refused need not ask: rules cost time.
-            if wanted < least_refused and self._may_start(sequence, wanted):
-                self._start(sequence, num_reused, now_s)
-                return sequence
-            least_refused = min(least_refused, wanted)
-        return None
-
-    def _may_start(self, sequence: Sequence, num_blocks: int) -> bool:
-        if num_blocks > self._blocks.num_available:
-            return False
-        # Alone everybody may start, whatever is predicted: `add` saw that it fits.
-        return not self._running or self._admission.admits(sequence, self._running, self._blocks)
-
-    def _start(self, sequence: Sequence, num_reused: int, now_s: float) -> None:
+    def _start(self, sequence: Sequence, now_s: float) -> None:
+        num_reused = len(sequence.table.path) * self._blocks.block_tokens
         self._waiting.start(sequence)
         self._running.add(sequence)
         self._blocks.claim(sequence.table)
@@ -299,8 +215,7 @@ class RequestScheduler:
         if sequence.started_s is None:
             sequence.started_s = now_s
             sequence.num_cached_tokens = num_reused
-            self._count.prompt_tokens += sequence.num_prompt_tokens
-            self._count.cached_prompt_tokens += num_reused
+            self._count.started(sequence)
 
     def shrink_kv(self, extent: int) -> list[tuple[int, int]]:
         """See BlockManager.shrink; between `commit` and `schedule`."""
@@ -329,8 +244,7 @@ class RequestScheduler:
         sequence = chunk.sequence
         assert chunk.start == sequence.num_computed_tokens
         sequence.num_computed_tokens = chunk.stop
-        again = min(chunk.stop, sequence.most_computed_tokens) - chunk.start
-        self._count.recomputed_tokens += max(again, 0)
+        self._count.computed(chunk)
         sequence.most_computed_tokens = max(sequence.most_computed_tokens, chunk.stop)
         if chunk.scored:
             assert sequence.prompt_logprobs is not None
@@ -362,7 +276,7 @@ class RequestScheduler:
         everyone = [*self._waiting, *self._running]
         assert len(everyone) == len(self._sequences)
         assert all(self._sequences[s.request_id] is s for s in everyone)
-        assert len(self._running) <= self._max_running
+        assert len(self._running) <= self._entrance.max_running
         for sequence in self._waiting:
             assert not sequence.block_ids
             assert sequence.num_computed_tokens == 0

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from enum import Enum, auto
 
 from moeserve.core import EngineRequest, EngineTiming, FinishReason, TokenLogprob
-from moeserve.engine.kv_blocks import BlockTable
+from moeserve.engine.block_table import BlockTable
 
 
 class SequenceState(Enum):

@@ -6,7 +6,9 @@ refused with the nearest known one. Nothing a client sends is silently ignored.
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import re
 from collections.abc import Mapping
 from email.message import Message as MailMessage
 from typing import Any, Final, TypeVar
@@ -15,11 +17,17 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from moeserve.core import unknown_fields
+from moeserve.framing import field_first
 from moeserve.gateway.errors import CLIENT_CLOSED_REQUEST, ApiError, invalid
 
 MAX_JSON_DEPTH: Final = 16
 #: integers beyond that are no count, id or seed, and have no place on our own wires
 MAX_INTEGER: Final = 2**63
+#: a first half without a second one behind it, or a second one without a first one before it
+HALF_SURROGATE: Final = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -30,6 +38,7 @@ Unimplemented = Mapping[str, tuple[object, ...]]
 async def read_json(request: Request, kind: type[T], unimplemented: Unimplemented) -> T:
     """The request's body as `kind`. Raises ApiError saying what is wrong and where."""
     check_content_type(request.headers.get("content-type"))
+    check_encoding(request.headers.get("content-encoding"))
     try:
         body = await request.body()
     except ClientDisconnect as error:
@@ -50,6 +59,23 @@ def check_content_type(content_type: str | None) -> None:
             f"content-type: {content_type!r} is not supported; send application/json",
             code="unsupported_media_type",
         )
+    charset = header.get_content_charset("utf-8")
+    if charset not in ("utf-8", "utf8"):
+        raise ApiError(
+            415,
+            f"content-type: charset {charset!r} is not supported; send JSON as UTF-8",
+            code="unsupported_media_type",
+        )
+
+
+def check_encoding(content_encoding: str | None) -> None:
+    """Bodies come as they are: nothing is unpacked, so none grows beyond the limit of its size."""
+    if content_encoding is not None and content_encoding.lower() != "identity":
+        raise ApiError(
+            415,
+            f"content-encoding: {content_encoding[:64]!r} is not supported; send the body as it is",
+            code="unsupported_media_type",
+        )
 
 
 def decode(body: bytes) -> dict[str, Any]:
@@ -63,7 +89,7 @@ def decode(body: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise invalid(f"body: JSON nested deeper than {MAX_JSON_DEPTH} levels") from error
     except msgspec.DecodeError as error:
-        raise invalid(f"body: not valid JSON: {error}") from error
+        raise invalid(f"body: not valid JSON: {error}{_hint(body)}") from error
     if not isinstance(value, dict):
         raise invalid(f"body: expected a JSON object, got {type(value).__name__}")
     for name, field in value.items():
@@ -71,12 +97,24 @@ def decode(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _hint(body: bytes) -> str:
+    """What the decoder's own words do not say."""
+    if body.startswith(codecs.BOM_UTF8):
+        return "; send it without the byte order mark"
+    if HALF_SURROGATE.search(body):
+        return "; \\ud800 to \\udfff are halves of a character, and come in pairs"
+    return ""
+
+
 def _check_field(name: str, value: Any) -> None:
     """Refuses deep nesting and huge integers, level by level and without recursion."""
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         if any(isinstance(item, int) and not -MAX_INTEGER <= item < MAX_INTEGER for item in level):
-            raise invalid(f"{name}: an integer in it is beyond 64 bits", name)
+            raise invalid(
+                f"{name}: an integer beyond 64 bits; allowed: {-MAX_INTEGER} to {MAX_INTEGER - 1}",
+                name,
+            )
         outer = [item for item in level if isinstance(item, (dict, list))]
         if not outer:
             return
@@ -95,7 +133,8 @@ def to_struct(fields: dict[str, Any], kind: type[T], unimplemented: Unimplemente
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
-        raise _wrong_type(str(error)) from error
+        field, problem = field_first(str(error))
+        raise ApiError(400, problem, param=field, code="invalid_type") from error
 
 
 def without_unimplemented(
@@ -124,14 +163,4 @@ def _unknown(name: str, known: set[str]) -> ApiError:
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
     return ApiError(
         400, f"{name[:64]!r}: unknown field ({hint})", param=name[:64], code="unknown_parameter"
-    )
-
-
-def _wrong_type(text: str) -> ApiError:
-    """msgspec says "Expected `int`, got `str` - at `$.max_tokens`"; the field comes first here."""
-    what, _, path = text.partition(" - at `$")
-    field = path.rstrip("`").removeprefix(".").replace("[...]", "") or None
-    message = (what[:1].lower() + what[1:]).replace("`", "")
-    return ApiError(
-        400, f"{field}: {message}" if field else message, param=field, code="invalid_type"
     )

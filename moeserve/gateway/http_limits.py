@@ -43,6 +43,11 @@ class RequestSizeLimits:
                 f"headers: {head_bytes} bytes, at most {self.max_header_bytes} are allowed",
                 code=ErrorCode.TOO_LARGE.value,
             )
+        names = {name for name, _ in scope["headers"]}
+        if names >= {b"content-length", b"transfer-encoding"}:
+            # Two lengths: a proxy that believes the other one sees other requests than we do
+            # (RFC 9112, section 6.1).
+            raise invalid("content-length: not allowed beside transfer-encoding; send one")
         for name, value in scope["headers"]:
             if name == b"content-length":
                 if not value.isdigit() or len(value) > 20:  # 20 digits hold any 64-bit size

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moeserve.models.attention_plan import GroupedHeads, HeadNorm
 from moeserve.models.kv_pool import KvLayer
-from moeserve.models.layers import RowFunction, per_head
+from moeserve.models.layers import RowFunction, per_head_into
 from moeserve.models.spec import AttentionSpec, MlaSpec, QkNorm
 from moeserve.models.step_context import AttentionLayout, StepContext
 
@@ -92,7 +92,11 @@ class LatentAttention:
         self._norm = HeadNorm(QkNorm.NONE, weights.kv_norm, spec.latent_norm_eps)
 
     def __call__(self, x: Tensor, step: StepContext, kv: KvLayer) -> Tensor:
-        """x: [T, H] -> [T, H]; writes the kv of the rows."""
+        """x: [T, H] -> [T, H]; writes the kv of the rows.
+
+        Of a long prompt these are the largest tensors of a step: each goes as soon as it was used
+        (planner/workspace.py counts what is there at the same time).
+        """
         spec, weights = self.spec, self._weights
         query = weights.query(x)
         if weights.q_norm is not None and weights.q_up is not None:
@@ -103,8 +107,9 @@ class LatentAttention:
         entry = weights.kv_down(x)  # [T, kv_rank + rope], what the pool keeps of a token
         rank = spec.kv_lora_rank
         queries = x.new_empty(len(x), 1, spec.num_heads, kv.width)
-        queries[:, 0, :, :rank] = per_head(nope, weights.key_up)
+        per_head_into(queries[:, 0, :, :rank], nope, weights.key_up)
         queries[:, 0, :, rank:] = rotated
+        del query, nope, rotated
         step.attention.prepare_latent(
             entry,
             queries[:, 0, :, rank:],
@@ -114,5 +119,8 @@ class LatentAttention:
             step.kv_write_slots,
         )
         mixed = step.attention.attend(queries, kv, self.layout, range(rank), spec.scale)
-        values = per_head(mixed[:, 0], weights.value_up)
+        del queries, entry
+        values = x.new_empty(len(x), spec.num_heads, spec.value_head_dim)
+        per_head_into(values, mixed[:, 0], weights.value_up)
+        del mixed
         return weights.output(values.flatten(1))

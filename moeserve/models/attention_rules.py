@@ -126,7 +126,7 @@ def _latent_rules(
     return [
         *rules,
         whole(f"{target}kv_norm", f"{source}kv_a_layernorm.weight", (rank,)),
-        WeightRule(f"{target}key_up", (heads, nope, rank), (key_up,)),
-        WeightRule(f"{target}value_up", (heads, rank, value), (value_up,)),
+        WeightRule(f"{target}key_up", (heads, nope, rank), (key_up,), use=Use.PER_HEAD),
+        WeightRule(f"{target}value_up", (heads, rank, value), (value_up,), use=Use.PER_HEAD),
         *sources.linear(f"{target}output", f"{source}o_proj", (hidden, heads * value), spec.bias),
     ]

@@ -90,6 +90,12 @@ def rest_bytes(weights: Mapping[str, Weight]) -> int:
     return sum(weight.nbytes for weight in rest.values())
 
 
+def shared_bytes(weights: Mapping[str, Weight]) -> int:
+    """Of these, the shared experts of all layers."""
+    shared = {id(w): w for name, w in weights.items() if ".shared." in name}
+    return sum(weight.nbytes for weight in shared.values())
+
+
 def build_layer(
     spec: ModelSpec,
     index: int,

@@ -17,6 +17,8 @@ from moeserve.experts.router import Router
 
 #: below that many multiplications torch takes loops of its own instead of oneDNN or MKL
 SMALL_PRODUCT = 16**3
+#: that `per_head_into` multiplies at once: what it makes on the way stays small for any prompt
+ROWS_AT_ONCE = 256
 
 
 #: a linear layer, a norm or an FFN: rows of [T, in] to rows of [T, out]
@@ -34,6 +36,13 @@ def per_head(x: Tensor, weight: Tensor) -> Tensor:
     if padding > 0:
         rows = F.pad(rows, (0, 0, 0, padding))
     return torch.bmm(rows, weight)[:, : len(x)].transpose(0, 1)
+
+
+def per_head_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """`per_head` into out [T, heads, out], which need not be contiguous."""
+    for first in range(0, len(x), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        out[rows] = per_head(x[rows], weight)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ VERSION = 1
 PAGE_BYTES = 4096
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 REPACK = "pack the model again with `moeserve pack`"
+#: it had a bf16 scale for each group of int4 without zero points; all else was as it is now
+LAYOUT_WITHOUT_FACTORS = 1
 
 
 class FormEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,13 +107,17 @@ def is_packed(path: Path) -> bool:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The checked manifest of a packed directory. Raises ModelError."""
+    """The checked manifest of a packed directory. Raises ModelError.
+
+    One of an older layout is taken where its formats are as they were.
+    """
     file = path / MANIFEST
     try:
         with file.open("rb") as stream:
             content = stream.read(MAX_MANIFEST_BYTES + 1)
         head = msgspec.json.decode(content, type=_Head)
-        if head.format != FORMAT or (head.version, head.layout) != (VERSION, LAYOUT_VERSION):
+        known_layout = head.layout in (LAYOUT_WITHOUT_FACTORS, LAYOUT_VERSION)
+        if head.format != FORMAT or head.version != VERSION or not known_layout:
             raise ModelError(
                 f"{file}: expected {FORMAT!r}, version {VERSION}, layout {LAYOUT_VERSION}; found "
                 f"{head.format!r:.80}, version {head.version}, layout {head.layout}",
@@ -122,12 +128,25 @@ def read_manifest(path: Path) -> Manifest:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
     except msgspec.MsgspecError as error:
         raise ModelError(f"{file}: {error}", hint=REPACK) from error
+    if manifest.layout == LAYOUT_WITHOUT_FACTORS:
+        _check_without_factors(manifest, file)
     if manifest.config_sha256 != config_sha256(path):
         raise ModelError(
             f"{path / 'config.json'}: not the one that the weights beside it were packed for",
             hint=REPACK,
         )
     return manifest
+
+
+def _check_without_factors(manifest: Manifest, file: Path) -> None:
+    """Raises ModelError where a weight's format is not what it was."""
+    for name, entry in manifest.weights.items():
+        if any(form.name == "int4" and not form.zero_points for form in entry.forms):
+            raise ModelError(
+                f"{file}: {name} is int4 as of layout {manifest.layout}; that of layout "
+                f"{LAYOUT_VERSION} is another",
+                hint=REPACK,
+            )
 
 
 def mapped_advice() -> int:

@@ -158,7 +158,7 @@ def stores_of(
             num_bytes = PackedExperts.bytes_of_record(experts, *forms)
             return Store(name, (experts.num_experts, num_bytes), torch.uint8, forms)
         (rule,) = own
-        if rule.use is Use.PLAIN:
+        if not rule.use.is_matrix:
             return Store(name, rule.shape, rule.dtype or dtype)
         form = choose(rule)
         num_bytes = form.layout(torch.Size(rule.shape[:-1]).numel(), rule.shape[-1]).num_bytes

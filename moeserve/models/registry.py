@@ -21,6 +21,7 @@ from moeserve.models.builder import (
     expert_gates,
     rest_bytes,
     routed_experts,
+    shared_bytes,
 )
 from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_model_config
 from moeserve.models.families import FAMILIES
@@ -148,7 +149,9 @@ def load_model(
                 checkpoint, found, config, dtype, device, native, HeapMemory(), progress
             )
     if emulated:
-        runtime = runtime.with_device(routed_experts(spec, read.weights), rest_bytes(read.weights))
+        runtime = runtime.with_device(
+            routed_experts(spec, read.weights), rest_bytes(read.weights), shared_bytes(read.weights)
+        )
     runtime = runtime.with_predictor(
         lambda: expert_gates(spec, read.weights),
         found.path,

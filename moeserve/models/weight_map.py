@@ -32,6 +32,7 @@ class Use(Enum):
     """What a target is for, which decides the form it is kept in."""
 
     PLAIN = "plain"  # a tensor
+    PER_HEAD = "per_head"  # [heads, N, K], a product of each head's own, kept as a tensor
     PRODUCT = "product"  # [..., K], the weight of a linear layer
     SCORES = "scores"  # the same, too delicate to be quantised: routers
     HEAD = "head"  # the same, from hidden states to logits
@@ -43,7 +44,7 @@ class Use(Enum):
     @property
     def is_matrix(self) -> bool:
         """Whether it is stored in one of several forms; the others keep their numbers."""
-        return self not in (Use.PLAIN, Use.GATE_UP_BIAS, Use.DOWN_BIAS)
+        return self not in (Use.PLAIN, Use.PER_HEAD, Use.GATE_UP_BIAS, Use.DOWN_BIAS)
 
     @property
     def bias(self) -> Use:

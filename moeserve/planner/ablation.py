@@ -1,10 +1,10 @@
 """Decode time of a routing trace on simulated timelines: what each part of the machinery brings.
 
 The real cache, policies, placement and prefetching run; only computing and copying are replaced by
-the times of a cost model. A layer lasts as long as `timeline` says; between the experts of two
-layers lies a fixed time on the device. Prefetches move whenever no demand does, also beside the
-time between. Not modelled: that copies and the CPU share the memory's bandwidth, and the time of
-the bookkeeping itself.
+the times of a cost model. A layer lasts as long as `timeline` says, its shared experts running on
+the device beside the CPU; between the experts of two layers lies a fixed time on the device.
+Prefetches move whenever no demand does, also beside the time between. Not modelled: that copies and
+the CPU share the memory's bandwidth, and the time of the bookkeeping itself.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from moeserve.cache.policies.base import Policy
 from moeserve.cache.policies.lru import LruPolicy
 from moeserve.cache.policies.registry import build_policy
 from moeserve.core import ExpertKey, LayerUse, Placement
+from moeserve.experts.device_supply import FittingPlacement
+from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.schedule.cost_model import CostModel
-from moeserve.experts.schedule.inter_layer import ImpactPrefetch
 from moeserve.experts.schedule.intra_layer import TimelinePlacement
 from moeserve.planner.simulate.link import SimulatedLink
-from moeserve.predictors.base import Prediction
+from moeserve.predictors.base import NOTHING, Prediction
 
 Ids = NDArray[np.int64]
-NOTHING = Prediction()
 #: most slots for what comes and goes beside experts that stay
 SPARE_SLOTS = 32
 
@@ -94,7 +94,7 @@ def popularity(ids: Ids, num_experts: int) -> list[ExpertKey]:
 def all_resident_us(setting: Setting, experts_per_token: int) -> float:
     """A decode step with every expert on the device: no strategy is faster."""
     costs = setting.costs
-    layer_us = costs.device_start_us + experts_per_token * costs.device_us(1)
+    layer_us = costs.device_begins_us + experts_per_token * costs.device_us(1)
     return setting.num_layers * (layer_us + setting.between_us)
 
 
@@ -121,14 +121,17 @@ class DecodeSimulation:
         self._cache = self._filled_cache(num_experts)
         costs = setting.costs
         self._link = SimulatedLink(self._cache, costs.transfer_us(costs.expert_bytes))
-        self._placement = TimelinePlacement(dict.fromkeys(num_experts, costs), self._link.loading)
+        timeline = TimelinePlacement(dict.fromkeys(num_experts, costs), self._link.loading)
+        self._placement = FittingPlacement(timeline, self._cache)
         self._now_us = 0.0
-        self._prefetch = ImpactPrefetch(
+        self._prefetch = WatchedPrefetch(
             self._cache,
-            self._placement,
+            timeline,
             self._link.begin,
-            lambda layer: setting.depth,
+            lambda: self._link.busy_us / 1e6,
+            setting.depth,
             lambda: self._now_us / 1e6,
+            left_us=self._link.left_us,
         )
 
     def _filled_cache(self, num_experts: Mapping[int, int]) -> ExpertCache:
@@ -173,20 +176,17 @@ class DecodeSimulation:
         rows = np.bincount(wanted, minlength=self._setting.num_experts).astype(np.int32)
         use = LayerUse(layer, rows, rows / np.float32(wanted.size))
         self._link.advance(self._now_us)
-        self._cache.observe(use)
         residency = self._cache.residency(layer)
         if strategy.scheduling:
             placement = self._placement.place(use, residency)
         else:
             placement = stay(use, residency)
+        self._cache.observe(use)
         with self._cache.acquire(placement):
             fetched = [ExpertKey(layer, e) for e in placement.fetch_first]
             arrivals = [at_us - self._now_us for at_us in self._link.demand(fetched)]
             if strategy.prefetch or strategy.cache:
-                foreseen = prediction if strategy.prefetch else NOTHING
-                for later, chances in foreseen.probabilities.items():
-                    self._cache.expect(later, chances.numpy())
-                self._prefetch.prefetch(foreseen, placement)
+                self._prefetch.prefetch(prediction if strategy.prefetch else NOTHING, placement)
             took_us = layer_us(costs, rows, placement, arrivals)
         if took_us > (arrivals[-1] if arrivals else 0.0):
             self._link.advance(self._now_us + took_us)
@@ -208,11 +208,11 @@ def layer_us(
     costs: CostModel, rows: NDArray[np.int32], placement: Placement, arrivals: Sequence[float]
 ) -> float:
     """As `timeline.makespan_us`, with arrivals that may differ."""
-    cpu_us = device_us = 0.0
+    cpu_us, device_us = 0.0, costs.device_least_us
     if placement.on_cpu:
         cpu_us = costs.cpu_start_us + sum(costs.cpu[int(rows[e])] for e in placement.on_cpu)
     if placement.on_device or placement.fetch_first:
-        device_us = costs.device_start_us
+        device_us = costs.device_begins_us
         device_us += sum(costs.device_us(int(rows[e])) for e in placement.on_device)
     for expert, arrived_us in zip(placement.fetch_first, arrivals, strict=True):
         device_us = max(device_us, arrived_us) + costs.device_us(int(rows[expert]))

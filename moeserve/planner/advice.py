@@ -9,7 +9,8 @@ from msgspec import structs
 
 from moeserve.core import ConfigError, ModelError
 from moeserve.experts.schedule.profile import Figure, Processor, Profile
-from moeserve.planner.deployment import find_shape, sized
+from moeserve.planner.deployment import sized
+from moeserve.planner.lookup import find_shape
 from moeserve.planner.plan_types import Advice, Deployment, Estimate, PlanRequest
 from moeserve.planner.step_costs import on_other_cpu
 
@@ -22,12 +23,14 @@ Estimator = Callable[[Deployment], Estimate]
 
 @dataclass(frozen=True)
 class Trial:
-    """A change of the request, or of the hardware: then a profile to use instead."""
+    """A change of the request, or of the hardware: then a profile to use instead. beyond: the words
+    of the change that this one goes further than."""
 
     words: str
     flags: str
     request: PlanRequest
     profile: Profile
+    beyond: str | None = None
 
 
 def advise(deployment: Deployment, estimate: Estimator) -> list[Advice]:
@@ -37,18 +40,36 @@ def advise(deployment: Deployment, estimate: Estimator) -> list[Advice]:
     with what they would bring.
     """
     now = estimate(deployment).output_tokens_per_s.mid
-    found = []
+    found: list[Advice] = []
     for trial in trials(deployment):
+        if trial.beyond is not None and any(
+            advice.change == trial.beyond and advice.factor < 1 + NO_EFFECT for advice in found
+        ):
+            continue  # what brings nothing brings nothing twice, and the most takes longest to plan
         try:
             shape = deployment.shape
             if trial.request.engine.model != deployment.request.engine.model:
                 shape = find_shape(trial.request.engine)
             changed = sized(trial.request, trial.profile, shape)
-            factor = estimate(changed).output_tokens_per_s.mid / now
+            factor = 1.0
+            if not _is_alike(deployment, changed):
+                factor = estimate(changed).output_tokens_per_s.mid / now
         except (ConfigError, ModelError):
             continue  # not to be had here: no fallback, one line less
         found.append(Advice(trial.words, trial.flags, factor, changed.memory.fits))
     return sorted(found, key=lambda advice: (not advice.fits, -advice.factor))
+
+
+def _is_alike(one: Deployment, other: Deployment) -> bool:
+    """Whether they differ in nothing that takes time: in the memory that there is at most."""
+
+    def what_counts(deployment: Deployment) -> tuple[object, ...]:
+        profile = deployment.profile
+        cpu = structs.replace(profile.cpu, memory_bytes=0)
+        slots = deployment.host_slots, deployment.device_slots, deployment.num_kv_blocks
+        return structs.replace(profile, cpu=cpu), slots, deployment.request
+
+    return what_counts(one) == what_counts(other)
 
 
 def trials(deployment: Deployment) -> Iterator[Trial]:
@@ -70,10 +91,12 @@ def _settings(deployment: Deployment) -> Iterator[Trial]:
             if bits != engine.model.quantize:
                 flags = f"--quantize {bits}"
                 yield trial(f"{bits} weights", flags, model=replace(engine.model, quantize=bits))
+    beyond = None
     for factor in (2, 4):
-        count = traffic.concurrency * factor
+        count, words = traffic.concurrency * factor, f"{factor} times the requests"
         more = replace(request, traffic=replace(traffic, concurrency=count))
-        yield Trial(f"{factor} times the requests", f"--concurrency {count}", more, profile)
+        yield Trial(words, f"--concurrency {count}", more, profile, beyond)
+        beyond = words
     slots = deployment.host_slots
     if slots is not None and slots < shape.num_experts:
         more_slots = min(2 * slots, shape.num_experts)

@@ -108,7 +108,7 @@ def tune(
 
 
 def main() -> int:
-    from moeserve.planner.deployment import find_hardware, find_shape
+    from moeserve.planner.lookup import find_hardware, find_shape
     from moeserve.planner.plan_types import BY_ROUTING, PlanRequest, Traffic
     from moeserve.planner.search import given_of, search
 

@@ -103,7 +103,8 @@ class Bound:
     @property
     def _basis(self) -> str:
         basis = "rates of the profile, every resource busy all the time"
-        return basis if self.use is None else f"{basis}, experts used as few as a text may"
+        even = self.use is None or not self.deployment.shape.num_experts
+        return basis if even else f"{basis}, experts used as few as a text may"
 
     @property
     def running(self) -> float:
@@ -120,8 +121,7 @@ class Bound:
     def hit_rate(self) -> float | None:
         """Of experts that a decode step wants of the fast tier, at most; None where all are
         there."""
-        slots = self._fast_slots
-        if slots is None or not self.deployment.shape.num_experts:
+        if self._fast_slots is None:
             return None
         work = self.work(self._decode)
         return 1 - work.missing_bytes / work.expert_bytes
@@ -160,7 +160,7 @@ class Bound:
         p, g = traffic.prompt_tokens, traffic.output_tokens
         rates = self._rates
         slots, total = self._fast_slots, shape.num_experts
-        absent = 1.0 if slots is None or not total else 1 - slots / total
+        absent = 1.0 if slots is None else 1 - slots / total
         expert_ops = sum(_expert_ops(layer) for layer in shape.layers)
         tokens = 0.0
         if expert_ops:
@@ -181,7 +181,7 @@ class Bound:
     def work(self, load: Load) -> Work:
         """Of one step. Prompts find their own kv in the caches."""
         shape, use = self.deployment.shape, self._use
-        other_bytes = float(shape.head.num_bytes)
+        other_bytes = float(shape.head.read_bytes)
         ops = 2.0 * shape.head.rows * shape.head.cols * load.sampled
         expert_ops = attention_ops = 0.0
         for layer in shape.layers:
@@ -208,7 +208,9 @@ class Bound:
 
     @property
     def _fast_slots(self) -> int | None:
-        """Of the device, else of the host tier; None where all are resident."""
+        """Of the device, else of the host tier; None where all are resident, or there are none."""
+        if not self.deployment.shape.num_experts:
+            return None
         device, host = self.deployment.device_slots, self.deployment.host_slots
         return host if device is None else device
 

@@ -16,12 +16,8 @@ from moeserve.config import ModelConfig
 from moeserve.core import ModelError
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import FormatName, PackFormat
-from moeserve.experts.schedule.profile import (
-    PROFILE_VERSION,
-    DiskPoint,
-    Profile,
-    TransferPoint,
-)
+from moeserve.experts.schedule.profile import DiskPoint, Profile, TransferPoint
+from moeserve.experts.schedule.profile_file import PROFILE_VERSION
 from moeserve.models.read_weights import DTYPES
 from moeserve.models.registry import find_model
 from moeserve.models.spec import Quantization

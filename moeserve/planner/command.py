@@ -14,8 +14,10 @@ from rich.console import Console
 from moeserve.cli_options import add_flags, read_flags
 from moeserve.config import ModelConfig
 from moeserve.core import ConfigError
-from moeserve.experts.schedule.profile import Profile, encode_profile, read_profile
+from moeserve.experts.schedule.profile import Profile
+from moeserve.experts.schedule.profile_file import encode_profile, read_profile
 from moeserve.planner.hardware import default_profile_path
+from moeserve.planner.printing import printing
 from moeserve.planner.report import show_profile
 
 #: settings of a model that decide how its experts are stored
@@ -72,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("disk_dir: contradicts --no-disk; give one", field="disk_dir")
     from moeserve.planner.calibrate import Wishes, calibrate
 
-    _make_directory(path.parent)  # now: what cannot be written should not be measured
+    if args.out is None:
+        _make_directory(path.parent)
+    _check_can_be_written(path)
     wishes = Wishes(
         quick=args.quick,
         disk_dir=None if args.no_disk else args.disk_dir or path.parent,
@@ -96,6 +100,23 @@ def _make_directory(directory: Path) -> None:
         ) from error
 
 
+def _check_can_be_written(path: Path) -> None:
+    """ConfigError where `_write` would fail: what cannot be kept should not be measured."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"out: {path} is no file", field="out", hint="name a file")
+        if not path.parent.is_dir():
+            raise ConfigError(
+                f"out: {path.parent} is no directory", field="out", hint="make it first"
+            )
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"out: {path} cannot be written: {error.strerror}", field="out"
+        ) from error
+
+
 def _write(path: Path, profile: Profile) -> None:
     """As a whole: who reads meanwhile sees the old profile or the new one."""
     try:
@@ -110,7 +131,8 @@ def _write(path: Path, profile: Profile) -> None:
 
 
 def _print(profile: Profile, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(encode_profile(profile).decode())
-    else:
-        show_profile(Console(), profile)
+    with printing():
+        if as_json:
+            sys.stdout.write(encode_profile(profile).decode())
+        else:
+            show_profile(Console(), profile)

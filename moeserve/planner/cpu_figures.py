@@ -11,13 +11,7 @@ from msgspec import structs
 from moeserve.cpu_backend.machine import cpu_model, memory_bytes
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
-from moeserve.experts.schedule.profile import (
-    ExpertCurve,
-    Figure,
-    Processor,
-    ProductCurve,
-    ReadRate,
-)
+from moeserve.experts.schedule.profile import ExpertCurve, Figure, Processor, ProductCurve, ReadRate
 from moeserve.planner.expert_jobs import ExpertJobs, expert_pool
 from moeserve.planner.hardware import last_level_cache_bytes
 from moeserve.planner.product_figures import product_pools

@@ -62,11 +62,13 @@ class _Source:
 def read_shape(config: ModelConfig, path: Path, native: bool = True) -> ModelShape:
     """The sizes of the model at `path`: a config.json, a checkpoint or a packed directory.
 
-    native: whether weights are packed for the native kernels, as on every CPU that they run on.
+    native: whether the native kernels may be used, as on every CPU that they run on: weights are
+    packed for them, except float16 ones that nobody rounds.
 
     Raises ModelError for an unknown family, a field that is not implemented or broken files;
     ConfigError for settings that the model cannot have.
     """
+    _check_native(config, native)
     raw, _ = read_model_config(path, FAMILIES)
     family = FAMILIES[raw["model_type"]]
     spec = family.spec(raw, str(path if path.is_file() else path / "config.json"))
@@ -78,6 +80,12 @@ def read_shape(config: ModelConfig, path: Path, native: bool = True) -> ModelSha
                 field="quantize",
                 hint="leave it out, or plan for the checkpoint itself",
             )
+        if not native:
+            raise ConfigError(
+                f"device: {config.device}: {config.model} is packed, for the native CPU backend",
+                field="device",
+                hint="leave out --device and --cpu-backend, or plan for the checkpoint itself",
+            )
         with closing(PackedModel(path)) as packed:
             return _shape(config, _packed_source(packed, spec, family, config))
     if path.is_dir() and any(path.glob("*.safetensors*")):
@@ -87,7 +95,7 @@ def read_shape(config: ModelConfig, path: Path, native: bool = True) -> ModelSha
     else:
         return _from_config(config, path, spec, family, _stated_dtype(config, raw), native)
     rules = family.weight_rules(spec, names, dtype)
-    choose = weight_formats(config, dtype) if native else None
+    choose = _formats(config, dtype, native)
     return _shape(config, _Source(path, spec, dtype, rules, choose))
 
 
@@ -104,7 +112,7 @@ def _from_config(
     kinds = {layer: place for place, layer in enumerate(dict.fromkeys(spec.layers))}
     few = replace(spec, layers=tuple(kinds))
     rules = family.weight_rules(few, published_names(family, few, dtype), dtype)
-    choose = weight_formats(config, dtype) if native else None
+    choose = _formats(config, dtype, native)
     found = _shape(config, _Source(path, few, dtype, rules, choose))
     places = [kinds[layer] for layer in spec.layers]
     layers = tuple(replace(found.layers[place], index=index) for index, place in enumerate(places))
@@ -140,6 +148,22 @@ def published_names(family: Family, spec: ModelSpec, dtype: torch.dtype) -> list
         for suffix in suffixes
     }
     return sorted(names | coded)
+
+
+def _check_native(config: ModelConfig, native: bool) -> None:
+    if config.quantize != "none" and not native:
+        raise ConfigError(
+            f"quantize: {config.quantize} needs the native CPU backend",
+            field="quantize",
+            hint="leave out --quantize, or plan for --device cpu or emulated",
+        )
+
+
+def _formats(config: ModelConfig, dtype: torch.dtype, native: bool) -> ChooseForm | None:
+    """None where weights are tensors. On the CPU torch multiplies float16 ones, which the kernels
+    do not keep; an emulated device has no other kernels, and they are refused."""
+    plain = dtype is torch.float16 and config.quantize == "none" and config.device == "cpu"
+    return weight_formats(config, dtype) if native and not plain else None
 
 
 def _check_context(config: ModelConfig, spec: ModelSpec) -> None:
@@ -227,8 +251,13 @@ class _Piece:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether rows are multiplied with it; the ups of latent attention are plain tensors."""
-        return bool(self.store.forms) or self.rules[0].use.is_matrix or len(self.store.shape) == 3
+        """Whether rows are multiplied with it."""
+        return bool(self.store.forms) or self.rules[0].use.is_matrix or self.is_per_head
+
+    @property
+    def is_per_head(self) -> bool:
+        """The ups of latent attention: torch multiplies with them, head by head."""
+        return self.rules[0].use is Use.PER_HEAD
 
     @property
     def form(self) -> str:
@@ -242,7 +271,9 @@ class _Piece:
         numbers = sum(torch.Size(rule.shape).numel() for rule in weights)
         cols = weights[0].shape[-1]
         packed = bool(self.store.forms)
-        return Matrix(name, numbers // cols, cols, self.form, self.num_bytes, packed)
+        return Matrix(
+            name, numbers // cols, cols, self.form, self.num_bytes, packed, self.is_per_head
+        )
 
 
 def _layer(spec: ModelSpec, index: int, pieces: Mapping[str, _Piece]) -> LayerShape:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from moeserve.cli_options import ENGINE_SETTINGS, add_flags, engine_config
 from moeserve.core import ConfigError
@@ -24,13 +22,17 @@ from moeserve.planner.plan_types import (
     check_no_workers,
     check_predictor,
 )
-from moeserve.planner.workload import Workload, add_workload_flags, workload_if_any
-from moeserve.planner.workload_outcome import SloTargets, outcome_rows
+from moeserve.planner.printing import printing
+from moeserve.planner.workload import add_workload_flags, workload_if_any
+from moeserve.planner.workload_outcome import SloTargets
 
 if TYPE_CHECKING:
-    from moeserve.planner.simulate.traffic import TrafficEstimate
+    from moeserve.planner.plan_report import Plan
+    from moeserve.planner.recorded import Recorded
 
-PROMPT_TOKENS, OUTPUT_TOKENS = 512, 128
+CONCURRENCY, PROMPT_TOKENS, OUTPUT_TOKENS = 1, 512, 128
+#: of a gateway's process, whatever the model: as `serve` showed it here
+GATEWAY_MIB = 64
 Stage = Callable[[Deployment], Estimate]
 #: settings of `serve` that a plan depends on; of the others it knows nothing
 PLAN_SETTINGS = frozenset(
@@ -68,7 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the profile was measured on another machine, and that one is meant",
     )
     plan.add_argument(
-        "--concurrency", type=int, default=1, metavar="N", help="requests at once (default: 1)"
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help=f"requests at once (default: {CONCURRENCY}; of recorded traffic, as many as meet)",
     )
     plan.add_argument(
         "--prompt-tokens",
@@ -122,26 +127,41 @@ def run(args: argparse.Namespace) -> int:
 
     Raises ConfigError and ModelError for what cannot be planned.
     """
-    from moeserve.planner.deployment import DoesNotFit, find_hardware, find_shape, plan_on
+    gc.disable()  # what imports make stays; to look through it again and again takes a tenth
+    from moeserve.planner.lookup import find_hardware, find_shape
+    from moeserve.planner.nearest import DoesNotFit, plan_on
+
+    gc.enable()
     from moeserve.planner.plan_plot import check_plot, draw
-    from moeserve.planner.plan_report import Plan, as_json, memory_json, show_memory, show_plan
+    from moeserve.planner.plan_report import Plan, memory_json, show_memory
 
     if args.plot is not None:
         check_plot(args.plot)
     check_no_workers(args.local_workers, args.worker)
     workload = workload_if_any(args)
+    if args.bound_only and workload is not None:
+        raise ConfigError(
+            "bound_only: contradicts --workload: recorded traffic is simulated, which is stage 2",
+            field="bound_only",
+            hint="leave out one",
+        )
     slo = SloTargets(args.slo_ttft, args.slo_tpot)
     profile = find_hardware(args.hardware, args.foreign)
     request = request_of(args, profile)
-    if workload is not None:
-        request = replace(request, traffic=mean_traffic(workload, request.traffic.concurrency))
+    shape = find_shape(request.engine)
     stages, compare = stages_of(args.bound_only)
+    recorded = None
     try:
-        deployment = plan_on(request, profile, find_shape(request.engine))
+        if workload is not None:
+            from moeserve.planner.recorded import Recorded
+
+            recorded = Recorded.of(workload, slo, request, profile, shape)
+            request = recorded.request
+        deployment = plan_on(request, profile, shape)
     except DoesNotFit as error:
         if args.json:
             nearest = None if error.nearest is None else error.nearest.flags
-            print(json.dumps({"memory": memory_json(error.plan), "nearest": nearest}, indent=2))
+            print_json({"memory": memory_json(error.plan), "nearest": nearest})
         else:
             show_memory(Console(stderr=True), error.plan)
         raise
@@ -157,47 +177,33 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.plot is not None:
         draw(args.plot, deployment, list(dict.fromkeys([stages[0], compare])))
-    document = as_json(plan) if args.json else {}
-    if not args.json:
-        show_plan(Console(), plan)
-    if workload is not None:
-        from moeserve.planner.simulate.traffic import simulate_traffic
-
-        found = simulate_traffic(deployment, workload, slo)
-        targets = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
-        document["workload"] = {"name": workload.name, "slo": targets, **found.as_json()}
-        if not args.json:
-            show_traffic(Console(), workload, found)
-    if args.json:
-        json.dump(document, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+    show(plan, recorded, args.json)
     return 0
 
 
-def mean_traffic(workload: Workload, concurrency: int) -> Traffic:
-    """Equal requests of a workload's mean lengths: what memory and bound are planned for."""
-    count = len(workload.requests)
-    return Traffic(
-        concurrency=concurrency,
-        prompt_tokens=max(1, sum(r.num_prompt for r in workload.requests) // count),
-        output_tokens=max(1, sum(r.num_output for r in workload.requests) // count),
-    )
+def show(plan: Plan, recorded: Recorded | None, as_json: bool) -> None:
+    """On standard output. Raises ConfigError where that cannot be written."""
+    from moeserve.planner.plan_report import as_json as json_of
+    from moeserve.planner.plan_report import show_plan
+
+    if as_json:
+        document = json_of(plan)
+        if recorded is not None:
+            document["workload"] = recorded.as_json()
+        print_json(document)
+        return
+    with printing():
+        console = Console()
+        show_plan(console, plan)
+        if recorded is not None:
+            recorded.show(console)
 
 
-def show_traffic(console: Console, workload: Workload, found: TrafficEstimate) -> None:
-    """The likeliest outcome, and those of an engine as slow and as fast as it may be."""
-    console.print(
-        f"\n[bold]{workload.name}[/bold]: {len(workload.requests)} requests in"
-        f" {workload.span_s:.0f} s, aimed at {found.confidence:.0%} of cases in the range;"
-        f" {found.basis}",
-        soft_wrap=True,
-    )
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "predicted", "at the slowest", "at the fastest"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for row in outcome_rows([o.as_json() for o in (found.mid, found.low, found.high)]):
-        table.add_row(*row)
-    console.print(table)
+def print_json(document: dict[str, Any]) -> None:
+    """Made as a whole first: no error leaves half of it behind."""
+    text = json.dumps(document, indent=2)
+    with printing():
+        print(text)
 
 
 def stages_of(bound_only: bool) -> tuple[list[Stage], Stage]:
@@ -215,6 +221,8 @@ def request_of(args: argparse.Namespace, profile: Profile) -> PlanRequest:
     """From flags: the device is that of the profile unless another was asked for."""
     on_device = profile.device is not None if args.device is None else args.device != "cpu"
     if args.slots is not None:
+        if args.slots < 1:
+            raise ConfigError(f"slots: {args.slots} is below the minimum 1", field="slots")
         field = "device_slots" if on_device else "host_slots"
         for other in (field, field.replace("slots", "memory_bytes")):
             if getattr(args, other) is not None:
@@ -236,7 +244,8 @@ def request_of(args: argparse.Namespace, profile: Profile) -> PlanRequest:
         prompt = PROMPT_TOKENS
         if args.context_tokens is not None:
             prompt = max(1, args.context_tokens - output)
-    traffic = Traffic(concurrency=args.concurrency, prompt_tokens=prompt, output_tokens=output)
+    concurrency = CONCURRENCY if args.concurrency is None else args.concurrency
+    traffic = Traffic(concurrency=concurrency, prompt_tokens=prompt, output_tokens=output)
     for name in ("concurrency", "prompt_tokens", "output_tokens"):
         if getattr(traffic, name) < 1:
             value = getattr(traffic, name)
@@ -254,6 +263,9 @@ def notes_of(deployment: Deployment) -> list[str]:
     """What the reader must know to trust the numbers as far as they go."""
     notes = []
     profile, engine = deployment.profile, deployment.request.engine
+    at_once, running = deployment.request.traffic.concurrency, engine.scheduler.max_running
+    if at_once > running:
+        notes.append(f"{at_once - running} of {at_once} requests wait: --max-running is {running}")
     if profile.source == "datasheet":
         notes.append("the hardware is known from data sheets, not measured: take it as a bound")
     if engine.model.quantize_group == "auto" and engine.model.quantize == "int4":
@@ -264,6 +276,10 @@ def notes_of(deployment: Deployment) -> list[str]:
         notes.append("what predicting itself takes is not counted")
         if deployment.request.trace is None:
             notes.append("drawn tokens foresee little: name a recorded routing with --trace")
-    if deployment.device_slots is not None:
+    if deployment.device_slots is not None and deployment.shape.num_experts:
         notes.append("slots on a device are those of --device emulated, on a real one")
+    notes.append(
+        f"memory is the engine's: the gateway of `serve` is a process of about {GATEWAY_MIB} MiB"
+        " beside it"
+    )
     return notes

@@ -152,11 +152,7 @@ def _show_estimates(console: Console, estimates: Sequence[Estimate]) -> None:
         table.add_row("experts found in the fast tier", *rates)
     console.print(table)
     for estimate in estimates:
-        console.print(
-            f"{_stage(estimate)}: aimed at {estimate.confidence:.0%} of cases in the range;"
-            f" {estimate.basis}",
-            soft_wrap=True,
-        )
+        console.print(f"{_stage(estimate)}: {estimate.basis}", soft_wrap=True)
         for limit in estimate.limits:
             console.print(f"  {limit_words(limit)}", soft_wrap=True)
 

@@ -10,16 +10,19 @@ Estimate      what comes out, of stage 1 (bound.py) and of stage 2 (simulate/)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 
 from moeserve.cache.expert_cache import Tier
 from moeserve.config import EngineConfig, ExpertConfig
 from moeserve.core import ConfigError, ExpertSpec
 from moeserve.experts.schedule.profile import Profile
 
+#: of one number of a compute dtype
+NUMBER_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 #: predictors that look at nothing but what was chosen
 BY_ROUTING = ("none", "frequency", "markov")
 
@@ -57,7 +60,8 @@ class Matrix:
     """One product of a layer: [rows, cols] weights as they are stored.
 
     form: `PackFormat.describe()` or the dtype of plain weights. num_bytes: as stored. packed: for
-    the native kernels, in memory of its own.
+    the native kernels, in memory of its own. per_head: each head has weights of its own, and torch
+    multiplies them (latent attention).
     """
 
     name: str
@@ -66,6 +70,12 @@ class Matrix:
     form: str
     num_bytes: int
     packed: bool = True
+    per_head: bool = False
+
+    @property
+    def read_bytes(self) -> int:
+        """What a product reads: of a tied head that is stored once, the embedding."""
+        return self.num_bytes or self.rows * self.cols * NUMBER_BYTES[self.form]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +144,7 @@ class ModelShape:
     @property
     def number_bytes(self) -> int:
         """Of one number of the compute dtype."""
-        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+        return NUMBER_BYTES[self.dtype]
 
     @property
     def kv_token_bytes(self) -> int:
@@ -277,7 +287,8 @@ class Estimate:
     """stage: "bound", which nothing can beat, or "system", our engine simulated.
 
     ttft_s: to the first token of a request. tpot_s: between its tokens. output_tokens_per_s: of all
-    requests together. confidence: share of cases in the ranges, 0 to 1, and `basis` says from what.
+    requests together. confidence: share of cases that lie in the ranges, 0 to 1: as measured,
+    or guessed; `basis` says which, and from what.
     hit_rate: of experts in the fast tier; None where all are there.
     """
 

@@ -18,6 +18,7 @@ from moeserve.cache.expert_cache import Tier
 from moeserve.config import BUNDLED_MODEL, EngineConfig, ExpertConfig, ModelConfig, SchedulerConfig
 from moeserve.core import EngineRequest, ErrorCode, MoeserveError, SamplingParams
 from moeserve.cpu_backend.machine import PROC, huge_page_mode
+from moeserve.cpu_backend.native_runtime import choose_isa
 from moeserve.environment import tune_native_libraries
 from moeserve.experts.schedule.profile import Figure
 from moeserve.planner.memory import Room, memory_plan
@@ -68,6 +69,7 @@ def _known_bytes() -> int:
         sampled_rows=1,
         num_threads=THREADS,
         huge_pages=uses_huge_pages(),
+        isa=choose_isa("auto")[0],
     )
     return memory_plan(shape, room, {}).steady_bytes(Tier.HOST)
 

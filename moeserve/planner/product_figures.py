@@ -1,4 +1,7 @@
-"""Figures of linear layers: one product after the other, each with weights that no cache holds."""
+"""Figures of linear layers: one product after the other, each with weights that no cache holds.
+
+Also of the ups of latent attention (models/attention.py), which torch multiplies head by head.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
+from typing import Protocol
 
 import torch
 
 from moeserve.cpu_backend.native_linear import NativeLinear
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedWeight, PackFormat
+from moeserve.models.layers import per_head_into
 from moeserve.planner.repeats import Measurement, timed
+from moeserve.planner.step_costs import PER_HEAD
 
 #: rows and columns of the measured matrices: as of attention in mid-size models
 SIZE = 2048
@@ -20,17 +26,37 @@ SIZE = 2048
 TOGETHER = 4
 #: formats that linear layers are rounded to; codes of checkpoints cost as their experts do
 PRODUCT_FORMATS = ("float32", "bfloat16", "int8", "int4")
+#: what latent attention computes in
+PER_HEAD_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: heads, numbers of a key without its rotated part, of a latent: as of DeepSeek-V2-Lite
+HEADS = (16, 128, 512)
+
+
+class Pool(Protocol):
+    """Products with weights of one kind, that take turns."""
+
+    def ps(self, num_rows: int) -> float:
+        """Of one product of so many rows, for each weight, in picoseconds."""
+        ...
+
+    def of_rows(self, num_rows: int) -> Measurement:
+        """The same, to be measured until it is known."""
+        ...
 
 
 def product_pools(
     runtime: NativeRuntime, forms: Sequence[PackFormat], pool_bytes: int, size: int = SIZE
-) -> dict[str, ProductPool]:
+) -> dict[str, Pool]:
     """For each format of linear layers among `forms`, by its description."""
-    return {
+    pools: dict[str, Pool] = {
         form.describe(): ProductPool(runtime, form, size, pool_bytes)
         for form in dict.fromkeys(forms)
         if form.name in PRODUCT_FORMATS
     }
+    for name, dtype in PER_HEAD_DTYPES.items():
+        if name in pools:
+            pools[f"{name} {PER_HEAD}"] = PerHeadPool(dtype, pool_bytes)
+    return pools
 
 
 class ProductPool:
@@ -62,3 +88,39 @@ class ProductPool:
         for layer in layers:
             layer(x)
         return (time.perf_counter() - started_s) * 1e12 / (TOGETHER * self._size**2)
+
+
+class PerHeadPool:
+    """The two ups of latent attention, with the same numbers, each at its own place in memory."""
+
+    def __init__(self, dtype: torch.dtype, pool_bytes: int) -> None:
+        heads, key, latent = HEADS
+        generator = torch.Generator().manual_seed(0)
+        one = torch.randn(heads, key, latent, generator=generator).div(key**0.5).to(dtype)
+        count = max(TOGETHER, pool_bytes // one.nbytes) // 2
+        self._turns = cycle(
+            [w for _ in range(count) for w in (one.clone(), one.transpose(1, 2).contiguous())]
+        )
+        self._dtype = dtype
+
+    def of_rows(self, num_rows: int) -> Measurement:
+        return timed(partial(self.ps, num_rows))
+
+    def ps(self, num_rows: int) -> float:
+        """Of both, on one thread of torch's as in the engine (`Engine.from_config`)."""
+        heads, key, latent = HEADS
+        x = torch.randn(num_rows, heads, key).to(self._dtype)
+        wide = torch.empty(num_rows, heads, latent, dtype=self._dtype)
+        out = torch.empty_like(x)
+        key_up, value_up = next(self._turns), next(self._turns)
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            started_s = time.perf_counter()
+            with torch.inference_mode():
+                per_head_into(wide, x, key_up)
+                per_head_into(out, wide, value_up)
+            taken_s = time.perf_counter() - started_s
+        finally:
+            torch.set_num_threads(num_threads)
+        return taken_s * 1e12 / (2 * key_up.numel())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from moeserve.core import ConfigError
-from moeserve.experts.schedule.profile import Processor, ReadRate
+from moeserve.experts.schedule.profile import DiskPoint, Processor, Profile, ReadRate
 from moeserve.planner.plan_types import Deployment
 
 
@@ -16,14 +18,14 @@ class Rates:
 
     deployment: Deployment
 
-    @property
+    @cached_property
     def cpu_read(self) -> float:
         """Of the threads that the deployment uses, or of the fewest that were measured."""
         cpu = self.deployment.profile.cpu
         few = [r for r in cpu.read if r.num_threads <= self.deployment.num_threads]
         return _best_read(cpu, few or cpu.read)
 
-    @property
+    @cached_property
     def device_read(self) -> float:
         return _best_read(self._device, self._device.read)
 
@@ -41,7 +43,7 @@ class Rates:
         on_device = self.deployment.device_slots is not None
         return self.device_peak(form) if on_device else self.cpu_peak(form)
 
-    @property
+    @cached_property
     def link(self) -> float:
         """The best over all sizes of a copy, or of what more bytes take beyond fewer."""
         points = sorted(self.deployment.profile.link, key=lambda point: point.num_bytes)
@@ -55,16 +57,9 @@ class Rates:
             raise ConfigError("hardware: the profile has no link to the device", field="hardware")
         return max(rates) * 1e6
 
-    @property
+    @cached_property
     def disk(self) -> float:
-        rates = [point.bytes_per_s.value for point in self.deployment.profile.disk]
-        if not rates:
-            raise ConfigError(
-                "hardware: the profile has no disk, and experts are to be read from one",
-                field="hardware",
-                hint="run `moeserve calibrate --disk-dir DIR`",
-            )
-        return max(rates)
+        return max(point.bytes_per_s.value for point in disk_points(self.deployment.profile))
 
     @property
     def crossing(self) -> float:
@@ -78,6 +73,17 @@ class Rates:
         device = self.deployment.profile.device
         assert device is not None, "deployments with slots on a device have one"
         return device
+
+
+def disk_points(profile: Profile) -> Sequence[DiskPoint]:
+    """What the profile knows of its disk. Raises ConfigError."""
+    if not profile.disk:
+        raise ConfigError(
+            "hardware: the profile has no disk, and experts are to be read from one",
+            field="hardware",
+            hint="name a profile with a disk, or run `moeserve calibrate --disk-dir DIR`",
+        )
+    return profile.disk
 
 
 def peak_of(processor: Processor, form: str) -> float:

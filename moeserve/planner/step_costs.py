@@ -41,6 +41,8 @@ from moeserve.planner.step_fit import (
 )
 
 ROUTER = "router"
+#: after the format: what torch multiplies head by head
+PER_HEAD = "per head"
 #: at which arithmetic is at its best
 MANY_ROWS = 512
 #: at which a roofline is asked for
@@ -95,23 +97,30 @@ class Products:
 
     def _curve(self, matrix: Matrix) -> Curve:
         """Microseconds of one weight, by rows."""
-        found = self._curves.get(matrix.form)
+        name = f"{matrix.form} {PER_HEAD}" if matrix.per_head else matrix.form
+        found = self._curves.get(name)
         if found is None:
-            measured = self._of_linear(matrix) or self._of_expert(matrix)
-            found = with_threads(measured, self._profile, matrix.form, self._num_threads)
-            self._curves[matrix.form] = found
+            found = self._curves[name] = self._find(matrix, name)
         return found
 
-    def _of_linear(self, matrix: Matrix) -> Curve | None:
+    def _find(self, matrix: Matrix, name: str) -> Curve:
+        measured = self._measured(name)
+        if measured is not None and matrix.per_head:
+            return measured  # on one thread of torch's, however many are ours
+        # A profile without products per head, an older one's: as if our kernels did them.
+        measured = measured or self._measured(matrix.form) or self._of_expert(matrix)
+        return with_threads(measured, self._profile, matrix.form, self._num_threads)
+
+    def _measured(self, name: str) -> Curve | None:
         for curve in self._profile.cpu.product_curves:
-            if curve.weights == matrix.form:
+            if curve.weights == name:
                 return Curve(curve.rows, [figure.value / 1e6 for figure in curve.ps])
         return None
 
     def _of_expert(self, matrix: Matrix) -> Curve:
         spec = ExpertSpec(num_experts=1, hidden_size=2048, intermediate_size=768)
         weights = 3 * spec.hidden_size * spec.intermediate_size
-        num_bytes = weights * matrix.num_bytes // (matrix.rows * matrix.cols)
+        num_bytes = weights * matrix.read_bytes // (matrix.rows * matrix.cols)
         curve = expert_curve(self._profile.cpu, spec, matrix.form, num_bytes)
         known = self._profile.cpu.curve(matrix.form, spec)
         rows = known.rows if known is not None else list(ROOFLINE_ROWS)
@@ -120,7 +129,7 @@ class Products:
 
 def with_threads(curve: Curve, profile: Profile, form: str, num_threads: int | None) -> Curve:
     """The curve with fewer threads than were calibrated: reading by the rates that were measured
-    with so many, arithmetic in proportion."""
+    with so many, arithmetic in proportion, also where it was hidden behind reading before."""
     most = profile.hardware.num_cores
     if num_threads is None or num_threads >= most:
         return curve
@@ -129,10 +138,14 @@ def with_threads(curve: Curve, profile: Profile, form: str, num_threads: int | N
     counts = sorted(rates)
     values = [rates[count] for count in counts]
     reading = float(np.interp(most, counts, values) / np.interp(num_threads, counts, values))
+    slower = most / num_threads
     rows, read_us = sorted(curve), curve[1]
+    row_us = curve[rows[-1]] / rows[-1] * slower  # at which arithmetic is at its best
+    ridge = int(read_us * reading / row_us)  # up to which reading may hide it
+    rows = sorted({*rows, max(1, ridge), ridge + 1})
     return Curve(
         rows,
-        [read_us * reading + max(0.0, curve[n] - read_us) * most / num_threads for n in rows],
+        [max(read_us * reading + max(0.0, curve[n] - read_us) * slower, n * row_us) for n in rows],
     )
 
 

@@ -72,31 +72,36 @@ class Machine:
         """The shortest time in which all can be done: in T seconds the CPU reads and computes what
         it can of the experts, the device must do the rest in the same time. What it reads and what
         it computes are looked at apart, so nothing that can be done takes less."""
+        rates = self.rates
+        cpu_peak, device_peak = rates.cpu_peak(self.form), rates.device_peak(self.form)
+        scores_s = work.attention_ops / rates.device_peak(self.dtype)
 
         def in_time(time_s: float) -> Times:
-            rates, form = self.rates, self.form
             all_bytes, all_ops = work.expert_bytes, work.expert_ops
             read, computed = all_bytes, all_ops
             if Resource.CPU_MEMORY not in without:
                 read = min(read, time_s * rates.cpu_read)
             if Resource.CPU_COMPUTE not in without:
-                computed = min(computed, time_s * rates.cpu_peak(form))
+                computed = min(computed, time_s * cpu_peak)
             on_device = work.other_bytes + all_bytes - read
-            products_s = (work.ops + all_ops - computed) / rates.device_peak(form)
-            scores_s = work.attention_ops / rates.device_peak(self.dtype)
+            products_s = (work.ops + all_ops - computed) / device_peak
             return {
                 Resource.DEVICE_MEMORY: on_device / rates.device_read,
                 Resource.DEVICE_COMPUTE: products_s + scores_s,
                 Resource.LINK: max(0.0, work.missing_bytes - read) / rates.link,
                 Resource.CPU_MEMORY: read / rates.cpu_read,
-                Resource.CPU_COMPUTE: computed / rates.cpu_peak(form),
+                Resource.CPU_COMPUTE: computed / cpu_peak,
             }
 
-        low, high = 0.0, max(s for r, s in in_time(0.0).items() if r not in without)
+        def rest_s(time_s: float) -> float:
+            """Of what the CPU leaves. It itself is done in time, but for rounding."""
+            others = without | {Resource.CPU_MEMORY, Resource.CPU_COMPUTE}
+            return max((s for r, s in in_time(time_s).items() if r not in others), default=0.0)
+
+        low, high = 0.0, rest_s(0.0)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            longest = max(s for r, s in in_time(middle).items() if r not in without)
-            low, high = (middle, high) if longest > middle else (low, middle)
+            low, high = (middle, high) if rest_s(middle) > middle else (low, middle)
         return in_time(high)
 
     def limits(self, work: Work) -> tuple[Resource, Resource, float]:

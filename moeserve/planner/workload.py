@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 from moeserve.core import ConfigError
 
 Row = TypeVar("Row")
+Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
 #: tokens of one of Mooncake's blocks
 MOONCAKE_BLOCK = 512
 #: requests that are planned for and replayed unless others are asked for
@@ -146,7 +148,7 @@ def _csv(path: Path, lines: Iterator[str]) -> Iterator[WorkloadRequest]:
 
 def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[WorkloadRequest]:
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    yield from _rows(path, numbered, lambda line: _mooncake(json.loads(line)))
+    yield from _rows(path, numbered, _mooncake)
 
 
 def _rows(
@@ -156,36 +158,63 @@ def _rows(
     for number, row in rows:
         try:
             request = read(row)
-        except (ValueError, TypeError, KeyError) as error:
-            raise _bad(path, f"line {number}: {error!r}") from error
-        if min(request.num_prompt, request.num_output) < 0 or not request.at_s >= 0:
-            raise _bad(path, f"line {number}: a number is negative")
+        except ValueError as error:
+            raise _bad(path, f"line {number}: {error}") from error
         yield request
 
 
 def _azure(row: Mapping[str, Any]) -> WorkloadRequest:
-    # Python 3.10 reads at most six digits of a second.
-    at_s = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-    return WorkloadRequest(at_s, int(row["ContextTokens"]), int(row["GeneratedTokens"]))
+    at_s = _value(row, "TIMESTAMP", _time_s, "a time like 2023-11-16 18:17:03.9799600")
+    return WorkloadRequest(at_s, _count(row, "ContextTokens"), _count(row, "GeneratedTokens"))
+
+
+def _time_s(text: str) -> float:
+    return datetime.fromisoformat(text[:26]).timestamp()  # Python 3.10: six digits of a second
 
 
 def _burst_gpt(row: Mapping[str, Any]) -> WorkloadRequest:
-    return WorkloadRequest(
-        float(row["Timestamp"]), int(row["Request tokens"]), int(row["Response tokens"])
-    )
+    counts = _count(row, "Request tokens"), _count(row, "Response tokens")
+    return WorkloadRequest(_seconds(row, "Timestamp"), *counts)
 
 
-def _mooncake(row: Mapping[str, Any]) -> WorkloadRequest:
-    missing = [name for name in MOONCAKE if name not in row]
-    if missing:
-        raise KeyError(*missing)
-    hash_ids: Sequence[int] = row.get("hash_ids", ())
-    return WorkloadRequest(
-        float(row["timestamp"]) / 1000,
-        int(row["input_length"]),
-        int(row["output_length"]),
-        tuple(int(each) for each in hash_ids),
-    )
+def _mooncake(line: str) -> WorkloadRequest:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError("no JSON object")
+    hash_ids: tuple[int, ...] = ()
+    if "hash_ids" in row:
+        hash_ids = _value(row, "hash_ids", lambda ids: tuple(map(int, ids)), "a list of numbers")
+    counts = _count(row, "input_length"), _count(row, "output_length")
+    return WorkloadRequest(_seconds(row, "timestamp") / 1000, *counts, hash_ids)
+
+
+def _count(row: Mapping[str, Any], name: str) -> int:
+    return _value(row, name, lambda value: _not_negative(int(value)), "a whole number, 0 or more")
+
+
+def _seconds(row: Mapping[str, Any], name: str) -> float:
+    """In whatever unit the column has."""
+    return _value(row, name, lambda value: _not_negative(float(value)), "a number, 0 or more")
+
+
+def _not_negative(number: Number) -> Number:
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{number} is negative or endless")
+    return number
+
+
+def _value(row: Mapping[str, Any], name: str, read: Callable[[Any], Value], wanted: str) -> Value:
+    """ValueError, naming the column, where it is not there or no such value."""
+    value = row.get(name)
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    try:
+        return read(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name}: {value!r} is not {wanted}") from error
 
 
 def _bad(path: Path, what: str) -> ConfigError:
@@ -236,7 +265,7 @@ def workload_of(args: argparse.Namespace) -> Workload:
 def workload_if_any(args: argparse.Namespace) -> Workload | None:
     """None without --workload. ConfigError for flags that are for it, or instead of it."""
     of_it = ("requests", "speed", "clip", "slo_ttft", "slo_tpot")
-    instead = ("prompt_tokens", "output_tokens")
+    instead = ("concurrency", "prompt_tokens", "output_tokens")
     for name in of_it if args.workload is None else instead:
         if getattr(args, name) is not None:
             what = "it is for --workload" if name in of_it else "contradicts --workload"

@@ -202,7 +202,7 @@ def _print_costs(console: Console, results: Sequence[PredictorReport]) -> None:
     if not any(result.costs for result in results):
         return
     table = Table(title="cost of a decode step", title_justify="left")
-    for name in ("predictor", "sequences", "model us", "predicting us", "share"):
+    for name in ("predictor", "sequences", "model us", "predicting us", "share", "added us"):
         table.add_column(name, justify="right")
     for result in results:
         for cost in result.costs:
@@ -212,5 +212,6 @@ def _print_costs(console: Console, results: Sequence[PredictorReport]) -> None:
                 f"{cost.step_us:.0f}",
                 f"{cost.predict_us:.0f}",
                 f"{100 * cost.share:.1f} %",
+                f"{cost.added_us:.0f}",
             )
     console.print(table)

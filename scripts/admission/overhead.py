@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from collections.abc import Sequence as Seq
 from statistics import median
 
 from admission.runs import BLOCK_TOKENS
 from moeserve.config import SchedulerConfig
 from moeserve.core import EngineRequest, SamplingParams
-from moeserve.engine.admission import PastFuture
 from moeserve.engine.batch import SampledToken, StepResult
 from moeserve.engine.kv_blocks import BlockManager
+from moeserve.engine.past_future import PastFuture
 from moeserve.engine.request_scheduler import RequestScheduler
 from moeserve.engine.sequence import Sequence
 
@@ -21,11 +22,11 @@ RUNNING, WAITING = 64, 17
 class FullHouse(PastFuture):
     """Computes the whole rule and then lets 64 run, so that every step pays for refusals."""
 
-    def admits(
-        self, candidate: Sequence, running: Collection[Sequence], blocks: BlockManager
-    ) -> bool:
-        super().admits(candidate, running, blocks)
-        return len(running) < RUNNING
+    def choose(
+        self, candidates: Seq[Sequence], running: Collection[Sequence], blocks: BlockManager
+    ) -> Sequence | None:
+        super().choose(candidates, running, blocks)
+        return candidates[0] if len(running) < RUNNING else None
 
 
 def scheduler_overhead() -> dict[str, float]:

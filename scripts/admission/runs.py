@@ -9,7 +9,8 @@ from typing import Any
 
 from admission.traces import HISTORY, WINDOWS, Trace, read_window
 from moeserve.config import SchedulerConfig
-from moeserve.engine.admission import AdmissionPolicy, Aggressive, Conservative, PastFuture
+from moeserve.engine.admission import AdmissionPolicy, Aggressive, Conservative
+from moeserve.engine.past_future import PastFuture
 from moeserve.engine.simulation import Simulation, Slo, StepCost
 
 COST = StepCost(fixed_s=10e-3, per_token_s=85e-6, per_kv_token_s=82e-9)

@@ -8,8 +8,8 @@ from typing import Any
 
 Row = dict[str, Any]
 COLUMNS = (
-    "| slots | strategy | tokens/s | over static | hits | link busy | device busy"
-    " | prefetches per token | useful |\n|---|---|---|---|---|---|---|---|---|"
+    "| slots | strategy | tokens/s | over static | whole token | hits | link busy | device busy"
+    " | prefetches per token | useful |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -23,10 +23,16 @@ def markdown(rows: Sequence[Row], about: Sequence[str]) -> str:
             f"## {model}",
             "",
             f"One expert: {first['cpu_us']:.0f} us on the CPU, {first['device_us']:.0f} us on the"
-            f" device, {first['copy_us']:.0f} us over the link; the rest of a layer"
+            f" device, {first['copy_us']:.0f} us over the link; shared experts"
+            f" {first['shared_us']:.0f} us on the device, the rest of a layer"
             f" {first['rest_us']:.0f} us. Timed: {first['num_tokens']} tokens; learnt from:"
-            f" {first['num_learnt']} tokens of other requests. With all experts on the device:"
-            f" {first['resident_tokens_per_s']:.0f} tokens/s.",
+            f" {first['num_learnt']} tokens of other requests; popularity counted over"
+            f" {first['num_counted']}. Static placement with slots for 25, 50 and 75 % hits"
+            f" {', '.join(f'{hits:.1%}' for hits in first['static_hits'])} over all requests for"
+            " the test. With all experts on the device:"
+            f" {first['resident_tokens_per_s']:.0f} tokens/s. What is in no layer of experts, head"
+            f" and dense layers, takes {first['outside_us']:.0f} us a token, which no strategy can"
+            " change: `whole token` counts it, the other columns do not.",
             "",
             COLUMNS,
             *(_line(row) for row in own),
@@ -42,6 +48,7 @@ def _line(row: Row) -> str:
     useful = f"{row['useful_prefetches']:.0%}" if row["prefetches_per_token"] else "–"
     return (
         f"| {row['share']:.0%} | {row['strategy']} | {row['tokens_per_s']:.1f} | {gain}"
+        f" | {row['whole_gain']:.2f}×"
         f" | {row['hit_rate']:.1%} | {row['link_busy']:.0%} | {row['device_busy']:.0%}"
         f" | {row['prefetches_per_token']:.1f} | {useful} |"
     )

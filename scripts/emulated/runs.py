@@ -23,23 +23,22 @@ from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
 from moeserve.experts.device.clock import ModelledClock
 from moeserve.experts.device_supply import DeviceSupply, FittingPlacement
-from moeserve.experts.device_tier import emulated_device
+from moeserve.experts.device_tier import emulated_device, prefetch_to_device
 from moeserve.experts.layer import MoELayer, build_moe_layer
 from moeserve.experts.layer_use import count_use
-from moeserve.experts.prefetch import WatchedPrefetch
-from moeserve.experts.replay import RoutingReplay, force_routing
+from moeserve.experts.replay import RoutingReplay
 from moeserve.experts.router import RouterSpec, RouterWeights
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler, TimelinePlacement
-from moeserve.planner.ablation import SPARE_SLOTS, PinnedPolicy, Strategy, popularity, stay
+from moeserve.planner.ablation import SPARE_SLOTS, PinnedPolicy, Strategy, stay
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.none import NonePredictor
 from moeserve.predictors.registry import make_predictor
 
 #: of the experts that are really computed: times are those of the real shape
 HIDDEN, INNER = 64, 32
-DEPTH = 3
+DEPTH = 6
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Outcome:
     """Of the emulated time. busy: shares of it. hit_rate: wanted experts that were on the device.
     checksum: of all that the layers gave, bit by bit."""
 
+    num_tokens: int
     token_us: float
     hit_rate: float
     prefetches_per_token: float
@@ -63,6 +63,18 @@ class Outcome:
     link_busy: float
     device_busy: float
     checksum: int
+
+
+class TracedRouter:
+    """A router whose own work is not done: its time is in the rest of a layer."""
+
+    def __init__(self, spec: RouterSpec, replay: RoutingReplay, rank: int) -> None:
+        self.spec = spec
+        self._replay = replay
+        self._rank = rank
+
+    def __call__(self, x: Tensor) -> Routing:
+        return self._replay.routing(self._rank, len(x))
 
 
 class StayPlacement(IntraLayerScheduler):
@@ -88,13 +100,64 @@ def learn(case: Case, policy_name: str, predictor_name: str) -> Learnt:
             use = count_use(layer, routing, case.shape.num_experts)
             policy.observed(use)
             policy.used(layer, np.flatnonzero(use.rows).tolist())
-    by_rank = popularity(case.trace.ids[case.learn], case.shape.num_experts)
-    popular = [ExpertKey(case.trace.layers[key.layer], key.expert) for key in by_rank]
+    popular = [ExpertKey(case.trace.layers[key.layer], key.expert) for key in case.popular]
     return Learnt(popular, policy, predictor)
 
 
+class Run:
+    """One strategy on its way through the tokens for the test."""
+
+    def __init__(self, case: Case, layers: Sequence[MoELayer], supply: DeviceSupply) -> None:
+        self._case = case
+        self._layers = layers
+        self._supply = supply
+        ids, weights = case.trace.ids[case.test], case.trace.weights[case.test]
+        trace = replace(case.trace, ids=ids, weights=weights, requests=())
+        replay = RoutingReplay(trace)
+        for rank, layer in enumerate(layers):
+            layer.router = TracedRouter(layer.router.spec, replay, rank)
+        self._counted_before = supply.cache.counters.totals()
+        device = supply.device
+        self._begun_us = device.clock.now_us()
+        self._link_before_s = device.link.stats.busy_s
+        self._device_before_us = device.busy_us
+        self._generator = torch.Generator().manual_seed(1)
+        self._checksum = 0
+        self._num_done = 0
+
+    def decode(self, num_tokens: int) -> None:
+        """So many tokens more, as far as there are any."""
+        end = min(self._num_done + num_tokens, len(self._case.test))
+        for step in range(self._num_done, end):
+            x = torch.randn(1, HIDDEN, generator=self._generator)
+            for layer in self._layers:
+                x = x + layer.forward(x, step)
+            self._checksum = zlib.crc32(x.numpy().tobytes(), self._checksum)
+        self._supply.check_integrity()
+        self._num_done = end
+
+    def outcome(self) -> Outcome:
+        """Of all tokens so far."""
+        device, counters = self._supply.device, self._supply.cache.counters
+        num_tokens, (_, num_layers, top_k) = self._num_done, self._case.trace.ids.shape
+        took_us = device.clock.now_us() - self._begun_us
+        before = self._counted_before
+        counts = {name: count - before[name] for name, count in counters.totals().items()}
+        begun = counts["prefetches_begun"]
+        return Outcome(
+            num_tokens=num_tokens,
+            token_us=took_us / num_tokens,
+            hit_rate=counts["hits"] / (num_tokens * num_layers * top_k),
+            prefetches_per_token=begun / num_tokens,
+            useful_prefetches=counts["prefetches_useful"] / max(1, begun),
+            link_busy=(device.link.stats.busy_s - self._link_before_s) * 1e6 / took_us,
+            device_busy=(device.busy_us - self._device_before_us) / took_us,
+            checksum=self._checksum,
+        )
+
+
 class Decoder:
-    """The layers of one trace's model, with random weights. `run` may be called again and again."""
+    """The layers of one trace's model, with random weights, for any number of runs."""
 
     def __init__(self, case: Case, native: NativeRuntime) -> None:
         self._case = case
@@ -110,7 +173,7 @@ class Decoder:
         """In all layers."""
         return len(self._experts) * self._spec.num_experts
 
-    def run(self, strategy: Strategy, num_slots: int, learnt: Learnt) -> Outcome:
+    def begin(self, strategy: Strategy, num_slots: int, learnt: Learnt) -> Run:
         """From slots full of the most popular experts; where these stay, but for a few to work
         with."""
         spare = 0
@@ -125,14 +188,7 @@ class Decoder:
         timeline = TimelinePlacement(costs, device.loading_us)
         inter: InterLayerScheduler = ResidentPrefetch()
         if strategy.prefetch or strategy.cache:
-            inter = WatchedPrefetch(
-                cache,
-                timeline,
-                supply.prefetch,
-                lambda: device.link.stats.busy_s,
-                DEPTH,
-                lambda: clock.now_us() / 1e6,
-            )
+            inter = prefetch_to_device(supply, timeline, DEPTH)
         runtime = ExpertRuntime(
             config=ExpertConfig(),
             device=torch.device("cpu"),
@@ -150,7 +206,7 @@ class Decoder:
             wanted = tuple(key.expert for key in popular if key.layer == layer)
             with supply.acquire(Placement(layer, fetch_first=wanted)):
                 clock.wait_until(clock.now_us() + (1 + len(wanted)) * timeline.fetch_us(layer))
-        return self._decode(self._layers(runtime), supply)
+        return Run(self._case, self._layers(runtime), supply)
 
     def _cache(
         self, strategy: Strategy, num_slots: int, learnt: Learnt, popular: Sequence[ExpertKey]
@@ -160,38 +216,6 @@ class Decoder:
         if strategy.cache:
             policy = copy.deepcopy(learnt.policy)
         return ExpertCache(Tier.DEVICE, num_experts, num_slots, policy)
-
-    def _decode(self, layers: Sequence[MoELayer], supply: DeviceSupply) -> Outcome:
-        case, device, counters = self._case, supply.device, supply.cache.counters
-        ids, weights = case.trace.ids[case.test], case.trace.weights[case.test]
-        trace = replace(case.trace, ids=ids, weights=weights, requests=())
-        force_routing(layers, RoutingReplay(trace), trace)
-        before = counters.totals()
-        begun_us, link_s, device_us = (
-            device.clock.now_us(),
-            device.link.stats.busy_s,
-            device.busy_us,
-        )
-        generator = torch.Generator().manual_seed(1)
-        checksum = 0
-        for step in range(len(case.test)):
-            x = torch.randn(1, HIDDEN, generator=generator)
-            for layer in layers:
-                x = x + layer.forward(x, step)
-            checksum = zlib.crc32(x.numpy().tobytes(), checksum)
-        supply.check_integrity()
-        took_us = device.clock.now_us() - begun_us
-        counts = {name: count - before[name] for name, count in counters.totals().items()}
-        begun = counts["prefetches_begun"]
-        return Outcome(
-            token_us=took_us / len(case.test),
-            hit_rate=counts["hits"] / trace.ids.size,
-            prefetches_per_token=begun / len(case.test),
-            useful_prefetches=counts["prefetches_useful"] / max(1, begun),
-            link_busy=(device.link.stats.busy_s - link_s) * 1e6 / took_us,
-            device_busy=(device.busy_us - device_us) / took_us,
-            checksum=checksum,
-        )
 
     def _layers(self, runtime: ExpertRuntime) -> list[MoELayer]:
         top_k = self._case.trace.ids.shape[2]

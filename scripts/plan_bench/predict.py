@@ -11,7 +11,8 @@ from msgspec import structs
 
 from moeserve.cache.expert_cache import Tier
 from moeserve.experts.schedule.profile import DiskPoint, Figure, Profile
-from moeserve.planner.deployment import find_shape, sized
+from moeserve.planner.deployment import sized
+from moeserve.planner.lookup import find_shape
 from moeserve.planner.plan_types import PlanRequest, Traffic
 from moeserve.planner.simulate.system import simulate
 from plan_bench.cases import OUTPUT_TOKENS, Case

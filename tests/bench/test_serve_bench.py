@@ -100,7 +100,7 @@ def test_goodput_counts_what_met_both_targets() -> None:
         (["--workload", "{w}", "--speed", "0"], "speed: 0"),
         (["--workload", "{w}", "--clip", "1"], "clip: 1"),
         (["--workload", "{w}", "--slo-tpot", "-1"], "slo_tpot: -1"),
-        (["--workload", "{w}", "--plan", "{w}"], "holds no plan"),
+        (["--workload", "{w}", "--plan", "{w}"], "holds no plan for a workload (write it by"),
         (["--workload", "{w}", "--url", "http://127.0.0.1:9"], "url: http://127.0.0.1:9"),
     ],
 )

@@ -73,10 +73,17 @@ class MemorySource(ExpertSource):
 
 @contextmanager
 def running(
-    source: ExpertSource, num_slots: int, slot_bytes: int, threads: int = 1, chunk: int = PAGE
+    source: ExpertSource,
+    num_slots: int,
+    slot_bytes: int,
+    threads: int = 1,
+    chunk: int = PAGE,
+    prefetch_threads: int | None = None,
 ) -> Iterator[tuple[Transfers, HostSlots]]:
     slots = HostSlots(slot_bytes, num_slots)
-    transfers = Transfers(source, slots.__getitem__, threads, chunk)
+    transfers = Transfers(
+        source, slots.__getitem__, threads, chunk, prefetch_threads=prefetch_threads
+    )
     try:
         yield transfers, slots
     finally:
@@ -129,6 +136,41 @@ def test_a_demand_overtakes_prefetches_between_two_chunks() -> None:
         arrived = [arrival.load.key.expert for arrival in take(transfers, 4)]
     assert arrived == [2, 3, 0, 1]
     assert [expert for expert, _ in source.begun] == [0, *[2] * 4, *[3] * 4, *[0] * 3, *[1] * 4]
+
+
+def test_prefetches_leave_threads_to_demands() -> None:
+    """One thread of three reads on a guess; a demand, promoted or not, has them all."""
+    source = MemorySource(3, 6 * PAGE, random.Random(fresh_seed()))
+    source.gate = threading.Semaphore(0)
+    with running(source, 3, 6 * PAGE, threads=3, prefetch_threads=1) as (transfers, _):
+        transfers.start([load(0), load(1)], Urgency.PREFETCH)
+        for num_begun in range(1, 4):  # one after the other, whatever threads are free
+            source.reading.acquire()
+            assert source.begun == [(0, PAGE * n) for n in range(num_begun)]
+            source.gate.release()
+        source.reading.acquire()  # the fourth chunk, which goes on
+        transfers.start([load(2)], Urgency.DEMAND)
+        source.reading.acquire()
+        source.reading.acquire()
+        assert sorted(source.begun[4:]) == [(2, 0), (2, PAGE)]
+        transfers.promote([ExpertKey(0, 0), ExpertKey(0, 1)])
+        source.gate.release(15)
+        arrived = [arrival.load.key.expert for arrival in take(transfers, 3)]
+    assert sorted(arrived) == [0, 1, 2]
+    assert transfers.stats.num_promoted == 2
+
+
+def test_a_promoted_prefetch_wakes_the_threads_that_prefetches_leave_idle() -> None:
+    source = MemorySource(1, 6 * PAGE, random.Random(fresh_seed()))
+    source.gate = threading.Semaphore(0)
+    with running(source, 1, 6 * PAGE, threads=3, prefetch_threads=1) as (transfers, _):
+        transfers.start([load(0)], Urgency.PREFETCH)
+        source.reading.acquire()
+        transfers.promote([ExpertKey(0, 0)])
+        source.reading.acquire()
+        source.reading.acquire()  # hangs where they sleep: nothing was released
+        source.gate.release(6)
+        take(transfers, 1)
 
 
 def test_a_promoted_prefetch_stands_behind_the_demands_that_are_there() -> None:

@@ -82,7 +82,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
 
 
 def is_ready(server: Server) -> bool:
-    return httpx.get(f"{server.http}/health", trust_env=False).status_code == 200
+    return httpx.get(f"{server.http}/health", trust_env=False, timeout=120).status_code == 200
 
 
 def kill_engine(server: Server) -> None:
@@ -117,7 +117,7 @@ def test_they_hold_all_experts(server: Server, expected: tuple[int, ...]) -> Non
     metrics: dict[tuple[str, str | None], float] = {}
 
     def caught_up() -> bool:  # metrics come with the heartbeat
-        text = httpx.get(f"{server.http}/metrics", trust_env=False).text
+        text = httpx.get(f"{server.http}/metrics", trust_env=False, timeout=120).text
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 metrics[(sample.name, sample.labels.get("worker"))] = sample.value

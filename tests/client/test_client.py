@@ -38,7 +38,7 @@ def run(body: Body, directory: Path, config: ZmqConfig | None = None, credit: in
                 await body(stack, client)
             await until(lambda: not stack.engine.has_work)
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 class BackgroundStack:
@@ -110,7 +110,8 @@ def test_a_slow_reader_gets_everything(tmp_path: Path) -> None:
     async def body(stack: Stack, client: AsyncClient) -> None:
         async with client.stream("slow ", max_tokens=3000) as stream:
             texts = [(await anext(stream)).text]
-            await until(lambda: not stack.engine.has_work)  # all is generated, one chunk is read
+            # All is generated and has come to the server; one chunk is read.
+            await until(lambda: stack.service.num_running == 0)
             texts += [chunk.text async for chunk in stream]
         assert "".join(texts) == echoed("slow ", 3000)
         assert len(texts) <= 2 + 4  # credit 4, given back in twos
@@ -130,8 +131,12 @@ def test_errors_carry_code_field_and_hint(tmp_path: Path) -> None:
             await client.generate()
         with pytest.raises(ClientError, match="token_ids"):
             await client.generate(token_ids=[2**40])
+        with pytest.raises(ClientError, match=r"token_ids=.*messages="):
+            await client.generate([1, 2])  # type: ignore[arg-type]
         with pytest.raises(ClientError, match="cannot be sent"):
             await client.generate("a", stop=object())
+        with pytest.raises(ClientError, match=r"U\+DCFF at character 1, half.*must be UTF-8"):
+            await client.generate("a\udcff")
         with pytest.raises(ClientError, match="server takes 20000") as caught_size:
             await client.generate("a" * 30_000)
         assert caught_size.value.code == "request_too_large"
@@ -177,7 +182,7 @@ def test_no_server(tmp_path: Path) -> None:
             with pytest.raises(ClientError, match="expected ipc"):
                 await client.generate("a")
 
-    asyncio.run(asyncio.wait_for(main(), 30))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 def test_reconnects_to_a_new_server(tmp_path: Path) -> None:
@@ -195,7 +200,7 @@ def test_reconnects_to_a_new_server(tmp_path: Path) -> None:
             assert (await client.generate("new ", max_tokens=4)).text == "new "
             await client.close()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 def test_a_server_that_lost_the_session_ends_the_requests(tmp_path: Path) -> None:

@@ -113,21 +113,21 @@ def test_weights_that_are_too_large(
         run(dense, tmp_path / "out", text, method=method)
 
 
-def test_an_embedding_that_is_too_large(dense: Path, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "factor", "match"),
+    [
+        ("model.embed_tokens.weight", 1e25, r"too large .* in model\.embed_tokens"),
+        ("model.norm.weight", 1e6, r"nats per token .* below 700: .*from norm or"),
+    ],
+)
+def test_an_embedding_or_logits_that_are_too_large(
+    name: str, factor: float, match: str, dense: Path, tmp_path: Path, text: Path
+) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.embed_tokens.weight"] *= 1e25
+        tensors[name] *= factor
 
     change_weights(dense, spoil)
-    with pytest.raises(ModelError, match=r"too large .* in model\.embed_tokens"):
-        run(dense, tmp_path / "out", text)
-
-
-def test_logits_that_are_too_large(dense: Path, tmp_path: Path, text: Path) -> None:
-    def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.norm.weight"] *= 1e6
-
-    change_weights(dense, spoil)
-    with pytest.raises(ModelError, match=r"nats per token .* below 700: .*from norm or"):
+    with pytest.raises(ModelError, match=match):
         run(dense, tmp_path / "out", text)
     assert not (tmp_path / "out" / "README.md").exists()
 

@@ -5,7 +5,8 @@
 #include <memory>
 
 #include "fuzz_router.h"
-#include "predictor.h"
+#include "lookahead_predictor.h"
+#include "residual_predictor.h"
 
 namespace fuzz {
 

@@ -34,6 +34,7 @@ IDS, X = torch.arange(20), torch.zeros(20, 33)
         ((0, 2**30 + 1, 4), "rows must be 1 to 2"),
         ((0, 4, 2**24 + 1), "columns 1 to 2"),
         ((2, 4, 65537), "int8: 65537 inputs; at most 65536"),
+        ((3, 4, 65537, 32), "int4 without zero points: 65537 inputs; at most 65536"),
         ((3, 4, 4, 0), "group: 0; int4 takes 32, 64 or 128"),
         ((3, 4, 4, 33), "group: 33"),
         ((2, 4, 4, 0, True), "asymmetric: only int4"),

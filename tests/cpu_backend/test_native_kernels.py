@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.native_matrices import (
     FEW_KINDS,
+    INT4,
     INT8,
     KINDS,
     LEVELS,
@@ -91,15 +92,16 @@ def test_a_row_does_not_see_its_neighbours(kind: Kind, isa: str) -> None:
 def test_levels_agree(kind: Kind) -> None:
     """Sums of integer products are exact, so vector levels give the same bits.
 
-    The plain level too where there is one scale per output; with groups it adds them up with two
-    roundings where the others have a fused multiply-add.
+    The plain level too where sums are exact to the end; where groups have scales of their own it
+    adds them up with two roundings, and the others with a fused multiply-add.
     """
     rng, generator = fresh_generators()
     packed = pack_random(kind, 70, rng.randint(100, 700), generator)
     x = torch.randn(9, packed.layout.cols, generator=generator)
     results = {isa: packed.product(isa, x) for isa in LEVELS}
     if kind.quantises_rows:
-        same = [isa for isa in LEVELS if isa != "scalar" or kind == INT8]
+        exact = kind == INT8 or kind.has_factors
+        same = [isa for isa in LEVELS if isa != "scalar" or exact]
         for isa in same:
             assert torch.equal(results[isa], results[same[0]]), isa
     for isa in LEVELS:
@@ -109,16 +111,17 @@ def test_levels_agree(kind: Kind) -> None:
 
 
 @EACH_LEVEL
-def test_int8_sums_that_fill_32_bits(isa: str) -> None:
-    """Every code and every activation at its largest, as many inputs as int8 takes."""
+@pytest.mark.parametrize("kind", [INT8, *INT4[::4]], ids=lambda kind: kind.name)
+def test_sums_that_fill_32_bits(kind: Kind, isa: str) -> None:
+    """Every code and every activation at its largest, as many inputs as the format takes."""
     cols = 65536
-    layout = native.Layout(2, 3, cols)
+    layout = kind.layout(3, cols)
     data = torch.from_numpy(native.allocate(layout.num_bytes))
     weight = torch.stack((torch.ones(cols), -torch.ones(cols), torch.ones(cols)))
     weight[2, cols // 2 :] = -1
     assert native.pack(runtime("scalar"), layout, data, torch.arange(3), weight)
-    x = torch.cat((weight, -weight))
-    out = torch.empty(6, 3)
+    x = torch.cat((weight, -weight)).repeat(3, 1)
+    out = torch.empty(18, 3)
     native.PackedMatrix(layout, data).run(runtime(isa), x, out)
     torch.testing.assert_close(out, x @ weight.T, rtol=1e-6, atol=0)
 

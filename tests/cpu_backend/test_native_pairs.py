@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 from support.native_experts import pack_layer, random_routing
 from support.native_matrices import FEW_KINDS, TEST_LEVELS, Kind, allocate, runtime, usable_cols
 from support.randomness import fresh_generators
+from torch import Tensor
 
 from moeserve.core import ExpertSpec, Routing
 from moeserve.cpu_backend import _native as native
+from moeserve.cpu_backend.backend import ExpertJob
+from moeserve.cpu_backend.native_backend import NativeBackend
+from moeserve.cpu_backend.native_parts import NativeParts
+from moeserve.cpu_backend.native_runtime import NativeRuntime
 
 
 @pytest.mark.parametrize("isa", TEST_LEVELS)
@@ -42,6 +50,38 @@ def test_parts_in_any_order_give_the_bits_of_one_call(
     summed = torch.empty_like(whole)
     native.sum_pairs(runtime(isa, rng.randint(1, 3)), pairs, routing.ids, routing.weights, summed)
     assert torch.equal(summed, whole)
+
+
+def test_jobs_use_the_memory_of_those_before_them_and_see_nothing_of_it() -> None:
+    """One after the other, of any sizes and after numbers that are none; and two side by side."""
+    rng, generator = fresh_generators()
+    spec = ExpertSpec(num_experts=6, hidden_size=48, intermediate_size=32)
+    backend = NativeBackend(NativeRuntime(2))
+    backend.add_layer(0, spec, pack_layer(FEW_KINDS[0], spec, generator))
+
+    def job_of(num_tokens: int, scale: float = 1.0) -> ExpertJob:
+        x = scale * torch.randn(num_tokens, 48, generator=generator)
+        return ExpertJob(0, x, random_routing(num_tokens, spec, 3, generator))
+
+    def total(parts: NativeParts, experts: Sequence[int]) -> Tensor:
+        for part in (experts[:2], experts[2:]):
+            parts.add(part)
+        return parts.total()
+
+    for num_tokens in (9, 2, 40, 40, 1, 17):
+        total(backend.in_parts(job_of(num_tokens, torch.nan)), range(6))
+        job = job_of(num_tokens)
+        some = rng.sample(range(6), 4)  # of the others nothing must be found
+        assert torch.equal(
+            total(backend.in_parts(job), some), backend.run(replace(job, experts=tuple(some)))
+        )
+    first, second = job_of(7), job_of(8)
+    open_parts = backend.in_parts(first)
+    open_parts.add(range(3))
+    assert torch.equal(total(backend.in_parts(second), range(6)), backend.run(second))
+    open_parts.add(range(3, 6))
+    assert torch.equal(open_parts.total(), backend.run(first))
+    backend.close()
 
 
 def test_a_cleared_record_is_refused_until_it_is_set_again() -> None:

@@ -46,7 +46,7 @@ def client(server: Server) -> Iterator[Client]:
 
 def ctl(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "moeserve.cli", "ctl", *arguments, "--zmq", server.zmq]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def settings(num_tokens: int) -> dict[str, Any]:
@@ -83,7 +83,9 @@ def test_statistics_are_those_of_metrics(server: Server, client: Client) -> None
     found: dict[tuple[str, str], float] = {}
 
     def caught_up() -> bool:  # metrics come with the heartbeat
-        for family in text_string_to_metric_families(httpx.get(f"{server.http}/metrics").text):
+        for family in text_string_to_metric_families(
+            httpx.get(f"{server.http}/metrics", timeout=120).text
+        ):
             for sample in family.samples:
                 if "layer" in sample.labels:
                     found[(sample.name, sample.labels["layer"])] = sample.value
@@ -191,7 +193,8 @@ def test_a_client_that_goes_away_leaves_no_recording(server: Server) -> None:
         async with AsyncClient(server.zmq) as client:
             while True:
                 recording = asyncio.create_task(client.control("record_timeline", num_steps=1))
-                await client.generate(PROMPT, **settings(1))
+                while not recording.done():  # a generation may be over before the recording begins
+                    await client.generate(PROMPT, **settings(1))
                 [outcome] = await asyncio.gather(recording, return_exceptions=True)
                 if isinstance(outcome, Reply):
                     return outcome
@@ -266,7 +269,7 @@ def test_the_commands(server: Server, tmp_path: Path) -> None:
     done = ctl(server, "cache", "--host-memory", "64MiB")
     assert "96 of 96 experts have room in memory" in done.stdout
     assert "memory: of 64.0 MiB" in ctl(server, "stats").stdout.replace(",", "")
-    metrics = httpx.get(f"{server.http}/metrics").text
+    metrics = httpx.get(f"{server.http}/metrics", timeout=120).text
     assert 'moeserve_host_memory_bytes{part="kv_limit"}' in metrics
     refused = ctl(server, "cache", "--host-memory", "1MiB")
     assert refused.returncode == 2

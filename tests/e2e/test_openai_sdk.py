@@ -18,7 +18,7 @@ from moeserve.config import BUNDLED_MODEL
 MODEL = BUNDLED_MODEL.name
 KEY = "sk-local"
 STORY = "Once upon a time, there was a little girl named Lily. She"
-PATIENCE_S = 60
+PATIENCE_S = 150
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def user(text: str) -> Any:
 
 def metric(server: Server, name: str) -> float:
     headers = {"authorization": f"Bearer {KEY}"}
-    text = httpx.get(f"{server.http}/metrics", headers=headers).text
+    text = httpx.get(f"{server.http}/metrics", headers=headers, timeout=120).text
     [line] = [line for line in text.splitlines() if line.startswith(f"{name} ")]
     return float(line.split()[-1])
 

@@ -15,15 +15,12 @@ from hypothesis import strategies as st
 
 from moeserve.config import SchedulerConfig
 from moeserve.engine.admission import (
-    RISK_DEVIATIONS,
-    STEPS,
     Aggressive,
     Conservative,
-    OutputLengths,
-    PastFuture,
     make_admission,
 )
 from moeserve.engine.kv_blocks import BlockManager
+from moeserve.engine.past_future import RISK_DEVIATIONS, STEPS, OutputLengths, PastFuture
 from moeserve.engine.sequence import Sequence
 
 LONGEST = 50
@@ -76,8 +73,9 @@ class Pool:
             assert self.blocks.extend(sequence.table, sequence.num_tokens)
             done = sequence.num_tokens - 1
             self.blocks.publish(sequence.table, sequence.token_ids, done)
-        self.candidate = self._sequence(rng, next(arrivals))
-        self._match(self.candidate)
+        self.candidates = [self._sequence(rng, next(arrivals)) for _ in range(rng.randint(1, 4))]
+        for candidate in self.candidates:
+            self._match(candidate)
 
     def _match(self, sequence: Sequence) -> None:
         self.blocks.match(sequence.table, sequence.token_ids, sequence.num_reusable_tokens)
@@ -90,11 +88,11 @@ class Pool:
         sequence.token_ids += [rng.randint(1, 2) for _ in range(rng.randint(0, 20))]
         return sequence
 
-    def blocks_after(self, steps: int) -> tuple[int, list[int]]:
+    def blocks_after(self, candidate: Sequence, steps: int) -> tuple[int, list[int]]:
         """Blocks that several hold now, and how many each holds alone after so many steps."""
         size = self.blocks.block_tokens
         names: list[list[object]] = []
-        for index, sequence in enumerate([*self.running, self.candidate]):
+        for index, sequence in enumerate([*self.running, candidate]):
             indexed = len(sequence.table.path)
             count = -(-(sequence.num_tokens + steps) // size)
             names.append([tuple(sequence.token_ids[: (i + 1) * size]) for i in range(indexed)])
@@ -103,15 +101,15 @@ class Pool:
         shared = {name for name, num_holders in holders.items() if num_holders > 1}
         return len(shared), [sum(name not in shared for name in own) for own in names]
 
-    def expected_peak(self, recent: list[int]) -> float:
+    def expected_peak(self, candidate: Sequence, recent: list[int]) -> float:
         """The rule's definition, by going through who may still run, one subset after another."""
-        everyone = [*self.running, self.candidate]
+        everyone = [*self.running, candidate]
         done = [sequence.num_output_tokens for sequence in everyone]
         last = max(LONGEST - d for d in done) - 1
-        shared, own = self.blocks_after(0)
+        shared, own = self.blocks_after(candidate, 0)
         peak = float(sum(own))
         for steps in [*(int(s) for s in STEPS if s < last), last]:
-            own = self.blocks_after(steps)[1]
+            own = self.blocks_after(candidate, steps)[1]
             shares = [chance(recent, d, steps, LONGEST) for d in done]
             cases = []  # weight, use
             for alive in product((False, True), repeat=len(own)):
@@ -133,8 +131,12 @@ def test_the_predicted_peak_is_that_of_all_cases(seed: int, num_running: int, kn
     for length in lengths:
         policy.observe(length)
     pool = Pool(rng, num_running)
-    predicted = policy.peak_blocks(pool.candidate, pool.running, pool.blocks)
-    assert predicted == pytest.approx(pool.expected_peak(lengths[-20:]), rel=1e-9)
+    predicted = policy.peak_blocks(pool.candidates, pool.running, pool.blocks)
+    expected = [pool.expected_peak(candidate, lengths[-20:]) for candidate in pool.candidates]
+    assert predicted.tolist() == pytest.approx(expected, rel=1e-9)
+    first = next((c for c, p in zip(pool.candidates, predicted, strict=True) if p <= 40), None)
+    pool.blocks.num_blocks = 40
+    assert policy.choose(pool.candidates, pool.running, pool.blocks) is first
 
 
 @pytest.mark.parametrize(("prompt", "output"), [((500, 3000), 30), ((100, 1000), 300)])
@@ -160,7 +162,7 @@ def test_kv_seldom_runs_out_where_the_predicted_peak_fits(
             everyone[-1].token_ids += [1] * rng.choice([n for n in range(output) if n % 3 == 0])
             blocks.extend(everyone[-1].table, everyone[-1].num_tokens)
         blocks.release(everyone[-1].table)
-        predicted = policy.peak_blocks(everyone[-1], everyone[:-1], blocks)
+        predicted = policy.peak_blocks(everyone[-1:], everyone[:-1], blocks)[0]
         tokens = np.array([s.num_tokens for s in everyone])[:, None]
         steps = np.arange(2 * output)
         held = -(-(tokens + steps) // 16)  # [S, H]
@@ -186,7 +188,7 @@ def _alone(num_blocks: int, prompt: int, max_tokens: int) -> tuple[Sequence, Blo
 
 def test_with_no_history_past_future_expects_max_tokens() -> None:
     sequence, blocks = _alone(100, 10, 40)
-    assert PastFuture(10).peak_blocks(sequence, [], blocks) == 10 + 39
+    assert PastFuture(10).peak_blocks([sequence], [], blocks) == 10 + 39
 
 
 def test_with_history_past_future_expects_what_outputs_were() -> None:
@@ -194,7 +196,7 @@ def test_with_history_past_future_expects_what_outputs_were() -> None:
     policy = PastFuture(100)
     for _ in range(100):
         policy.observe(5)
-    assert policy.peak_blocks(sequence, [], blocks) == 10 + 4
+    assert policy.peak_blocks([sequence], [], blocks) == 10 + 4
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_with_history_past_future_expects_what_outputs_were() -> None:
 def test_each_rule_asks_for_its_own_room(policy: Aggressive | Conservative, fits: int) -> None:
     for num_blocks in range(10, 60):
         sequence, blocks = _alone(num_blocks, 10, 40)
-        if policy.admits(sequence, [], blocks):
+        if policy.choose([sequence], [], blocks) is sequence:
             break
     assert num_blocks in (fits, fits - 1)  # a share of an odd pool rounds down
 

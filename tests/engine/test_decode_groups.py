@@ -50,7 +50,7 @@ def test_like_routing_runs_together() -> None:
 def test_never_more_experts_than_the_longest_waiting_would_want() -> None:
     rng, _ = fresh_generators()
     saved = plain_total = best_total = 0
-    for _ in range(60):
+    for _ in range(1000):  # 72 % on average, give or take 1.2
         ready = sequences(rng.randint(5, 9))
         experts = clustered(rng, ready, 3)
         size = rng.randint(2, 4)
@@ -62,7 +62,7 @@ def test_never_more_experts_than_the_longest_waiting_would_want() -> None:
         saved += plain - union_size(chosen, experts)
         plain_total += plain
         best_total += plain - best
-    assert saved > 0.6 * best_total, f"{saved} of {best_total} that could be saved"
+    assert saved > 0.65 * best_total, f"{saved} of {best_total} that could be saved"
 
 
 def test_nobody_waits_longer_than_allowed() -> None:

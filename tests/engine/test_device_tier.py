@@ -17,7 +17,7 @@ from moeserve.core import ConfigError, ExpertKey
 from moeserve.engine.engine import Engine
 from moeserve.experts.device.slot_guard import SlotConflict
 from moeserve.experts.device_supply import DeviceSupply
-from moeserve.experts.schedule.profile import encode_profile, shipped_profile
+from moeserve.experts.schedule.profile_file import encode_profile, shipped_profile
 
 POLICIES = sorted(set(registry.POLICIES) - {"resident"})
 PREDICTORS = ("none", "frequency", "markov", "gate_lookahead")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moeserve.core import ConfigError
-from moeserve.engine.kv_blocks import BlockManager, BlockTable
+from moeserve.engine.block_table import BlockTable
+from moeserve.engine.kv_blocks import BlockManager
 
 Prefix = tuple[int, ...]
 
@@ -136,10 +137,16 @@ class KvBlocksMachine(RuleBasedStateMachine):
         # The newcomer's idle blocks are counted as shared: nobody else can take them either.
         newcomer_idle = sum(p in self.model.idle for p in path)
         shared = sum(count > 1 for count in holders.values())
-        got = self.blocks.split_shared([u.table for u in self.active], user.table, len(user.tokens))
-        assert got[0] + sum(got[1]) == shared + sum(alone)
-        assert got[1][:-1] == alone[:-1]
-        assert got[1][-1] in (alone[-1], alone[-1] - newcomer_idle)
+        tables = [u.table for u in self.active]
+        got_shared, got = self.blocks.split_shared(tables)
+        join = self.blocks.joining(user.table, len(user.tokens), tables)
+        assert (join.holder is None) == (join.num_shared == 0)
+        if join.holder is not None:
+            got[join.holder] -= join.num_shared
+        got_shared += join.num_shared
+        assert got_shared + sum(got) + join.num_alone == shared + sum(alone)
+        assert got == alone[:-1]
+        assert join.num_alone in (alone[-1], alone[-1] - newcomer_idle)
 
     def _read(self, user: User, stop: int) -> None:
         for position in range(stop):

@@ -26,7 +26,7 @@ from moeserve.core import ConfigError, ErrorCode, FinishReason
 from moeserve.engine.engine import Engine
 from moeserve.experts.device_supply import DeviceSupply
 from moeserve.experts.host_over_disk import HostOverDisk
-from moeserve.experts.schedule.profile import encode_profile, shipped_profile
+from moeserve.experts.schedule.profile_file import encode_profile, shipped_profile
 
 POLICIES = sorted(set(registry.POLICIES) - {"resident"})
 PREDICTORS = ("none", "frequency", "markov", "gate_lookahead", "gate_residual")

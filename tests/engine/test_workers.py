@@ -182,12 +182,12 @@ def test_what_does_not_fit_is_refused_by_name(packed: Path, tmp_path: Path) -> N
     ).path
     endpoint = f"ipc://{tmp_path}/worker"
     with worker_thread(other, endpoint, "0/2"), pytest.raises(ConfigError, match="manifest_sha256"):
-        make_engine(packed, workers=(endpoint,))
+        make_engine(packed, workers=(endpoint,), **PATIENT)
     with (
         worker_thread(packed, endpoint, "0/2", isa="scalar"),
         pytest.raises(ConfigError, match=rf"{endpoint}: isa scalar there, \w+ here"),
     ):
-        make_engine(packed, workers=(endpoint,))
+        make_engine(packed, workers=(endpoint,), **PATIENT)
     with (
         worker_thread(packed, endpoint, "0/2"),
         pytest.raises(ConfigError, match="integers None there, False here"),
@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_refused_by_name(packed: Path, tmp_path: Path) -> N
         Engine.from_config(
             EngineConfig(
                 model=ModelConfig(model=str(packed), quantize_activations=False),
-                experts=ExpertConfig(workers=(endpoint,), cpu_backend="native"),
+                experts=ExpertConfig(workers=(endpoint,), cpu_backend="native", **PATIENT),
             )
         )
     with pytest.raises(ConfigError, match=r"does not answer .*start it with `moeserve worker"):
@@ -223,8 +223,11 @@ def test_an_engine_can_be_told_to_go_on_without(
         )
         try:
             assert f"{absent}: does not answer; going on without it" in caplog.text
-            assert "isa scalar there" in caplog.text
             assert "does not answer" in engine.info.notes["workers"]
+            pool = pool_of(engine)
+            while "isa scalar there" not in pool.links[1].problem:  # it may be slow to answer, too
+                pool.wait()
+                pool.refresh()
             assert answers(engine, requests) == expected
             assert pool_of(engine).count.num_pairs == 0
             with worker_thread(packed, absent, "1/2"):
@@ -254,7 +257,7 @@ def test_one_shard_has_one_worker_and_another_standing_by(
             worker_thread(packed, two, "4-5"),
             pytest.raises(ConfigError, match=r"both have expert 4 \(start one of them with --st"),
         ):
-            make_engine(packed, workers=(one, two))
+            make_engine(packed, workers=(one, two), **PATIENT)
         second.enter_context(worker_thread(packed, two, "0/2", standby=True))
         engine = make_engine(packed, workers=(one, two), **PATIENT)
         try:

@@ -16,7 +16,6 @@ from moeserve.experts.schedule.cost_model import (
     expert_curve,
 )
 from moeserve.experts.schedule.profile import (
-    PROFILE_VERSION,
     DiskPoint,
     ExpertCurve,
     Figure,
@@ -25,6 +24,9 @@ from moeserve.experts.schedule.profile import (
     Profile,
     ReadRate,
     TransferPoint,
+)
+from moeserve.experts.schedule.profile_file import (
+    PROFILE_VERSION,
     check_profile,
     decode_profile,
     encode_profile,

@@ -5,40 +5,28 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.prefetch_bench import COSTS, EXPERTS, LAYERS, PrefetchBench
 from support.randomness import fresh_seed
 
-from moeserve.cache.expert_cache import ExpertCache, ExpertState, Load, Tier
+from moeserve.cache.expert_cache import ExpertCache, ExpertState, Tier
 from moeserve.cache.policies.registry import build_policy
 from moeserve.core import ExpertKey, Placement
-from moeserve.experts.schedule.cost_model import CostModel, Curve
 from moeserve.experts.schedule.inter_layer import Candidate, ImpactPrefetch, choose
 from moeserve.experts.schedule.intra_layer import FetchOrder, TimelinePlacement
 from moeserve.predictors.base import Prediction
 
-LAYERS, EXPERTS = 4, 8
-COSTS = CostModel(
-    expert_bytes=1000,
-    cpu=Curve([1, 2], [100.0, 110.0]),
-    cpu_start_us=10.0,
-    device=Curve([1], [5.0]),
-    device_start_us=3.0,
-    link=Curve([1000], [200.0]),
-    disk=Curve([1000], [200.0]),
-)
 
-
-class Bench:
+class Bench(PrefetchBench):
     """An engine's side of the scheduler: a clock that it sets, a mover that only notes."""
 
     def __init__(self, num_slots: int = 16, tier: Tier = Tier.DEVICE, depth: int = 3) -> None:
         num_experts = dict.fromkeys(range(LAYERS), EXPERTS)
-        self.cache = ExpertCache(tier, num_experts, num_slots, build_policy("lru", num_experts))
+        policy = build_policy("lru", num_experts)
+        super().__init__(ExpertCache(tier, num_experts, num_slots, policy))
         costs = dict.fromkeys(num_experts, COSTS)
         kind = TimelinePlacement if tier is Tier.DEVICE else FetchOrder
         self.intra = kind(costs)
-        self.now_us = 0.0
         self.depth = depth
-        self.begun: list[ExpertKey] = []
         self.scheduler = ImpactPrefetch(
             self.cache,
             self.intra,
@@ -46,18 +34,6 @@ class Bench:
             lambda layer: self.depth,
             lambda: self.now_us / 1e6,
         )
-
-    def start(self, loads: tuple[Load, ...]) -> None:
-        self.begun += [load.key for load in loads]
-
-    def hold(self, *keys: tuple[int, int]) -> None:
-        for load in self.cache.prefetch([ExpertKey(*key) for key in keys]):
-            self.cache.complete(load.key)
-
-    def arrive(self) -> None:
-        for key in self.begun:
-            if self.cache.state(key) is ExpertState.LOADING:
-                self.cache.complete(key)
 
     def call(
         self, layer: int, chances: dict[int, dict[int, float]], placement: Placement | None = None
@@ -135,13 +111,6 @@ def test_a_pause_between_requests_is_no_period() -> None:
         bench.now_us += 100.0
     bench.now_us += 60e6
     assert len(bench.call(0, {1: dict.fromkeys(range(3), 0.9)})) <= 1
-
-
-def test_what_ran_on_the_cpu_for_want_of_residence_comes_next() -> None:
-    bench = Bench()
-    bench.hold((0, 1))
-    placement = Placement(0, on_device=(1,), on_cpu=(4, 6))
-    assert bench.call(0, {}, placement) == [(0, 4)]
 
 
 def test_host_over_disk_brings_no_more_than_what_is_predicted() -> None:

@@ -27,8 +27,9 @@ def simulated_us(
     assert fetches is not None
     start_us = costs.device_start_us if tier is Tier.DEVICE else costs.cpu_start_us
     local = placement.on_device if tier is Tier.DEVICE else placement.on_cpu
-    now_us = sum(computes[int(rows[e])] for e in local)
-    now_us += start_us if local or placement.fetch_first else 0.0
+    shared_us = costs.shared_us if tier is Tier.DEVICE else 0.0
+    now_us = shared_us + sum(computes[int(rows[e])] for e in local)
+    now_us += start_us if shared_us or local or placement.fetch_first else 0.0
     for position, e in enumerate(placement.fetch_first, start=1):
         now_us = max(now_us, position * fetches[costs.expert_bytes]) + computes[int(rows[e])]
     if tier is Tier.HOST or not placement.on_cpu:
@@ -83,7 +84,7 @@ def greedy_us(costs: CostModel, rows: np.ndarray, residency: Residency) -> float
     falling = sorted(np.flatnonzero(rows).tolist(), key=lambda e: -rows[e])
     resident = [e for e in falling if e in residency.ready]
     absent = [e for e in falling if e not in residency.ready]
-    cpu_us, link_us, device_us = costs.cpu_start_us, 0.0, costs.device_start_us
+    cpu_us, link_us, device_us = costs.cpu_start_us, 0.0, costs.device_start_us + costs.shared_us
     fetch_us = costs.transfer_us(costs.expert_bytes)
     on_cpu: list[int] = []
     on_device: list[int] = []

@@ -55,6 +55,44 @@ def test_content_type_may_have_parameters(server: BigramServer) -> None:
     assert response.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "named"),
+    [
+        ({"content-type": "application/json; charset=utf-16"}, "utf-16"),
+        ({**JSON, "content-encoding": "gzip"}, "gzip"),
+        ({**JSON, "content-encoding": "identity, br"}, "br"),
+    ],
+)
+def test_encodings_are_refused_by_name(
+    server: BigramServer, headers: dict[str, str], named: str
+) -> None:
+    response = server.client.post(TEXT, content=b'{"prompt": "a"}', headers=headers)
+    assert response.status_code == 415
+    assert named in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "hint"),
+    [
+        (b"\xef\xbb\xbf" + b'{"prompt": "a"}', "byte order mark"),
+        (b'{"prompt": "\\ud800"}', "in pairs"),
+        (b'{"prompt": "a", "\\uDC00": 1}', "in pairs"),
+        (b'{"prompt": "a", "seed": 9223372036854775808}', "to 9223372036854775807"),
+    ],
+)
+def test_what_is_no_json_says_why(server: BigramServer, body: bytes, hint: str) -> None:
+    response = server.client.post(TEXT, content=body, headers=JSON)
+    assert response.status_code == 400
+    assert hint in error_of(response)["message"]
+
+
+def test_whole_pairs_are_not_blamed(server: BigramServer) -> None:
+    body = b'{"prompt": "\\ud83d\\ude00\\uD83D\\uDE00",}'
+    message = error_of(server.client.post(TEXT, content=body, headers=JSON))["message"]
+    assert "trailing comma" in message
+    assert "pairs" not in message
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_too_long_for_the_context(server: BigramServer, stream: bool) -> None:
     context = server.inside.engine.info.context_tokens

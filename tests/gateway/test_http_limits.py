@@ -63,10 +63,22 @@ def test_body_size_without_a_length(server: BigramServer) -> None:
     error_of(large)
 
 
+def test_two_lengths_of_one_body_are_refused(server: BigramServer) -> None:
+    """Whoever stands before the server may have taken the other one."""
+    with socket.create_connection(server.address, timeout=120) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
+        key = b"authorization: Bearer " + KEY.encode() + b"\r\n"
+        both = b"content-length: 5\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
+        connection.sendall(head + key + both + b"2\r\n{}\r\n0\r\n\r\n")
+        answer = read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"transfer-encoding" in answer
+
+
 @pytest.mark.parametrize("length", [b"99999999999999999999", b"5000"])
 def test_an_announced_length_is_enough_to_refuse(server: BigramServer, length: bytes) -> None:
     """Nobody has to send the body first, nor do we have to read it."""
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with socket.create_connection(server.address, timeout=120) as connection:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
         key = b"authorization: Bearer " + KEY.encode() + b"\r\n"
         connection.sendall(head + key + b"content-length: " + length + b"\r\n\r\n")
@@ -83,14 +95,14 @@ def test_header_size(server: BigramServer) -> None:
 
 
 def test_a_head_beyond_what_the_parser_takes(server: BigramServer) -> None:
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with socket.create_connection(server.address, timeout=120) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nx: " + b"y" * 200_000)
         assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
     assert server.client.get("/health").status_code == 200
 
 
 def test_a_body_that_stalls(server: BigramServer) -> None:
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with socket.create_connection(server.address, timeout=120) as connection:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
         key = b"authorization: Bearer " + KEY.encode() + b"\r\n"
         connection.sendall(head + key + b"connection: close\r\ncontent-length: 100\r\n\r\n{")
@@ -144,7 +156,7 @@ WRONG_KEYS = [
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_every_route_but_health_wants_the_key(server: BigramServer, method: str, path: str) -> None:
-    with httpx.Client(base_url=server.url) as stranger:
+    with httpx.Client(base_url=server.url, timeout=120) as stranger:
         for key in WRONG_KEYS:
             headers = {} if key is None else {"authorization": key}
             response = stranger.request(method, path, headers=headers)
@@ -155,18 +167,18 @@ def test_every_route_but_health_wants_the_key(server: BigramServer, method: str,
 
 
 def test_health_is_open(server: BigramServer) -> None:
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert httpx.get(f"{server.url}/health", timeout=120).status_code == 200
 
 
 def test_two_keys_are_none(server: BigramServer) -> None:
     headers = [("authorization", b"Bearer wrong"), ("authorization", f"Bearer {KEY}".encode())]
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=120) as client:
         assert client.get("/v1/models", headers=headers).status_code == 401
 
 
 def test_the_scheme_is_case_insensitive(server: BigramServer) -> None:
     headers = {"authorization": f"bearer {KEY}".encode()}
-    assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 200
+    assert httpx.get(f"{server.url}/v1/models", headers=headers, timeout=120).status_code == 200
 
 
 def test_an_empty_key_is_no_key() -> None:

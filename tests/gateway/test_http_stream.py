@@ -37,7 +37,7 @@ def send_request(
         f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
     )
     connection = socket.socket()
-    connection.settimeout(30)
+    connection.settimeout(120)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
     connection.connect(server.address)
     connection.sendall(head.encode() + content)
@@ -79,7 +79,7 @@ def test_a_client_that_leaves_in_mid_stream_is_cancelled(server: BigramServer) -
 
 
 def test_half_a_request_leaves_nothing(server: BigramServer) -> None:
-    connection = socket.create_connection(server.address, timeout=30)
+    connection = socket.create_connection(server.address, timeout=120)
     connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-length: 100\r\n")
     connection.sendall(b'content-type: application/json\r\n\r\n{"prompt": "a')
     connection.close()
@@ -87,7 +87,7 @@ def test_half_a_request_leaves_nothing(server: BigramServer) -> None:
 
 
 def test_garbage_instead_of_http(server: BigramServer) -> None:
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with socket.create_connection(server.address, timeout=120) as connection:
         connection.sendall(b"\x00\xff" * 50 + b"\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
     assert server.client.get("/health").status_code == 200
@@ -230,7 +230,7 @@ def test_many_streams_at_once_keep_their_own_tokens(server: BigramServer) -> Non
         return "".join(texts), "".join(parts)
 
     async def run() -> list[tuple[str, str]]:
-        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
             return await asyncio.gather(*(ask(client, seed) for seed in range(16)))
 
     pairs = asyncio.run(run())
@@ -260,9 +260,12 @@ class Wire:
         return b"".join(message.get("body", b"") for message in self.sent)
 
 
-def run_response(events: AsyncGenerator[bytes, None], keep_alive_s: float = 60) -> Wire:
+def run_response(
+    events: AsyncGenerator[bytes, None], keep_alive_s: float = 60, wire: Wire | None = None
+) -> Wire:
+    wire = wire or Wire()
+
     async def run() -> Wire:
-        wire = Wire()
         response = EventStreamResponse(events, {}, keep_alive_s)
         await response({"type": "http"}, wire.receive, wire.send)
         return wire
@@ -270,24 +273,33 @@ def run_response(events: AsyncGenerator[bytes, None], keep_alive_s: float = 60) 
     return asyncio.run(run())
 
 
+async def comment_on(wire: Wire) -> None:
+    while KEEP_ALIVE not in wire.body:
+        await asyncio.sleep(0.001)
+
+
 def test_silence_is_bridged_by_comments() -> None:
+    wire = Wire()
+
     async def events() -> AsyncGenerator[bytes, None]:
         yield sse({"a": 1})
-        await asyncio.sleep(0.05)
+        await comment_on(wire)
         yield sse({"a": 2})
 
-    body = run_response(events(), keep_alive_s=0.01).body
+    body = run_response(events(), keep_alive_s=0.01, wire=wire).body
     assert KEEP_ALIVE in body
     assert body.replace(KEEP_ALIVE, b"") == b'data: {"a":1}\n\ndata: {"a":2}\n\ndata: [DONE]\n\n'
 
 
 def test_comments_also_before_the_first_event() -> None:
+    wire = Wire()
+
     async def events() -> AsyncGenerator[bytes, None]:
-        await asyncio.sleep(0.05)
+        await comment_on(wire)
         raise RequestError("too late for a status", code=ErrorCode.OVERLOADED)
         yield b""
 
-    wire = run_response(events(), keep_alive_s=0.01)
+    run_response(events(), keep_alive_s=0.01, wire=wire)
     assert wire.sent[0]["status"] == 200
     assert wire.body.startswith(KEEP_ALIVE)
     assert b"event: error\ndata: " in wire.body

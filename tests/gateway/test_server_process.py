@@ -21,7 +21,7 @@ LONG = {"prompt": "Once upon a time", "ignore_eos": True, "stream": True}
 def serve(*flags: str) -> subprocess.CompletedProcess[str]:
     """Runs a server that is expected to end by itself."""
     command = [sys.executable, "-m", "moeserve.cli", "serve", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def server() -> Iterator[Server]:
 
 
 def wait_for(server: Server, status: str) -> None:
-    while (got := httpx.get(f"{server.http}/health").json()["status"]) != status:
+    while (got := httpx.get(f"{server.http}/health", timeout=120).json()["status"]) != status:
         assert got == "ready", got
 
 
@@ -59,7 +59,7 @@ def test_drains_on_the_first_signal(server: Server) -> None:
     assert reader.started.wait(60)
     server.process.send_signal(signal.SIGTERM)
     wait_for(server, "draining")
-    refused = httpx.post(f"{server.http}/v1/completions", json={"prompt": "a"})
+    refused = httpx.post(f"{server.http}/v1/completions", json={"prompt": "a"}, timeout=120)
     assert refused.status_code == 503
     reader.join(240)
     assert reader.lines[-1] == "data: [DONE]"
@@ -93,10 +93,13 @@ def test_addresses_and_ready_line(tmp_path: Path) -> None:
         assert addresses["zmq"] in listening
         assert addresses["pid"] == process.pid
         assert stat.S_IMODE(runtime.stat().st_mode) == 0o700
-        assert httpx.get(f"{addresses['http']}/health").json()["status"] in ("loading", "ready")
+        assert httpx.get(f"{addresses['http']}/health", timeout=120).json()["status"] in (
+            "loading",
+            "ready",
+        )
         assert "ready" in process.stdout.readline()
-        assert httpx.get(f"{addresses['http']}/health").status_code == 200
-        assert httpx.get(f"{addresses['http']}/v1/models").status_code == 401
+        assert httpx.get(f"{addresses['http']}/health", timeout=120).status_code == 200
+        assert httpx.get(f"{addresses['http']}/v1/models", timeout=120).status_code == 401
         second = serve("--port", "0", "--runtime-dir", str(runtime))
         assert second.returncode == 2
         assert "already" in second.stderr
@@ -129,7 +132,7 @@ def test_a_model_that_does_not_load_ends_the_server(tmp_path: Path) -> None:
 
 def test_an_engine_that_is_killed_comes_back(server: Server) -> None:
     body = {"prompt": "a", "max_tokens": 2, "temperature": 0}
-    before = httpx.post(f"{server.http}/v1/completions", json=body).json()["choices"]
+    before = httpx.post(f"{server.http}/v1/completions", json=body, timeout=120).json()["choices"]
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
     [engine] = [int(pid) for pid in children.read_text().split()]
     reader = Reader(server, max_tokens=900)
@@ -138,7 +141,7 @@ def test_an_engine_that_is_killed_comes_back(server: Server) -> None:
     subprocess.run(["kill", "-KILL", str(engine)], check=True)
     reader.join(60)
     assert "event: error" in reader.lines
-    while httpx.get(f"{server.http}/health").status_code != 200:
+    while httpx.get(f"{server.http}/health", timeout=120).status_code != 200:
         assert server.process.poll() is None
-    after = httpx.post(f"{server.http}/v1/completions", json=body).json()["choices"]
+    after = httpx.post(f"{server.http}/v1/completions", json=body, timeout=120).json()["choices"]
     assert after == before

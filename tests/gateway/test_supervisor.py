@@ -49,7 +49,7 @@ def test_a_model_that_cannot_be_served_is_final(tmp_path: Path) -> None:
         await supervisor.stop()
         await link.stop()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_crashes_are_followed_by_a_limited_number_of_restarts(
         await supervisor.stop()
         await link.stop()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 def test_a_start_that_never_served_may_not_go_on_without_workers(
@@ -97,7 +97,7 @@ def test_a_start_that_never_served_may_not_go_on_without_workers(
         await supervisor.stop()
         await link.stop()
 
-    asyncio.run(asyncio.wait_for(main(), 120))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 def test_stop_while_starting_leaves_no_process(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_stop_while_starting_leaves_no_process(tmp_path: Path) -> None:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 def run_process(*arguments: str, parent_pid: int) -> subprocess.CompletedProcess[str]:
@@ -121,7 +121,7 @@ def run_process(*arguments: str, parent_pid: int) -> subprocess.CompletedProcess
         input="{}",
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=240,
     )
 
 

@@ -48,7 +48,7 @@ def run(body: Body, directory: Path) -> None:
             await link.stop()
             assert not list(sockets.iterdir())
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 200))
 
 
 async def ready(link: ZmqEngineLink, other_than: str = "") -> EngineStatus:
@@ -161,7 +161,7 @@ def test_silence_is_noticed(tmp_path: Path) -> None:
         assert not link.silent.is_set()
         thread.channel._closing.set()  # the channel's thread ends, as if it hung
         thread.channel._wake()
-        await asyncio.wait_for(link.silent.wait(), 20)
+        await asyncio.wait_for(link.silent.wait(), 120)
         link.mark_down("loading", "restarting")
         assert not link.silent.is_set()
         with pytest.raises(RequestError, match="restarting"):

@@ -151,6 +151,19 @@ def edit(path: Path, **fields: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+def test_an_older_layout_is_read_where_its_formats_are_the_same(tmp_path: Path) -> None:
+    for quantize, zero_points in (("none", False), ("int4", True)):
+        out = packed(TINY, tmp_path / quantize, quantize=quantize, quantize_zero_points=zero_points)
+        expected = logits(load_native(out), 3)
+        edit(out, layout=1)
+        assert torch.equal(logits(load_native(out), 3), expected)
+
+
+def test_int4_of_an_older_layout_is_refused(copy: Path) -> None:
+    edit(copy, layout=1)
+    assert "int4 as of layout 1; that of layout 2 is another" in refusal(copy)
+
+
 def test_other_versions_and_broken_files_are_refused(copy: Path) -> None:
     manifest = json.loads((copy / MANIFEST).read_text())
     (name,) = manifest["files"]

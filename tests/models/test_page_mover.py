@@ -439,7 +439,7 @@ def test_a_process_that_ends_does_not_wait_for_it(tmp_path: Path, rng: np.random
     write_file(tmp_path / "file", 16 * MIB, rng)
     done = subprocess.run(
         [sys.executable, "-c", EXIT, str(tmp_path / "file")],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "the process ends" in done.stderr

@@ -26,6 +26,7 @@ COSTS = CostModel(
     cpu_start_us=20.0,
     device=Curve([1], [13.0]),
     device_start_us=20.0,
+    shared_us=5.0,
     link=Curve([1000], [200.0]),
 )
 
@@ -88,7 +89,7 @@ def test_static_takes_the_time_of_its_misses() -> None:
         for layer, chosen in enumerate(token):
             found = sum(ExpertKey(layer, int(e)) in there for e in chosen)
             missed = CHOSEN - found
-            device_us = 20.0 + 13.0 * found if found else 0.0
+            device_us = 25.0 + 13.0 * found
             cpu_us = 20.0 + 160.0 * missed if missed else 0.0
             total_us += max(device_us, cpu_us) + 60.0
             hits += found

@@ -13,7 +13,7 @@ from moeserve import __version__
 from moeserve.cli import main
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, SchedulerConfig
 from moeserve.core import ConfigError
-from moeserve.experts.schedule.profile import encode_profile, shipped_profile
+from moeserve.experts.schedule.profile_file import encode_profile, shipped_profile
 from moeserve.planner.auto import tune
 from moeserve.planner.hardware import default_profile_path, this_hardware
 from moeserve.planner.plan_types import Traffic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import bench_plan
 import pytest
 from bench_plan import engine_digest, to_record, trace_of
 from plan_bench.report import markdown, summarise
+
+from moeserve.planner.simulate.system import CONFIDENCE
 
 DECIDE = (
     "moeserve/core.py",
@@ -49,6 +52,12 @@ def test_routing_is_recorded_anew_with_another_engine_and_on_demand(tmp_path: Pa
     assert to_record(one, again=False) == {256: one[256]}
     assert to_record(one, again=True) == one
     assert to_record(other, again=False) == other
+
+
+def test_what_is_said_of_ranges_is_true_of_the_newest_measurement() -> None:
+    newest = max((bench_plan.ROOT / "benchmarks" / "results").glob("*-plan.json"))
+    summary = json.loads(newest.read_text())["summary"]
+    assert summary["inside_the_range_with_calibrated_disk"] >= CONFIDENCE, newest.name
 
 
 def row(name: str, factor: float) -> dict[str, Any]:

@@ -18,13 +18,8 @@ from moeserve.cache.policies.belady import BeladyPolicy
 from moeserve.cache.replay import Rules, all_uses, through_cache
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
 from moeserve.core import ConfigError
-from moeserve.experts.schedule.profile import (
-    DiskPoint,
-    Figure,
-    Profile,
-    ReadRate,
-    shipped_profile,
-)
+from moeserve.experts.schedule.profile import DiskPoint, Figure, Profile, ReadRate
+from moeserve.experts.schedule.profile_file import shipped_profile
 from moeserve.planner.bound import Bound, Load, mean_keys
 from moeserve.planner.bound import bound as best_bound
 from moeserve.planner.deployment import sized

@@ -15,10 +15,9 @@ from moeserve.core import ConfigError, ExpertSpec, ModelError, MoeserveError
 from moeserve.cpu_backend.packing import FORMATS, PackFormat
 from moeserve.experts.schedule.cost_model import CostModel
 from moeserve.experts.schedule.emulation import with_emulated_device
-from moeserve.experts.schedule.profile import (
+from moeserve.experts.schedule.profile import Profile, all_figures
+from moeserve.experts.schedule.profile_file import (
     PROFILE_VERSION,
-    Profile,
-    all_figures,
     check_profile,
     decode_profile,
     encode_profile,
@@ -283,3 +282,25 @@ def test_command_shows_a_profile_and_refuses_contradictions(
     assert main(["calibrate", "/nowhere/at/all", "--quick", "-o", str(path)]) == 2
     assert main(["calibrate", "-o", "/proc/nowhere/p.json"]) == 2
     assert read_profile(path) == measured
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("", "is no file"),
+        ("none/p.json", "none is no directory"),
+        ("file/p.json", "file is no directory"),
+        ("/dev/null", "/dev/null is no file"),
+        ("/proc/p.json", "/proc/p.json cannot be written"),
+        (f"{'x' * 255}", "cannot be written: File name too long"),
+    ],
+)
+def test_where_a_profile_cannot_be_written_nothing_is_measured(
+    out: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    # The model is looked for when measuring begins.
+    arguments = ["calibrate", "/nowhere/at/all", "--quick", "--no-disk", "-o", str(tmp_path / out)]
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]

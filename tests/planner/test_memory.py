@@ -15,9 +15,12 @@ import pytest
 from moeserve.cache.expert_cache import Tier
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig
 from moeserve.cpu_backend.machine import PROC
-from moeserve.experts.schedule.profile import Profile, shipped_profile
-from moeserve.planner.deployment import Change, DoesNotFit, find_shape, nearest_fit, plan_on, sized
-from moeserve.planner.memory import HUGE_PAGE_BYTES, rounding_bytes, slot_bytes
+from moeserve.experts.schedule.profile import Profile
+from moeserve.experts.schedule.profile_file import shipped_profile
+from moeserve.planner.deployment import sized
+from moeserve.planner.lookup import find_shape
+from moeserve.planner.memory import HUGE_PAGE_BYTES, slot_bytes
+from moeserve.planner.nearest import Change, DoesNotFit, nearest_fit, plan_on
 from moeserve.planner.plan_types import MemoryPart, MemoryPlan, PlanRequest, Traffic
 from moeserve.planner.process_memory import measure_process_bytes
 from moeserve.planner.random_model import write_random_packed
@@ -58,6 +61,30 @@ MID: dict[str, Any] = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
 }
+#: latent attention, whose queries are tensors as wide as the latents
+LATENT: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "kv_lora_rank": 256,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "topk_method": "greedy",
+    "vocab_size": 16000,
+    "max_position_embeddings": 2048,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
 NATIVE = ExpertConfig(cpu_backend="native", num_threads=2)
 
 
@@ -71,9 +98,15 @@ def here() -> Profile:
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mid")
-    (folder / "config.json").write_text(json.dumps(MID))
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        name: packed_model(tmp_path_factory.mktemp(name), config)
+        for name, config in (("mid", MID), ("latent", LATENT))
+    }
+
+
+def packed_model(folder: Path, config: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
     write_random_packed(folder / "config.json", folder / "packed", "int8")
     return folder / "packed"
 
@@ -97,18 +130,19 @@ def served_bytes(request: PlanRequest, seed: int) -> int:
     ("which", "experts", "traffic"),
     [
         ("bundled", NATIVE, Traffic(concurrency=6, prompt_tokens=300, output_tokens=4)),
-        ("packed", NATIVE, Traffic(concurrency=4, prompt_tokens=200, output_tokens=4)),
+        ("mid", NATIVE, Traffic(concurrency=4, prompt_tokens=200, output_tokens=4)),
+        ("latent", NATIVE, Traffic(concurrency=6, prompt_tokens=300, output_tokens=4)),
         (
-            "packed",
+            "mid",
             ExpertConfig(cpu_backend="native", num_threads=2, host_slots=24),
             Traffic(concurrency=4, prompt_tokens=200, output_tokens=4),
         ),
     ],
 )
 def test_a_plan_is_within_three_percent_of_the_process(
-    which: str, experts: ExpertConfig, traffic: Traffic, here: Profile, packed: Path
+    which: str, experts: ExpertConfig, traffic: Traffic, here: Profile, packed: dict[str, Path]
 ) -> None:
-    model = ModelConfig(model=str(packed)) if which == "packed" else ModelConfig()
+    model = ModelConfig() if which == "bundled" else ModelConfig(model=str(packed[which]))
     request = PlanRequest(engine=EngineConfig(model=model, experts=experts), traffic=traffic)
     planned = sized(request, here, find_shape(request.engine)).memory.steady_bytes(Tier.HOST)
     taken = served_bytes(request, seed := random.randrange(1 << 30))
@@ -136,9 +170,62 @@ def test_parts_follow_from_the_models_sizes() -> None:
     assert by_name["experts"].num_bytes == shape.expert_bytes
     pool = by_name["kv of the requests"].num_bytes + by_name["kv pool beyond them"].num_bytes
     assert pool == 100 * 16 * shape.kv_token_bytes
-    assert by_name["rounding to huge pages"].num_bytes == rounding_bytes(shape, True)
-    stores = 1 + sum(len(layer.products) + 1 for layer in shape.layers)
-    assert 0 <= rounding_bytes(shape, True) < stores * HUGE_PAGE_BYTES
+    matrices = 1 + sum(len(layer.products) for layer in shape.layers)
+    assert 0 <= by_name["rounding to huge pages"].num_bytes < matrices * HUGE_PAGE_BYTES
+    of_a_layer = shape.expert_bytes // len(shape.layers)
+    rounding = by_name["rounding of experts"].num_bytes
+    assert rounding == len(shape.layers) * (-of_a_layer % HUGE_PAGE_BYTES)
+
+
+def test_slots_that_nobody_chose_fit_the_device() -> None:
+    """What is left of its memory is filled, and no part of the plan goes beyond it."""
+    sheet = shipped_profile("rtx4090-pcie4")
+    assert sheet.device is not None
+    for memory_bytes in (64 << 20, 96 << 20, 10 << 30):
+        device = msgspec.structs.replace(sheet.device, memory_bytes=memory_bytes)
+        profile = msgspec.structs.replace(sheet, device=device)
+        request = request_for(
+            model=ModelConfig(device="emulated"),
+            kv=KvConfig(num_blocks=100),
+            experts=ExpertConfig(device_memory_bytes=memory_bytes),
+        )
+        deployment = plan_on(request, profile, find_shape(request.engine))
+        assert deployment.memory.peak_bytes(Tier.DEVICE) <= memory_bytes
+
+
+def test_a_pool_counts_at_most_beside_expert_slots() -> None:
+    """Prefixes of past requests fill it, whatever slots take."""
+    sheet = shipped_profile("a40-xeon8380")
+    request = request_for(kv=KvConfig(num_blocks=100), experts=ExpertConfig(host_slots=10))
+    shape = find_shape(request.engine)
+    memory = sized(request, sheet, shape).memory
+    parts = {part.name: part for part in memory.parts}
+    beyond = parts["kv pool beyond them"]
+    pool_bytes = 100 * 16 * shape.kv_token_bytes
+    assert parts["kv of the requests"].num_bytes + beyond.num_bytes == pool_bytes
+    assert beyond.peak_only
+    needed = memory.peak_bytes(Tier.HOST)
+    cpu = msgspec.structs.replace(sheet.cpu, memory_bytes=needed - 1)
+    with pytest.raises(DoesNotFit):
+        plan_on(request, msgspec.structs.replace(sheet, cpu=cpu), shape)
+
+
+@pytest.mark.parametrize("spare_slots", [-5.5, 4.5, 1000.0])
+def test_kv_has_of_a_budget_what_experts_leave(spare_slots: float) -> None:
+    """spare_slots: beyond all experts and the kv of the requests, in slots."""
+    sheet = shipped_profile("a40-xeon8380")
+    blocks, record = 200, slot_bytes(shape := find_shape(request_for().engine))
+    block_bytes = 16 * shape.kv_token_bytes
+    used_bytes = 2 * -(-(64 + 32 - 1) // 16) * block_bytes
+    shared = used_bytes + int((shape.num_experts + spare_slots) * record)
+    experts = ExpertConfig(host_memory_bytes=shape.rest_bytes + shared)
+    request = request_for(kv=KvConfig(num_blocks=blocks), experts=experts)
+    deployment = sized(request, sheet, shape)
+    parts = {part.name: part for part in deployment.memory.parts}
+    slots_bytes = parts["expert slots"].num_bytes
+    assert slots_bytes == min(shape.num_experts, (shared - used_bytes) // record) * record
+    held = slots_bytes + used_bytes + parts["kv pool beyond them"].num_bytes
+    assert held == min(shared, slots_bytes + blocks * block_bytes)
 
 
 def test_peaks_count_against_limits() -> None:
@@ -155,7 +242,7 @@ def test_peaks_count_against_limits() -> None:
 def test_the_nearest_that_fits_changes_as_little_as_possible() -> None:
     """By memory sizes that leave room for less and less."""
     sheet = shipped_profile("a40-xeon8380")
-    request = request_for(kv=KvConfig(kv_bytes=256 << 20))
+    request = request_for(kv=KvConfig(kv_bytes=256 << 20), experts=NATIVE)
     shape = find_shape(request.engine)
 
     def machine(limit: int) -> Profile:

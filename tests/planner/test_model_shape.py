@@ -13,6 +13,7 @@ import torch
 from support.known_configs import MIXTRAL_8X7B
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moeserve.cache.expert_cache import Tier
 from moeserve.config import (
     BUNDLED_MODEL,
     EngineConfig,
@@ -24,11 +25,16 @@ from moeserve.config import (
 from moeserve.core import ConfigError, ModelError
 from moeserve.engine.kv_limit import num_kv_blocks
 from moeserve.engine.kv_sizes import kv_sizes
+from moeserve.experts.schedule.profile_file import shipped_profile
 from moeserve.models.families import FAMILIES
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.packed_model import PAGE_BYTES
+from moeserve.planner.deployment import sized
+from moeserve.planner.lookup import find_shape
 from moeserve.planner.model_shape import read_shape
+from moeserve.planner.plan_types import PlanRequest, Traffic
 from moeserve.planner.random_model import write_random_packed
+from moeserve.planner.simulate.system import simulate
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -92,6 +98,33 @@ def test_parameters_are_those_of_transformers(model_type: str, tmp_path: Path) -
     assert shape.dtype == "bfloat16"
     weights = sum(matrix.rows * matrix.cols for layer in shape.layers for matrix in layer.products)
     assert 0 < weights < shape.num_parameters
+    ups = [matrix.name for matrix in shape.layers[-1].products if matrix.per_head]
+    assert ups == (["key_up", "value_up"] if model_type.startswith("deepseek") else [])
+
+
+@pytest.mark.parametrize("model_type", sorted(MORE))
+def test_every_family_is_planned(model_type: str, tmp_path: Path) -> None:
+    """With biases where a family may have them, in a random format and number of threads."""
+    rng = random.Random()
+    config = AutoConfig.for_model(model_type, **SMALL | MORE[model_type])
+    raw = config.to_dict() | {"torch_dtype": "bfloat16", "dtype": None}
+    if "attention_bias" in raw:
+        raw["attention_bias"] = True
+    settings = EngineConfig(
+        model=ModelConfig(
+            model=str(write(tmp_path, raw)), quantize=rng.choice(["none", "int8", "int4"])
+        ),
+        kv=KvConfig(num_blocks=64),
+        experts=ExpertConfig(num_threads=rng.randint(1, 4)),
+    )
+    request = PlanRequest(
+        engine=settings, traffic=Traffic(concurrency=3, prompt_tokens=40, output_tokens=5)
+    )
+    deployment = sized(request, shipped_profile("rtx4090-pcie4"), find_shape(settings))
+    weights = deployment.shape.rest_bytes + deployment.shape.expert_bytes
+    assert deployment.memory.steady_bytes(Tier.HOST) > weights
+    estimate = simulate(deployment)
+    assert estimate.output_tokens_per_s.mid > 0
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])

@@ -11,9 +11,11 @@ import pytest
 from msgspec import structs
 
 from moeserve.config import EngineConfig, ExpertConfig, ModelConfig
-from moeserve.experts.schedule.profile import Figure, TransferPoint, shipped_profile
+from moeserve.experts.schedule.profile import Figure, TransferPoint
+from moeserve.experts.schedule.profile_file import shipped_profile
 from moeserve.planner.bound import Bound
-from moeserve.planner.deployment import find_shape, sized
+from moeserve.planner.deployment import sized
+from moeserve.planner.lookup import find_shape
 from moeserve.planner.moe_lens import (
     expert_tokens_to_saturate,
     parallelism_memory_efficiency,

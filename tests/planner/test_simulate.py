@@ -11,16 +11,16 @@ import pytest
 from msgspec import structs
 from support import engine_profile as made
 from support.engine_profile import made_profile, product_us, read_config
+from support.known_configs import SMALL_DENSE
 from support.routing_samples import topical_trace
 
-from moeserve.cache.expert_cache import ExpertCache, Tier
 from moeserve.cache.policies.registry import build_policy
 from moeserve.cache.replay import Rules, through_cache
 from moeserve.cache.routing_trace import RoutingTrace, one_by_one
-from moeserve.cache.types import ExpertState
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
-from moeserve.core import ConfigError, ExpertKey, MoeserveError, Placement
-from moeserve.experts.schedule.profile import DiskPoint, Figure, Profile, shipped_profile
+from moeserve.core import ConfigError, MoeserveError
+from moeserve.experts.schedule.profile import Profile
+from moeserve.experts.schedule.profile_file import shipped_profile
 from moeserve.planner.deployment import sized
 from moeserve.planner.plan_types import (
     Deployment,
@@ -31,10 +31,17 @@ from moeserve.planner.plan_types import (
     StepLoad,
     Traffic,
 )
-from moeserve.planner.simulate.link import SimulatedLink
-from moeserve.planner.simulate.over_disk import DiskClock, read_time_us
+from moeserve.planner.simulate.over_disk import DiskClock
 from moeserve.planner.simulate.routing import recorded
-from moeserve.planner.simulate.system import make_clock, simulate, simulate_quickly
+from moeserve.planner.simulate.system import (
+    choose_routing,
+    make_clock,
+    make_simulation,
+    requests_of,
+    simulate,
+    simulate_quickly,
+    steady_window,
+)
 from moeserve.planner.simulate.traffic import simulate_traffic
 from moeserve.planner.step_costs import EngineStepCosts
 from moeserve.planner.workload import Workload, WorkloadRequest
@@ -185,31 +192,6 @@ def test_a_slower_disk_is_what_limits(shape: ModelShape, profile: Profile) -> No
         assert limit.headroom > 1
 
 
-def test_reads_are_faster_together(profile: Profile) -> None:
-    record = 1 << 20
-    one, many = (read_time_us(profile.disk, record, count, None) for count in (1, 8))
-    assert one == pytest.approx(record / (made.DISK_BYTES_PER_S / 2) * 1e6)
-    assert many == pytest.approx(8 * record / made.DISK_BYTES_PER_S * 1e6)
-    assert read_time_us(profile.disk, record, 0, None) == 0
-    assert read_time_us(profile.disk, record, 8, 1) == pytest.approx(8 * one)
-
-
-def test_blocks_that_were_not_measured_lie_on_a_line() -> None:
-    """2 us to begin a read, then 1 GB/s; smaller ones too, beyond them the rate is known."""
-    disk = [
-        DiskPoint(
-            block_bytes=size,
-            queue_depth=1,
-            bytes_per_s=Figure(value=size / (2e-6 + size * 1e-9)),
-        )
-        for size in (64 << 10, 512 << 10)
-    ]
-    for record in (16 << 10, 100 << 10, 512 << 10):
-        assert read_time_us(disk, record, 3, 1) == pytest.approx(3 * (2 + record * 1e-3))
-    rate = disk[1].bytes_per_s.value
-    assert read_time_us(disk, 1 << 20, 1, 1) == pytest.approx((1 << 20) / rate * 1e6)
-
-
 def test_a_layer_over_the_disk_by_hand(shape: ModelShape, profile: Profile) -> None:
     """Two experts are there and two arrive, the second while the first is computed."""
     deployment = deploy(shape, profile, host_slots=16)
@@ -263,23 +245,10 @@ def test_a_device_and_a_dense_model(tmp_path: Path, shape: ModelShape) -> None:
     found = simulate(sized(request, sheet, shape))
     assert found.hit_rate is not None
     assert 0 < found.hit_rate < 1
-    dense = read_config(tmp_path, DENSE)
+    dense = read_config(tmp_path, SMALL_DENSE)
     estimate = simulate(deploy(dense, made_profile(tmp_path)))
     assert estimate.hit_rate is None
     assert estimate.basis.startswith("a dense model")
-
-
-DENSE = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-    "torch_dtype": "bfloat16",
-}
 
 
 def workload(gap_s: float, count: int = 12) -> Workload:
@@ -295,10 +264,12 @@ def test_traffic_that_comes_slowly_is_served_at_once(shape: ModelShape, profile:
     slo = SloTargets(ttft_s=2 * alone.ttft_s.mid, tpot_s=2 * alone.tpot_s.mid)
     calm = simulate_traffic(deployment, workload(1.0), slo)
     assert calm.mid.attained == 1
+    assert calm.most_at_once == 1
     assert calm.mid.goodput_per_s == pytest.approx(12 / calm.mid.span_s)
     assert calm.mid.ttft_s[50] == pytest.approx(alone.ttft_s.mid, rel=0.2)
     crowded = simulate_traffic(deployment, workload(1e-5, 60), slo)
     assert crowded.mid.attained < 1
+    assert 12 < crowded.most_at_once <= 60
     assert crowded.low.attained <= crowded.mid.attained <= crowded.high.attained
     assert crowded.mid.output_tokens_per_s > calm.mid.output_tokens_per_s
 
@@ -356,17 +327,26 @@ def test_what_is_foreseen_is_there(shape: ModelShape, profile: Profile, tmp_path
     assert markov.tpot_s.mid < none.tpot_s.mid
 
 
-def test_a_link_moves_prefetches_when_no_demand_does() -> None:
-    cache = ExpertCache(Tier.HOST, {0: 8}, 8, build_policy("lru", {0: 8}))
-    link = SimulatedLink(cache, 10.0)
-    link.begin(cache.prefetch([ExpertKey(0, e) for e in range(3)]))
-    link.advance(15.0)
-    assert link.loading(0) == {1: 5.0, 2: 10.0}
-    with cache.acquire(Placement(0, fetch_first=(1, 5), on_cpu=(0,))):
-        assert link.demand([ExpertKey(0, 1), ExpertKey(0, 5)]) == [20.0, 30.0]
-    assert link.demand([], there_us=[]) == []
-    link.cancel()
-    assert cache.state(ExpertKey(0, 2)) is ExpertState.ABSENT
-    assert link.busy_us == 30.0
-    with cache.acquire(Placement(0, fetch_first=(2,))):
-        assert link.demand([ExpertKey(0, 2)], there_us=[100.0]) == [110.0]
+@pytest.mark.parametrize(("concurrency", "max_running"), [(11, 2), (30, 4)])
+def test_clients_that_can_only_wait_are_reckoned(
+    concurrency: int, max_running: int, tmp_path: Path, shape: ModelShape
+) -> None:
+    """All of them simulated wait as long as is said of those that are left out."""
+    traffic = replace(TRAFFIC, concurrency=concurrency)
+    deployment = deploy(
+        shape,
+        made_profile(tmp_path),
+        traffic,
+        scheduler=SchedulerConfig(max_running=max_running),
+    )
+    found = simulate_quickly(deployment)
+    clock = make_clock(deployment, choose_routing(deployment, 0, alone=True).mid)
+    whole = make_simulation(deployment, clock)
+    result = whole.run_closed(requests_of(traffic, 4 * concurrency), concurrency)
+    window = steady_window(result.requests, concurrency)
+    waited_s = np.mean([times.ttft_s for times in window.requests])
+    assert found.ttft_s.mid == pytest.approx(waited_s, rel=0.05)
+    tokens = sum(n for at_s, n in result.emitted if window.begin_s < at_s <= window.end_s)
+    rate = tokens / (window.end_s - window.begin_s)
+    assert found.output_tokens_per_s.mid == pytest.approx(rate, rel=0.05)
+    assert not any(limit.resource is Resource.KV_ROOM for limit in found.limits)

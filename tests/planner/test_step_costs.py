@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from support.randomness import fresh_seed
 from moeserve.experts.schedule.profile import TierPoint
 from moeserve.planner.least_squares import fit_costs
 from moeserve.planner.plan_types import Chunk, ModelShape, Resource, StepLoad
-from moeserve.planner.step_costs import EngineStepCosts, on_other_cpu
+from moeserve.planner.step_costs import PER_HEAD, EngineStepCosts, Products, on_other_cpu
 from moeserve.planner.step_fit import EngineCosts
 
 OTHER = {
@@ -98,6 +99,21 @@ def test_a_step_of_another_model_is_the_sum_of_its_parts(tmp_path: Path, other: 
     assert experts.cpu_start_us + experts.cpu[1] + experts.cpu[4] == pytest.approx(
         made.START_US + product_us(one, 1) + product_us(one, 4), rel=0.01
     )
+
+
+def test_products_per_head_have_their_own_curve(tmp_path: Path, other: ModelShape) -> None:
+    profile, rows = made_profile(tmp_path), 4
+    plain = replace(other.layers[0].products[0], form="bfloat16")
+    per_head = replace(plain, per_head=True)
+    ours = profile.cpu.product_curves[made.FORMS.index("bfloat16")]
+    slow = [structs.replace(figure, value=3 * figure.value) for figure in ours.ps]
+    heads = structs.replace(ours, weights=f"bfloat16 {PER_HEAD}", ps=slow)
+    cpu = structs.replace(profile.cpu, product_curves=[*profile.cpu.product_curves, heads])
+    products = Products(structs.replace(profile, cpu=cpu))
+    assert products.us(per_head, rows) == pytest.approx(3 * products.us(plain, rows))
+    one_thread = Products(structs.replace(profile, cpu=cpu), 1)
+    assert one_thread.us(per_head, rows) == products.us(per_head, rows), "torch's has but one"
+    assert Products(profile).us(per_head, rows) == products.us(plain, rows), "an older profile"
 
 
 def test_fewer_threads_read_and_multiply_slower(tmp_path: Path, other: ModelShape) -> None:

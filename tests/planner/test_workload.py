@@ -24,6 +24,9 @@ MOONCAKE = (
     '{"timestamp": 1000, "input_length": 700, "output_length": 5, "hash_ids": [0, 1]}\n'
     '{"timestamp": 250, "input_length": 520, "output_length": 4, "hash_ids": [0, 2]}\n\n'
 )
+AZURE_NAMES, NOON = "TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 12:00:00"
+BURST_NAMES = BURST_GPT.splitlines()[0]
+MOONCAKE_LINE = '{"timestamp": 1, "input_length": 7, "output_length": 1}'
 
 
 def write(tmp_path: Path, text: str, name: str = "trace.csv") -> Path:
@@ -73,12 +76,18 @@ def test_no_more_than_asked_for(tmp_path: Path) -> None:
         ("", "columns none"),
         ("a,b\n1,2\n", "columns a, b"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n", "line 2"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,-1,1\n", "line 2.*negative"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,7\n", "line 2"),
-        (BURST_GPT.splitlines()[0] + "\n1,x,5,0,5,y\n", "prompt and an answer"),
-        ('{"timestamp": 1, "input_length": 7}\n', "line 1.*output_length"),
-        ('{"timestamp": 1, "input_length": 7, "output_length": 1}\n{"times', "line 2"),
+        (f"{AZURE_NAMES}\nyesterday,1,1\n", "line 2: TIMESTAMP: 'yesterday' is not a time like"),
+        (f"{AZURE_NAMES}\n{NOON},-1,1\n", "line 2: ContextTokens: '-1' is not a whole number"),
+        (f"{AZURE_NAMES}\n{NOON},7,x\n", "line 2: GeneratedTokens: 'x' is not a whole number"),
+        (f"{AZURE_NAMES}\n{NOON},7\n", "line 2: GeneratedTokens is missing"),
+        (f"{BURST_NAMES}\n1,x,5,0,5,y\n", "prompt and an answer"),
+        (f"{BURST_NAMES}\n-1,x,5,1,6,y\n", "line 2: Timestamp: '-1' is not a number, 0 or more"),
+        (f"{BURST_NAMES}\nnan,x,5,1,6,y\n", "line 2: Timestamp: 'nan' is not a number"),
+        ('{"timestamp": 1, "input_length": 7}\n', "line 1: output_length is missing"),
+        (MOONCAKE_LINE + '\n{"times', "line 2: no JSON"),
+        (f"{MOONCAKE_LINE}\n7", "line 2: no JSON object"),
+        ('{"timestamp": 1, "input_length": Infinity, "output_length": 1}', "line 1: input_length"),
+        (MOONCAKE_LINE[:-1] + ', "hash_ids": 3}', "line 1: hash_ids: 3 is not a list of numbers"),
         ("\x00\xff,", "columns"),
     ],
 )

@@ -262,3 +262,26 @@ def test_missing_and_torn_files_are_refused(tmp_path: Path) -> None:
         load_trained(file, trained.config_sha256, gates)
     with pytest.raises(ConfigError, match="train"):
         make_predictor("gate_residual", dict.fromkeys(LAYERS, EXPERTS), 2, list(gates.values()))
+
+
+def test_a_step_resumed_in_its_middle_sees_no_rows_of_the_step_before() -> None:
+    _, generator = fresh_generators()
+    trained, gates = random_trained(generator), random_gates(generator)
+
+    def ask(predictor: GateResidual, layer: int, x: Tensor, routing: Routing) -> Tensor:
+        return predictor.predict(layer, x, routing).probabilities[LAYERS[-1]]
+
+    for rows_after, told in ((2, False), (2, True), (4, True)):
+        predictor = GateResidual(trained, gates, SHAPE.depth)
+        for layer in (*LAYERS, *LAYERS, LAYERS[0]):
+            x = torch.randn(4, HIDDEN, generator=generator)
+            predictor.predict(layer, x, random_routing(4, generator))
+        if told:
+            predictor.begin_step(np.full(rows_after, -1))
+        x, routing = (
+            torch.randn(rows_after, HIDDEN, generator=generator),
+            random_routing(rows_after, generator),
+        )
+        fresh = GateResidual(trained, gates, SHAPE.depth)
+        expected = ask(fresh, LAYERS[1], x, routing)
+        assert torch.equal(ask(predictor, LAYERS[1], x, routing), expected)

@@ -15,6 +15,7 @@ from support.randomness import fresh_generators
 from moeserve.core import Routing
 from moeserve.predictors import log_linear
 from moeserve.predictors.markov import MAX_WEIGHT_BYTES, MarkovPredictor
+from moeserve.predictors.row_links import RowLinks
 
 NO_HIDDEN_STATE = torch.zeros(0, 1)  # it looks at the routing alone
 Ids = NDArray[np.int64]
@@ -196,3 +197,49 @@ def test_a_very_large_model_looks_fewer_layers_ahead() -> None:
     assert sum(array.nbytes for array in weights) <= MAX_WEIGHT_BYTES
     found = predictor.predict(0, NO_HIDDEN_STATE, routing(np.array([[3, 7]])))
     assert list(found.probabilities) == [1]
+
+
+def test_a_step_resumed_in_its_middle_sees_no_rows_of_the_step_before() -> None:
+    """A step broke off after layer 1, the next one is asked about from layer 2 on."""
+    rng, _ = fresh_generators()
+    sizes = dict.fromkeys(range(4), 6)
+    for rows_after, told in ((2, False), (2, True), (3, True)):
+        predictor = MarkovPredictor(sizes, rng.randint(1, 2))
+        for layer in (0, 1, 2, 3, 0, 1):
+            predictor.predict(layer, NO_HIDDEN_STATE, routing(random_rows(rng, 3, 6, 2)))
+        before = [model.weights.copy() for model in predictor._models]
+        if told:
+            predictor.begin_step(np.full(rows_after, -1))
+        for layer in (2, 3):
+            ids = random_rows(rng, rows_after, 6, 2)
+            assert predictor.predict(layer, NO_HIDDEN_STATE, routing(ids)).probabilities
+        for model, weights in zip(predictor._models[:2], before[:2], strict=True):
+            assert np.array_equal(model.weights, weights), "learnt from rows of two steps"
+
+
+def test_nothing_is_learnt_over_layers_that_nobody_asked_about() -> None:
+    rng, _ = fresh_generators()
+    predictor = MarkovPredictor(dict.fromkeys(range(4), 6), 2)
+    for _ in range(3):
+        for layer in range(4):
+            predictor.predict(layer, NO_HIDDEN_STATE, routing(random_rows(rng, 1, 6, 2)))
+    before = [model.weights.copy() for model in predictor._models]
+    for layer in (1, 3):  # 3 said something of 0 and 1, 1 of 2 and 3
+        predictor.predict(layer, NO_HIDDEN_STATE, routing(random_rows(rng, 1, 6, 2)))
+    for model, weights in zip(predictor._models, before, strict=True):
+        assert np.array_equal(model.weights, weights)
+
+
+def test_rows_of_a_step_that_was_not_seen_lead_nowhere() -> None:
+    links = RowLinks()
+    links.tell(np.array([-1, -1]))
+    links.turn(2)
+    links.tell(np.array([1, 0]))
+    links.turn(2)
+    assert links.before.tolist() == [1, 0]
+    links.tell(np.array([1, 0]))  # and no layer of it is asked about
+    links.tell(np.array([0, 1]))
+    links.turn(2)
+    assert links.rows.tolist() == links.before.tolist() == []
+    links.turn(2)
+    assert links.before.tolist() == [0, 1]

@@ -264,3 +264,15 @@ def test_shapes_out_of_range() -> None:
         PregateShape(rank=6)
     with pytest.raises(ConfigError, match="window: 0"):
         PregateShape(window=0)
+
+
+def test_what_was_foreseen_of_the_step_before_is_not_said_of_the_next() -> None:
+    """A step broke off after its first layer; the next one's tokens were not looked at."""
+    _, generator = generators()
+    predictor = PregatePredictor(random_weights(generator), LAYERS, 2)
+    routing = Routing(torch.zeros(1, TOP_K, dtype=torch.int64), torch.ones(1, TOP_K))
+    predictor.begin_step(np.array([-1]))
+    assert predictor.foresee(random_recent(generator, 1)).probabilities
+    assert predictor.predict(LAYERS[0], torch.zeros(1, HIDDEN), routing).probabilities
+    predictor.begin_step(np.array([0]))
+    assert not predictor.predict(LAYERS[1], torch.zeros(1, HIDDEN), routing).probabilities

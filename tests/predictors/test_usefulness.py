@@ -14,6 +14,8 @@ from moeserve.predictors.usefulness import (
     LONGEST_PAUSE_STEPS,
     TRY_STEPS,
     PrefetchUsefulness,
+    Returns,
+    Switch,
 )
 
 
@@ -102,3 +104,28 @@ def test_books_hold_for_any_outcomes(
         books.check_integrity()
         share = books.useful_share(layer, 1 + useful % max_depth)
         assert share is None or 0 <= share <= 1
+
+
+def test_what_saves_less_than_it_takes_is_switched_off_and_tried_again() -> None:
+    returns = Returns()
+    switch = Switch(returns)
+    asked = []
+    for step in range(8000):
+        saves_us = 20.0 if step < 1500 else 200.0
+        for _ in range(6):  # layers
+            asked.append(switch.allows(step, 1.0))
+            if asked[-1]:
+                returns.spend(100.0)
+                returns.save(saves_us)
+    assert all(asked[:500]), "too little was known to say no"
+    assert not any(asked[1200:1300])
+    assert sum(asked[1200 : 6 * 1500]) < 0.2 * (6 * 1500 - 1200)
+    assert all(asked[-300:]), "a try has shown that it pays now"
+
+
+def test_a_call_that_the_system_held_up_counts_little() -> None:
+    returns = Returns()
+    for number in range(400):
+        returns.spend(20_000.0 if number % 40 == 39 else 50.0)
+        returns.save(100.0)
+    assert returns.pays(1.0)

@@ -12,7 +12,6 @@ import numpy as np
 from moeserve import __version__
 from moeserve.config import ModelConfig
 from moeserve.experts.schedule.profile import (
-    PROFILE_VERSION,
     AttentionPoint,
     DiskPoint,
     ExpertCurve,
@@ -27,6 +26,7 @@ from moeserve.experts.schedule.profile import (
     StepPoint,
     TierPoint,
 )
+from moeserve.experts.schedule.profile_file import PROFILE_VERSION
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.plan_types import ModelShape
 from moeserve.planner.step_fit import WATCHING, rows_at_random

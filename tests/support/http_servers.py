@@ -26,7 +26,7 @@ from moeserve.gateway.service import GenerationService
 from moeserve.text.request import RequestLimits
 
 T = TypeVar("T")
-PATIENCE_S = 30
+PATIENCE_S = 120
 
 
 @contextmanager

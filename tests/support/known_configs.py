@@ -17,3 +17,15 @@ MIXTRAL_8X7B: dict[str, Any] = {
     "max_position_embeddings": 32768,
     "torch_dtype": "bfloat16",
 }
+
+SMALL_DENSE = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "bfloat16",
+}

@@ -27,6 +27,7 @@ def random_costs(
         cpu_start_us=rng.uniform(0, cpu_us / 3),
         device=Curve([1, 64, 4096], [device_us, device_us * 1.2, device_us * rng.uniform(2, 20)]),
         device_start_us=rng.uniform(0, device_us),
+        shared_us=rng.choice([0.0, device_us, cpu_us]),
         link=Curve([10**6], [cpu_us * rng.uniform(*link)]),
         disk=Curve([10**6], [cpu_us * rng.uniform(*disk)]),
     )

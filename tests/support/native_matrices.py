@@ -30,6 +30,11 @@ class Kind:
         return self.name.startswith(("mxfp4", "fp8"))
 
     @property
+    def has_factors(self) -> bool:
+        """A group's scale is a whole multiple of its output's."""
+        return self.name.startswith("int4") and not self.asymmetric
+
+    @property
     def quantises_rows(self) -> bool:
         """Activations become int8, one scale per row."""
         return self.name.startswith(("int", "mxfp4")) and not self.weight_only
@@ -91,6 +96,20 @@ def unpack(layout: native.Layout, data: Tensor) -> Tensor:
     out = torch.full((layout.rows, layout.cols), torch.nan)
     native.unpack(layout, data, out)
     return out
+
+
+def pack_and_unpack(kind: Kind, weight: Tensor, isa: str = "scalar") -> Tensor:
+    """What the packed weight [N, K] stands for."""
+    layout = kind.layout(*weight.shape)
+    data = allocate(layout.num_bytes)
+    assert native.pack(runtime(isa, 2), layout, data, torch.arange(weight.shape[0]), weight)
+    return unpack(layout, data)
+
+
+def groups_of(x: Tensor, group_cols: int) -> Tensor:
+    """[N, K] to [N, groups, group_cols], zeros behind."""
+    padding = -x.shape[1] % group_cols
+    return torch.nn.functional.pad(x, (0, padding)).unflatten(1, (-1, group_cols))
 
 
 def random_codes(

@@ -138,7 +138,13 @@ def whole_characters(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) ->
 
 
 def _is_unfinished(tail: bytes) -> bool:
-    """Whether these bytes are the beginning of a character: more bytes could make them valid."""
+    """Whether these bytes are the beginning of a character: more bytes could make them valid.
+
+    Python's incremental decoder also waits for the third byte of a surrogate, which some error
+    handlers would take. It changes no text, only the token that gives it out.
+    """
+    if len(tail) == 2 and tail[0] == 0xED and 0xA0 <= tail[1] <= 0xBF:
+        return True
     try:
         tail.decode()
     except UnicodeDecodeError as error:

@@ -20,6 +20,7 @@ class SimulatedLink:
         self._cache = cache
         self._fetch_us = fetch_us
         self._waiting: dict[ExpertKey, float] = {}  # prefetches and what is left of each
+        self._clock_us = 0.0  # demands may fill the timeline ahead of it
         self.now_us = 0.0
         self.busy_us = 0.0
 
@@ -30,6 +31,7 @@ class SimulatedLink:
 
     def advance(self, to_us: float) -> None:
         """Moves prefetches up to that time."""
+        self._clock_us = to_us
         for key in list(self._waiting):
             moved_us = min(self._waiting[key], to_us - self.now_us)
             if moved_us <= 0:
@@ -52,6 +54,10 @@ class SimulatedLink:
     def finish(self) -> None:
         """Waits for the prefetches that are under way."""
         self.advance(self.now_us + sum(self._waiting.values()))
+
+    def left_us(self) -> float:
+        """Until everything that was ordered has moved, from the time it was last advanced to."""
+        return self.now_us - self._clock_us + sum(self._waiting.values())
 
     def loading(self, layer: int) -> dict[int, float]:
         """Experts of a layer that are under way, and what is left of each."""

@@ -20,6 +20,7 @@ class DeviceLayerCosts:
         device = deployment.profile.device
         assert device is not None, "deployments with slots on a device have one"
         self._start_us = device.start_us.value
+        self._peaks: dict[str, float] = {}  # by format
 
     def step_work(self, load: StepLoad) -> Work:
         work = Work()
@@ -37,18 +38,21 @@ class DeviceLayerCosts:
         tokens = sum(attention.keys(context) for context in contexts)
         num_bytes = tokens * attention.kv_heads * attention.kv_width * self._model.number_bytes
         read_us = num_bytes / self._bytes_per_us
-        peak = self._rates.device_peak(self._model.dtype)
-        ops_us = attention_ops(attention, load) / peak * 1e6
+        ops_us = attention_ops(attention, load) / self._ops_per_us(self._model.dtype)
         work.us += max(read_us, ops_us)
         work.used[Resource.DEVICE_MEMORY] += read_us
         work.used[Resource.DEVICE_COMPUTE] += ops_us
         return work
 
     def _product(self, work: Work, matrix: Matrix, num_rows: int) -> None:
-        read_us = matrix.num_bytes / self._bytes_per_us
-        ops_per_us = self._rates.device_peak(matrix.form) / 1e6
-        ops_us = 2 * num_rows * matrix.rows * matrix.cols / ops_per_us
+        read_us = matrix.read_bytes / self._bytes_per_us
+        ops_us = 2 * num_rows * matrix.rows * matrix.cols / self._ops_per_us(matrix.form)
         work.us += max(read_us, ops_us) + self._start_us
         work.used[Resource.DEVICE_MEMORY] += read_us
         work.used[Resource.DEVICE_COMPUTE] += ops_us
         work.used[Resource.OVERHEAD] += self._start_us
+
+    def _ops_per_us(self, form: str) -> float:
+        if form not in self._peaks:
+            self._peaks[form] = self._rates.device_peak(form) / 1e6
+        return self._peaks[form]

@@ -8,17 +8,20 @@ What decides is the engine's own: the caches with their policies, `TimelinePlace
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moeserve.cache.expert_cache import ExpertCache, Residency, Tier
+from moeserve.cache.numbering import Numbers
 from moeserve.cache.policies.registry import build_policy
 from moeserve.core import ExpertKey, LayerUse, Placement
 from moeserve.experts.device_supply import FittingPlacement
 from moeserve.experts.prefetch import WatchedPrefetch
-from moeserve.experts.schedule.inter_layer import InterLayerScheduler
+from moeserve.experts.schedule.inter_layer import InterLayerScheduler, whatever
 from moeserve.experts.schedule.intra_layer import TimelinePlacement
 from moeserve.experts.schedule.over_disk import PlacementOverDisk
 from moeserve.experts.tiered_prefetch import TieredPrefetch
 from moeserve.planner.plan_types import Deployment, Resource
+from moeserve.planner.rates import disk_points
 from moeserve.planner.simulate.experts import ExpertsClock, ExpertsTime, Rows
 from moeserve.planner.simulate.foresight import Foresight
 from moeserve.planner.simulate.link import SimulatedLink
@@ -53,7 +56,7 @@ class DeviceClock(ExpertsClock):
         host_slots = deployment.host_slots
         if host_slots is not None and host_slots < deployment.shape.num_experts:
             in_host = max(2, round(host_slots * routing.share))
-            disk = deployment.profile.disk
+            disk = disk_points(deployment.profile)
             self._reads = DiskReads(config, sizes, in_host, model.expert_bytes, disk)
         else:
             self._fill()
@@ -86,7 +89,8 @@ class DeviceClock(ExpertsClock):
             lambda: link.busy_us / 1e6,
             depth,
             self._clock_s,
-            self._is_in_host,
+            self._which_in_host,
+            link.left_us,
         )
         if reads is not None and isinstance(intra, PlacementOverDisk):
             disk = reads.link
@@ -103,8 +107,8 @@ class DeviceClock(ExpertsClock):
     def _clock_s(self) -> float:
         return self._now_us / 1e6
 
-    def _is_in_host(self, key: ExpertKey) -> bool:
-        return self._reads is None or key.expert in self._reads.cache.residency(key.layer).ready
+    def _which_in_host(self, numbers: Numbers) -> NDArray[np.bool_]:
+        return whatever(numbers) if self._reads is None else self._reads.cache.which_ready(numbers)
 
     def _step(self, tokens: Rows, between_us: float) -> ExpertsTime:
         rows, weights = self._routing.uses(tokens)

@@ -22,6 +22,7 @@ from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.schedule.intra_layer import FetchOrder
 from moeserve.experts.schedule.profile import DiskPoint
 from moeserve.planner.plan_types import Deployment, Resource
+from moeserve.planner.rates import disk_points
 from moeserve.planner.simulate.experts import ExpertsClock, ExpertsTime, Rows
 from moeserve.planner.simulate.foresight import Foresight
 from moeserve.planner.simulate.link import SimulatedLink
@@ -100,8 +101,8 @@ class DiskClock(ExpertsClock):
         config = deployment.request.engine.experts
         sizes = dict.fromkeys(self._layers, routing.num_experts)
         slots = max(2, round(deployment.host_slots * routing.share))
-        expert_bytes = self._model.expert_bytes
-        self._reads = DiskReads(config, sizes, slots, expert_bytes, deployment.profile.disk)
+        expert_bytes, disk = self._model.expert_bytes, disk_points(deployment.profile)
+        self._reads = DiskReads(config, sizes, slots, expert_bytes, disk)
         self._cache = self._reads.cache
         self._order = FetchOrder(dict.fromkeys(self._layers, self._model))
         self._tier = costs.engine.tier

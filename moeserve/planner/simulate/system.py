@@ -29,18 +29,22 @@ from moeserve.planner.simulate.routing import (
 )
 from moeserve.planner.step_costs import EngineStepCosts
 
-#: aimed at: of the cases of `make bench-plan`, so many nearer to the prediction than MODEL_ERROR;
-#: how many of them were is in docs/log.md
-CONFIDENCE, MODEL_ERROR = 0.8, 0.10
-#: for machines whose profile was not measured: rates of data sheets, and nothing of our engine
+#: around a prediction, and of the cases of `make bench-plan` the share that at least lay between
+#: the ends of their ranges (a test compares with what benchmarks/results has)
+CONFIDENCE, MODEL_ERROR = 0.85, 0.12
+#: for machines whose profile was not measured: rates of data sheets, and nothing of our engine. A
+#: guess: no such prediction was compared with anything
 SHEET_CONFIDENCE, SHEET_ERROR = 0.5, 0.35
 #: requests of each client, of which the first and the last are not counted
 ROUNDS, LEAST_ROUNDS = 4, 3
-#: before anything counts: requests at least, and output tokens of each at most
-WARM_REQUESTS, WARM_TOKENS = 6, 32
+#: before anything counts: requests at least and at most, and output tokens of each at most
+WARM_REQUESTS, MOST_WARM_REQUESTS, WARM_TOKENS = 6, 16, 32
 #: output tokens beyond which fewer rounds are simulated
 MOST_TOKENS = 40_000
 LEAST_REQUESTS = 8
+#: clients that are simulated, for each that may run at once: then one always waits to take over,
+#: and what more of them do is wait longer
+ENOUGH_CLIENTS = 2
 
 
 def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
@@ -178,7 +182,8 @@ def steady_run(
     quickly: bool = False,
 ) -> Steady:
     """One simulation with clients that wait for their answers."""
-    traffic = deployment.request.traffic
+    asked, max_running = deployment.request.traffic, deployment.request.engine.scheduler.max_running
+    traffic = replace(asked, concurrency=min(asked.concurrency, ENOUGH_CLIENTS * max_running))
     clock = make_clock(deployment, routing, quickly)
     simulation = make_simulation(deployment, clock)
     warm_up(deployment, clock)
@@ -188,13 +193,15 @@ def steady_run(
     span_s = window.end_s - window.begin_s
     tokens = sum(n for at_s, n in result.emitted if window.begin_s < at_s <= window.end_s)
     tokens_per_s = tokens / span_s
+    # Of the clients that were left out, each is one more in the queue (J. Little, 1961).
+    queued_s = (asked.concurrency - traffic.concurrency) * asked.output_tokens / tokens_per_s
     return Steady(
-        ttft_s=float(np.mean([times.ttft_s for times in window.requests])),
+        ttft_s=float(np.mean([times.ttft_s for times in window.requests])) + queued_s,
         tpot_s=float(np.mean([times.tpot_s for times in window.requests])),
         tokens_per_s=tokens_per_s,
         prompt_tokens_per_s=tokens_per_s * traffic.prompt_tokens / traffic.output_tokens,
         hit_rate=clock.hit_rate,
-        limits=with_kv_room(clock.busy.limits(), result, traffic),
+        limits=with_kv_room(clock.busy.limits(), result, min(traffic.concurrency, max_running)),
     )
 
 
@@ -218,7 +225,7 @@ def warm_up(deployment: Deployment, clock: EngineClock) -> None:
         return
     traffic = deployment.request.traffic
     shorter = replace(traffic, output_tokens=min(traffic.output_tokens, WARM_TOKENS))
-    count = max(traffic.concurrency, WARM_REQUESTS)
+    count = min(max(traffic.concurrency, WARM_REQUESTS), MOST_WARM_REQUESTS)
     simulation = make_simulation(deployment, clock)
     simulation.run_closed(requests_of(shorter, count), traffic.concurrency)
     clock.begin(count)
@@ -246,12 +253,15 @@ def steady_window(requests: Sequence[RequestTimes], concurrency: int) -> Window:
 
 
 def with_kv_room(
-    limits: tuple[Limit, ...], result: SimulationResult, traffic: Traffic
+    limits: tuple[Limit, ...], result: SimulationResult, allowed: int
 ) -> tuple[Limit, ...]:
-    """Where clients wait although the budget would let them run, kv is what limits decoding."""
-    if result.mean_running >= 0.9 * traffic.concurrency or result.mean_kv_use < 0.5:
+    """Where clients wait although the budget would let them run, kv is what limits decoding.
+
+    allowed: as many as there are and may run.
+    """
+    if result.mean_running >= 0.9 * allowed or result.mean_kv_use < 0.5:
         return limits
-    factor = traffic.concurrency / result.mean_running
+    factor = allowed / result.mean_running
     return tuple(
         Limit(limit.phase, Resource.KV_ROOM, limit.resource, factor)
         if limit.phase == "decode"
@@ -274,8 +284,13 @@ def spread_of(profile: Profile) -> float:
 
 
 def error_basis(profile: Profile, error: float) -> str:
+    """Where the range comes from, and what is known of it."""
+    guess = f"the range, {error:.0%} to both sides, is a guess"
     if profile.source != "measured":
-        return f"rates of data sheets, nothing measured: up to {error:.0%} off"
+        return f"rates of data sheets, nothing measured: {guess}"
     if profile.steps is None:
-        return f"a profile without steps of the engine: up to {error:.0%} off"
-    return f"costs measured on {profile.date}, up to {error:.0%} off"
+        return f"a profile without steps of the engine: {guess}"
+    return (
+        f"costs measured on {profile.date}: {error:.0%} to both sides; of the configurations that"
+        f" such ranges were compared with, at least {CONFIDENCE:.0%} lay within (docs/planner.md)"
+    )

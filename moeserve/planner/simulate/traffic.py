@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from moeserve.core import ConfigError
@@ -25,7 +26,8 @@ from moeserve.planner.workload_outcome import Answer, Outcome, SloTargets
 
 @dataclass(frozen=True)
 class TrafficEstimate:
-    """mid: what is most likely. low, high: with an engine as slow, and as fast, as it may be."""
+    """mid: what is most likely. low, high: with an engine as slow, and as fast, as it may be.
+    most_at_once: requests that had come and had not ended, at most, in mid."""
 
     mid: Outcome
     low: Outcome
@@ -34,6 +36,7 @@ class TrafficEstimate:
     hit_rate: float | None
     confidence: float
     basis: str
+    most_at_once: int
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -43,6 +46,7 @@ class TrafficEstimate:
             "hit_rate": self.hit_rate,
             "confidence": self.confidence,
             "basis": self.basis,
+            "most_at_once": self.most_at_once,
         }
 
 
@@ -66,20 +70,28 @@ def simulate_traffic(
     error, confidence = error_of(deployment.profile)
     clock = make_clock(deployment, routings.mid)
     warm_up(deployment, clock)
-    mid = _play(deployment, workload, clock, slo, 1.0)
+    answers = _play(deployment, workload, clock, 1.0)
     others = [
         _other(deployment, workload, routings.mid, slo, factor)
         for factor in (1 + error, 1 / (1 + error))
     ]
     return TrafficEstimate(
-        mid=mid,
+        mid=Outcome.of(answers, slo),
         low=others[0],
         high=others[1],
         limits=clock.busy.limits(),
         hit_rate=clock.hit_rate,
         confidence=confidence,
         basis=f"{routings.basis}; {error_basis(deployment.profile, error)}",
+        most_at_once=most_at_once(answers),
     )
+
+
+def most_at_once(answers: Sequence[Answer]) -> int:
+    """Requests between their arrival and their end at the same time, at most."""
+    come = [(answer.arrived_s, 1) for answer in answers]
+    gone = [(answer.ended_s, -1) for answer in answers]  # of one moment, before who comes then
+    return max(accumulate(change for _, change in sorted(come + gone)))
 
 
 def check_lengths(deployment: Deployment, workload: Workload) -> None:
@@ -111,16 +123,15 @@ def _other(
 ) -> Outcome:
     clock = make_clock(deployment, routing)
     warm_up(deployment, clock)
-    return _play(deployment, workload, clock, slo, factor)
+    return Outcome.of(_play(deployment, workload, clock, factor), slo)
 
 
 def _play(
     deployment: Deployment,
     workload: Workload,
     clock: EngineClock,
-    slo: SloTargets,
     factor: float,
-) -> Outcome:
+) -> list[Answer]:
     engine = deployment.request.engine
     # Nobody is refused here: who waits behind so many is late in any case.
     patient = replace(
@@ -134,7 +145,7 @@ def _play(
         prefix_reuse=engine.kv.prefix_reuse,
     )
     result = simulation.run(_arrivals(workload))
-    answers = [
+    return [
         Answer(
             arrived_s=times.arrived_s,
             ended_s=times.last_s,
@@ -145,7 +156,6 @@ def _play(
         )
         for request, times in zip(workload.requests, result.requests, strict=True)
     ]
-    return Outcome.of(answers, slo)
 
 
 def _arrivals(workload: Workload) -> Iterator[Arrival]:
