@@ -29,6 +29,7 @@ from moeserve.cpu_backend.machine import (
 from moeserve.cpu_backend.native_runtime import choose_isa
 from moeserve.cpu_backend.threads import affinity_cores, plan_threads
 from moeserve.environment import read_environment
+from moeserve.planner.hardware import last_level_cache_bytes
 
 READ_BYTES = 512 << 20
 DOT_TYPES = ("f32", "bf16", "int8")
@@ -183,9 +184,11 @@ def _memory(sys: Path, proc: Path) -> Memory:
 
 
 def measure(isa: str, num_threads: int, memory: Memory) -> Speed:
-    """A few seconds; reads READ_BYTES, or an eighth of the memory that is there."""
+    """A few seconds; reads READ_BYTES, more where a cache would hold a good part of them, and never
+    more than an eighth of the memory that is there."""
     limits = [n for n in (memory.available_bytes, memory.limit_bytes) if n is not None]
-    num_bytes = min(READ_BYTES, *(limit // 8 for limit in limits), READ_BYTES)
+    wanted = max(READ_BYTES, 4 * last_level_cache_bytes())
+    num_bytes = min([wanted, *(limit // 8 for limit in limits)])
     one, together = _native.Runtime(isa, 1), _native.Runtime(isa, num_threads)
     return Speed(
         read_one_thread=one.measure_read_bandwidth(num_bytes),
