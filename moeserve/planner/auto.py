@@ -131,7 +131,8 @@ def main() -> int:
     words = [
         f"{flags} ({found.tried} settings planned, {found.gain:.2f}x the first that fits)",
         f"expected with {traffic.concurrency} requests at once: {rate.mid:.1f} output tokens/s"
-        f" ({rate.low:.1f} to {rate.high:.1f}), {each.mid * 1e3:.0f} ms for each",
+        f" ({rate.low:.1f} to {rate.high:.1f})"
+        + ("" if each is None else f", {each.mid * 1e3:.0f} ms for each"),
     ]
     kept = replace(
         found.engine.experts,

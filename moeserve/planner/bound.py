@@ -85,16 +85,16 @@ class Bound:
         p, g = traffic.prompt_tokens, traffic.output_tokens
         prefill, decode = self.work(self._prefill), self.work(self._decode)
         tokens_per_s = self.output_tokens_per_s()
+        limits = [Limit("prefill", *self._machine.limits(prefill))]
+        if g > 1:
+            limits.append(Limit("decode", *self._machine.limits(decode)))
         return Estimate(
             stage="bound",
             ttft_s=_exactly(self._seconds(prefill)),
-            tpot_s=_exactly(self._seconds(decode)),
+            tpot_s=_exactly(self._seconds(decode)) if g > 1 else None,
             output_tokens_per_s=_exactly(tokens_per_s),
             prompt_tokens_per_s=_exactly(tokens_per_s * p / g),
-            limits=(
-                Limit("prefill", *self._machine.limits(prefill)),
-                Limit("decode", *self._machine.limits(decode)),
-            ),
+            limits=tuple(limits),
             confidence=1.0,
             basis=self._basis,
             hit_rate=self.hit_rate,
@@ -119,11 +119,12 @@ class Bound:
 
     @property
     def hit_rate(self) -> float | None:
-        """Of experts that a decode step wants of the fast tier, at most; None where all are
-        there."""
+        """Of experts that a decode step wants of the fast tier, at most: a prompt's step where
+        nothing is decoded. None where all are there."""
         if self._fast_slots is None:
             return None
-        work = self.work(self._decode)
+        decodes = self.deployment.request.traffic.output_tokens > 1
+        work = self.work(self._decode if decodes else self._prefill)
         return 1 - work.missing_bytes / work.expert_bytes
 
     def prefill_times(self) -> Times:

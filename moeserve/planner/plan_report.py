@@ -17,6 +17,8 @@ from moeserve.planner.plan_types import Advice, Deployment, Estimate, Limit, Mem
 GIB = 1 << 30
 #: how much faster a phase may be than its next limit before that is said as "far"
 VERY_FAR = 1000.0
+#: in the place of a time that there is not: of further tokens where there is one
+NONE = "n/a"
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,9 @@ def _stage(estimate: Estimate) -> str:
     return {"bound": "bound (stage 1)", "system": "our engine (stage 2)"}[estimate.stage]
 
 
-def _range(value: Range, unit: float) -> str:
+def _range(value: Range | None, unit: float) -> str:
+    if value is None:
+        return NONE
     mid = _number(value.mid * unit)
     if value.low == value.high:
         return mid

@@ -286,15 +286,15 @@ class Limit:
 class Estimate:
     """stage: "bound", which nothing can beat, or "system", our engine simulated.
 
-    ttft_s: to the first token of a request. tpot_s: between its tokens. output_tokens_per_s: of all
-    requests together. confidence: share of cases that lie in the ranges, 0 to 1: as measured,
-    or guessed; `basis` says which, and from what.
+    ttft_s: to the first token of a request. tpot_s: between its tokens; None where it has one only,
+    and no step decodes. output_tokens_per_s: of all requests together. confidence: share of cases
+    that lie in the ranges, 0 to 1: as measured, or guessed; `basis` says which, and from what.
     hit_rate: of experts in the fast tier; None where all are there.
     """
 
     stage: str
     ttft_s: Range
-    tpot_s: Range
+    tpot_s: Range | None
     output_tokens_per_s: Range
     prompt_tokens_per_s: Range
     limits: tuple[Limit, ...]

@@ -50,6 +50,7 @@ def predict(model: Path, trace: Path, case: Case, profile: Profile) -> dict[str,
     )
     deployment = sized(request, profile, find_shape(settings))
     estimate = simulate(deployment)
+    assert estimate.tpot_s is not None, "of one output token there is none"
     speed = estimate.output_tokens_per_s
     return {
         "ttft_s": estimate.ttft_s.mid,

@@ -96,6 +96,23 @@ def test_fewer_bits_are_smaller_and_faster(here: Path, capsys: pytest.CaptureFix
     assert times == sorted(times, reverse=True)
 
 
+@pytest.mark.parametrize("device", [("--device", "cpu"), ()])
+def test_of_one_output_token_nothing_is_said_about_further_ones(
+    device: tuple[str, ...], mixtral: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (mixtral, "--hardware", SHEET, "--quantize", "int4", *device)
+    flags = (*flags, "--prompt-tokens", "64", "--output-tokens", "1", "--no-advice")
+    for estimate in plan(capsys, *flags)["estimates"]:
+        assert estimate["tpot_s"] is None, estimate["stage"]
+        assert {limit["phase"] for limit in estimate["limits"]} == {"prefill"}
+    assert main(["plan", *flags]) == 0
+    table = capsys.readouterr().out
+    (line,) = (line for line in table.splitlines() if line.startswith("time per output token"))
+    assert line.split("ms")[1].split() == ["n/a", "n/a"]
+    assert "decode" not in table
+    assert plan(capsys, *flags, "--output-tokens", "2")["estimates"][0]["tpot_s"] is not None
+
+
 def test_what_does_not_fit_is_refused_with_numbers_and_the_nearest_that_does(
     mixtral: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

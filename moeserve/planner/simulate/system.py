@@ -68,6 +68,7 @@ def simulate_quickly(deployment: Deployment, seed: int = 0) -> Estimate:
 
 def _estimate(deployment: Deployment, routings: Routings, runs: Sequence[Steady]) -> Estimate:
     mid = runs[0]
+    decodes = deployment.request.traffic.output_tokens > 1
     error, confidence = error_of(deployment.profile)
 
     def around(values: Sequence[float]) -> Range:
@@ -76,7 +77,7 @@ def _estimate(deployment: Deployment, routings: Routings, runs: Sequence[Steady]
     return Estimate(
         stage="system",
         ttft_s=around([run.ttft_s for run in runs]),
-        tpot_s=around([run.tpot_s for run in runs]),
+        tpot_s=around([run.tpot_s for run in runs]) if decodes else None,
         output_tokens_per_s=around([run.tokens_per_s for run in runs]),
         prompt_tokens_per_s=around([run.prompt_tokens_per_s for run in runs]),
         limits=mid.limits,
