@@ -265,6 +265,13 @@ def echoed(prompt: str, num_tokens: int) -> str:
     return (prompt * (num_tokens // len(prompt) + 1))[:num_tokens]
 
 
+def pass_time(seconds: float) -> None:
+    """Puts the running loop's clock forward: what waits for a time within them is due."""
+    loop = asyncio.get_running_loop()
+    now_s = loop.time
+    loop.time = lambda: now_s() + seconds  # type: ignore[method-assign]
+
+
 async def until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
     """Waits for something that other tasks or threads bring about."""
     end_s = time.monotonic() + timeout_s

@@ -55,12 +55,12 @@ def test_submit_returns_before_the_job_ends(backend: TorchBackend) -> None:
 
     def held(gate_up: torch.Tensor) -> torch.Tensor:
         entered.set()
-        assert go_on.wait(30)
+        assert go_on.wait(120)
         return layer.activation(gate_up)
 
     backend._layers[0] = type(layer)(layer.spec, held, layer.experts)
     ticket = backend.submit(random_job(0, 2, generator))
-    assert entered.wait(30)
+    assert entered.wait(120)
     assert not ticket.done()
     go_on.set()
     assert ticket.wait().shape == (2, 32)

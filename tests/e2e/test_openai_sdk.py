@@ -208,11 +208,19 @@ def test_completions_stream(client: openai.OpenAI) -> None:
 # -- leaving early --------------------------------------------------------------------------------
 
 
+#: Eight answers up to the end of the context: they still run when a slow client leaves them.
+LONG: dict[str, Any] = {
+    "model": MODEL,
+    "prompt": STORY,
+    "max_tokens": 900,
+    "n": 8,
+    "extra_body": {"ignore_eos": True},
+}
+
+
 def test_cancelling_a_stream_frees_the_engine(server: Server, client: openai.OpenAI) -> None:
     wait_until(lambda: metric(server, "moeserve_requests_running") == 0)
-    stream = client.completions.create(
-        model=MODEL, prompt=STORY, max_tokens=900, stream=True, extra_body={"ignore_eos": True}
-    )
+    stream = client.completions.create(**LONG, stream=True)
     next(iter(stream))
     stream.close()
     wait_until(lambda: metric(server, "moeserve_requests_running") == 0)
@@ -223,11 +231,7 @@ def test_cancelling_an_asyncio_task(server: Server) -> None:
     async def run() -> None:
         url = f"{server.http}/v1"
         async with openai.AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
-            task = asyncio.ensure_future(
-                client.completions.create(
-                    model=MODEL, prompt=STORY, max_tokens=900, extra_body={"ignore_eos": True}
-                )
-            )
+            task = asyncio.ensure_future(client.completions.create(**LONG))
             while metric(server, "moeserve_requests_running") == 0:
                 await asyncio.sleep(0.05)
             task.cancel()
@@ -241,9 +245,7 @@ def test_cancelling_an_asyncio_task(server: Server) -> None:
 
 def test_a_client_that_gives_up_waiting(server: Server, client: openai.OpenAI) -> None:
     with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=0.3).completions.create(
-            model=MODEL, prompt=STORY, max_tokens=900, extra_body={"ignore_eos": True}
-        )
+        client.with_options(timeout=0.3).completions.create(**LONG)
     wait_until(lambda: metric(server, "moeserve_kv_blocks_used") == 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import stat
 import subprocess
@@ -35,47 +36,63 @@ def wait_for(server: Server, status: str) -> None:
         assert got == "ready", got
 
 
-class Reader(threading.Thread):
-    """Reads one long stream; `started` is set by its first event."""
+def engine_of(server: Server) -> int:
+    """The process id of its only child."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    [engine] = [int(pid) for pid in children.read_text().split()]
+    return engine
 
-    def __init__(self, server: Server, max_tokens: int) -> None:
+
+class Reader(threading.Thread):
+    """Reads one long stream, whose first event stops the engine: so it is in the middle for as
+    long as a test needs, however fast the one runs and however slowly the other."""
+
+    def __init__(self, server: Server) -> None:
         super().__init__(daemon=True)
         self._server = server
-        self._body = {**LONG, "max_tokens": max_tokens}
+        self.engine = engine_of(server)
         self.started = threading.Event()
         self.lines: list[str] = []
 
     def run(self) -> None:
         url = f"{self._server.http}/v1/completions"
-        with httpx.stream("POST", url, json=self._body, timeout=240) as response:
+        # Four answers up to the end of the context: none has ended before the stop.
+        body = {**LONG, "max_tokens": 900, "n": 4}
+        with httpx.stream("POST", url, json=body, timeout=240) as response:
             for line in filter(None, response.iter_lines()):
                 self.lines.append(line)
-                self.started.set()
+                if not self.started.is_set():
+                    os.kill(self.engine, signal.SIGSTOP)
+                    self.started.set()
+
+
+def started_reader(server: Server) -> Reader:
+    reader = Reader(server)
+    reader.start()
+    assert reader.started.wait(240)
+    return reader
 
 
 def test_drains_on_the_first_signal(server: Server) -> None:
-    reader = Reader(server, max_tokens=120)
-    reader.start()
-    assert reader.started.wait(60)
+    reader = started_reader(server)
     server.process.send_signal(signal.SIGTERM)
     wait_for(server, "draining")
     refused = httpx.post(f"{server.http}/v1/completions", json={"prompt": "a"}, timeout=120)
     assert refused.status_code == 503
+    os.kill(reader.engine, signal.SIGCONT)
     reader.join(240)
     assert reader.lines[-1] == "data: [DONE]"
-    assert '"finish_reason":"length"' in reader.lines[-2]
-    assert server.process.wait(60) == 0
+    assert sum('"finish_reason":"length"' in line for line in reader.lines) == 4
+    assert server.process.wait(240) == 0
 
 
 def test_ends_at_once_on_the_second_signal(server: Server) -> None:
-    reader = Reader(server, max_tokens=900)
-    reader.start()
-    assert reader.started.wait(60)
+    reader = started_reader(server)
     server.process.send_signal(signal.SIGTERM)
     wait_for(server, "draining")
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0
-    reader.join(60)
+    assert server.process.wait(240) == 0
+    reader.join(240)
     assert "event: error" in reader.lines
     assert "shutting down" in reader.lines[-1]
 
@@ -108,7 +125,7 @@ def test_addresses_and_ready_line(tmp_path: Path) -> None:
         assert taken.returncode == 2
         assert "--port" in taken.stderr
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0
     assert not (runtime / "server.json").exists()
 
 
@@ -120,7 +137,7 @@ def test_a_signal_while_loading_ends_the_server(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert "loading" in process.stdout.readline()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        assert process.wait(240) == 0
 
 
 def test_a_model_that_does_not_load_ends_the_server(tmp_path: Path) -> None:
@@ -133,13 +150,9 @@ def test_a_model_that_does_not_load_ends_the_server(tmp_path: Path) -> None:
 def test_an_engine_that_is_killed_comes_back(server: Server) -> None:
     body = {"prompt": "a", "max_tokens": 2, "temperature": 0}
     before = httpx.post(f"{server.http}/v1/completions", json=body, timeout=120).json()["choices"]
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-    [engine] = [int(pid) for pid in children.read_text().split()]
-    reader = Reader(server, max_tokens=900)
-    reader.start()
-    assert reader.started.wait(60)
-    subprocess.run(["kill", "-KILL", str(engine)], check=True)
-    reader.join(60)
+    reader = started_reader(server)
+    os.kill(reader.engine, signal.SIGKILL)
+    reader.join(240)
     assert "event: error" in reader.lines
     while httpx.get(f"{server.http}/health", timeout=120).status_code != 200:
         assert server.process.poll() is None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from zmq_support import private_directory, until
 
-from moeserve.config import EngineConfig, ExpertConfig, GatewayConfig, ModelConfig
+from moeserve.config import BUNDLED_MODEL, EngineConfig, ExpertConfig, GatewayConfig, ModelConfig
 from moeserve.core import MoeserveError
 from moeserve.engine import process as engine_process
 from moeserve.engine.channel import EXIT_ORPHANED
@@ -60,7 +60,7 @@ def test_crashes_are_followed_by_a_limited_number_of_restarts(
     number: int, said: str, tmp_path: Path
 ) -> None:
     async def main() -> None:
-        link, supervisor = await started(tmp_path, config_of(tmp_path / "any", restarts=2))
+        link, supervisor = await started(tmp_path, config_of(BUNDLED_MODEL, restarts=2))
         seen: list[int] = []
         for _ in range(3):
             await until(lambda: supervisor.pid is not None and supervisor.pid not in seen)
@@ -102,7 +102,7 @@ def test_a_start_that_never_served_may_not_go_on_without_workers(
 
 def test_stop_while_starting_leaves_no_process(tmp_path: Path) -> None:
     async def main() -> None:
-        link, supervisor = await started(tmp_path, config_of(tmp_path / "any"))
+        link, supervisor = await started(tmp_path, config_of(BUNDLED_MODEL))
         await until(lambda: supervisor.pid is not None)
         pid = supervisor.pid
         assert pid is not None

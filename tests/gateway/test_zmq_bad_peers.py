@@ -108,7 +108,7 @@ def test_garbage_harms_nobody(tmp_path: Path) -> None:
 def zmtp_connection(path: str) -> socket.socket:
     """A raw peer that has finished the ZMTP 3.0 NULL handshake as a DEALER (RFC 23/ZMTP)."""
     raw = socket.socket(socket.AF_UNIX)
-    raw.settimeout(20)
+    raw.settimeout(120)
     raw.connect(path)
     raw.sendall(b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
     receive_exactly(raw, 64)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.zmq_bodies import run, still_serves
-from zmq_support import RawClient, Stack, echoed, text_of, until
+from zmq_support import RawClient, Stack, echoed, pass_time, text_of, until
 
 from moeserve.config import ZmqConfig
 from moeserve.gateway import lasting_task
@@ -92,7 +92,9 @@ def test_deadline(tmp_path: Path) -> None:
         stack.engine.gate.clear()  # it would never end by itself
         async with RawClient(stack.endpoint) as client:
             await client.hello()
-            await client.send("submit", request_id="r", prompt="abc", deadline_ms=50)
+            await client.send("submit", request_id="r", prompt="abc", deadline_ms=60_000)
+            await until(lambda: stack.engine.has_work)
+            pass_time(61)
             messages = await client.until_end("r")
             assert [m.get("finish_reason") for m in messages] == [None, "deadline", None]
 
