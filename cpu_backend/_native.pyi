@@ -80,8 +80,9 @@ class Runtime:
         """Seconds by part of a decoder layer, since they were last taken."""
     def measure_read_bandwidth(self, num_bytes: int, repeats: int = 3) -> float:
         """Bytes per second that the threads read together."""
-    def measure_dot_peak(self, type: str, repeats: int = 3) -> float:
-        """Operations per second (a multiply-add is two) on f32, bf16 or int8 in registers."""
+    def measure_dot_peak(self, type: str, repeats: int = 3, rounds: int = 400_000) -> float:
+        """Operations per second (a multiply-add is two) on f32, bf16 or int8 in registers: the best
+        of `repeats` times `rounds` times 24 vectors for each thread."""
 
 class Layout:
     """Shape and format of a packed matrix [rows, cols]; see packed.h, also for `format`."""

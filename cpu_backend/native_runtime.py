@@ -9,6 +9,7 @@ from moeserve.core import ConfigError
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.cgroup import cgroup_cores
 from moeserve.cpu_backend.isa_check import wrong_products
+from moeserve.cpu_backend.isa_speed import slow_pairs
 from moeserve.cpu_backend.machine import allowed_cores, node_first, numa_nodes
 from moeserve.cpu_backend.threads import affinity_cores, plan_threads
 
@@ -52,6 +53,10 @@ def _fastest(levels: list[_native.IsaLevel]) -> tuple[str, str]:
             continue
         if not level.usable:
             reason = f"{level.name} needs {', '.join(level.missing)}"
+            continue
+        slow = slow_pairs(level.name)
+        if slow is not None:
+            reason = slow
             continue
         wrong = [] if level.name == "scalar" else wrong_products(level.name)
         if not wrong:

@@ -105,10 +105,11 @@ double measure_read_bandwidth(Runtime &runtime, std::size_t num_bytes, int repea
   return static_cast<double>(items * kItem) / best;
 }
 
-double measure_dot_peak(Runtime &runtime, const std::string &type, int repeats) {
-  constexpr std::int64_t kRounds = 400000;
+double measure_dot_peak(Runtime &runtime, const std::string &type, int repeats,
+                        std::int64_t rounds) {
+  if (rounds < 1) refuse("rounds", "less than 1");
   float (*work)(std::int64_t) = nullptr;
-  double products = 24.0 * 16.0 * kRounds;
+  double products = 24.0 * 16.0 * static_cast<double>(rounds);
   if (type == "f32") {
     work = runtime.kernels.multiply_add_f32;
   } else if (type == "bf16") {
@@ -127,7 +128,7 @@ double measure_dot_peak(Runtime &runtime, const std::string &type, int repeats) 
   const double best = shortest(repeats, [&] {
     runtime.pool.run([&](Worker &worker) {
       worker.share(threads, [&](std::int64_t) {
-        volatile float kept = work(kRounds);
+        volatile float kept = work(rounds);
         (void)kept;
       });
     });
@@ -176,7 +177,9 @@ void bind_runtime(nb::module_ &m) {
       .def("measure_read_bandwidth", &measure_read_bandwidth, nb::arg("num_bytes"),
            nb::arg("repeats") = 3, "Bytes per second that the threads read together.")
       .def("measure_dot_peak", &measure_dot_peak, nb::arg("type"), nb::arg("repeats") = 3,
-           "Operations per second (a multiply-add is two) on f32, bf16 or int8 in registers.");
+           nb::arg("rounds") = 400000,
+           "Operations per second (a multiply-add is two) on f32, bf16 or int8 in registers: the\n"
+           "best of `repeats` times `rounds` times 24 vectors for each thread.");
 }
 
 }  // namespace moeserve

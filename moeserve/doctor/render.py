@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from moeserve.doctor.facts import Backend, Cores, Facts, IsaLevel, Memory, Speed
+from moeserve.doctor.facts import Backend, Cores, Facts, IsaLevel, Memory, Processor, Speed
 from moeserve.doctor.problems import Problem
 
 Row = tuple[str, str]
@@ -62,13 +62,13 @@ class _Sections:
 def _processor(facts: Facts) -> list[Row]:
     processor = facts.processor
     rows = [("model", processor.model), ("system", facts.system)]
-    rows += [(level.name, _level(level, processor.chosen)) for level in processor.isa_levels]
+    rows += [(level.name, _level(level, processor)) for level in processor.isa_levels]
     return rows
 
 
-def _level(level: IsaLevel, chosen: str) -> str:
+def _level(level: IsaLevel, processor: Processor) -> str:
     if level.usable:
-        return "yes, chosen" if level.name == chosen else "yes"
+        return f"yes, chosen: {processor.reason}" if level.name == processor.chosen else "yes"
     lacks = f"no: lacks {', '.join(level.missing)}" if level.missing else "no"
     return lacks if level.built else f"{lacks}; not in this build"
 

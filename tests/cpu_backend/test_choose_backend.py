@@ -10,10 +10,11 @@ import torch
 
 from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError, ExpertSpec
-from moeserve.cpu_backend import _native
+from moeserve.cpu_backend import _native, isa_speed
 from moeserve.cpu_backend.backend import Demands
 from moeserve.cpu_backend.choice import BackendChoice, choose_backend
 from moeserve.cpu_backend.ipex_backend import why_not_usable
+from moeserve.cpu_backend.isa_speed import PAIRS_LEVEL
 from moeserve.cpu_backend.machine import allowed_cores, node_first, numa_nodes
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.threads import affinity_cores
@@ -72,8 +73,16 @@ def test_any_usable_level_may_be_asked_for(isa: str) -> None:
     assert f"{isa} (asked for)" in runtime.reason
 
 
-def test_auto_takes_the_fastest_level_and_names_what_the_next_one_lacks() -> None:
+@pytest.mark.parametrize("gain", [0.5, 1.0])
+def test_auto_takes_the_fastest_level_and_says_why_not_the_next_one(
+    gain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isa_speed, "pair_gain", lambda name: gain)
     runtime = native_runtime(choose("native"))
+    if USABLE[-1] == PAIRS_LEVEL and gain < 1:
+        assert runtime.isa == USABLE[-2]
+        assert f"{PAIRS_LEVEL} makes 50 % as many products of bf16 as of float32" in runtime.reason
+        return
     assert runtime.isa == USABLE[-1]
     for name, lacks in list(LACKING.items())[:1]:
         assert "a build" in lacks or f"{name} needs {lacks}" in runtime.reason

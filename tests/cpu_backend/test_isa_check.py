@@ -56,6 +56,7 @@ def test_a_wrong_level_is_stepped_over(
     monkeypatch.setattr(
         native_runtime, "wrong_products", lambda name: ["format 1"] if name == best else []
     )
+    monkeypatch.setattr(native_runtime, "slow_pairs", lambda name: None)
     name, reason = choose_isa("auto")
     assert name == USABLE[-2]
     assert best in reason

@@ -107,6 +107,8 @@ def test_measurements(isa: str) -> None:
     assert runtime(isa).measure_read_bandwidth(1 << 20, 1) > 1e6
     with pytest.raises(ValueError, match="type: 'f64' is none of f32, bf16, int8"):
         runtime(isa).measure_dot_peak("f64", 1)
+    with pytest.raises(ValueError, match="rounds: less than 1"):
+        runtime(isa).measure_dot_peak("f32", 1, 0)
     if isa == TEST_LEVELS[-2]:  # the fastest; half a second each on the plain ones
         for number_type in ("f32", "bf16", "int8"):
             assert runtime(isa, 2).measure_dot_peak(number_type, 1) > 1e6
