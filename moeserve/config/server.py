@@ -42,6 +42,9 @@ class HttpConfig:
     max_body_bytes: int = setting(4 * 1024 * 1024, "largest request body")
     max_header_bytes: int = setting(32 * 1024, "largest request head (all headers together)")
     body_timeout_s: float = setting(60.0, "seconds a body may stall while it arrives")
+    receive_timeout_s: float = setting(
+        120.0, "seconds in which the head of a request must have arrived, and its body after that"
+    )
     max_prompts: int = setting(256, "prompts in one request to /v1/completions")
     max_n: int = setting(16, "answers per request")
     max_tokens_cap: int | None = setting(None, "tokens per answer; None: the context length")
@@ -56,6 +59,7 @@ class HttpConfig:
         for name in ("max_body_bytes", "max_header_bytes", "max_prompts", "max_n"):
             at_least(name, getattr(self, name), 1)
         at_least("body_timeout_s", self.body_timeout_s, 0.1)
+        at_least("receive_timeout_s", self.receive_timeout_s, 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ def create_app(lifecycle: Lifecycle, config: HttpConfig, metrics: Metrics) -> Fa
         max_header_bytes=config.max_header_bytes,
         max_body_bytes=config.max_body_bytes,
         body_timeout_s=config.body_timeout_s,
+        receive_timeout_s=config.receive_timeout_s,
     )
     if needs_host_check(config):
         app.add_middleware(HostCheck, bound_host=config.host, allowed_hosts=config.allowed_hosts)

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from moeserve.config import HttpConfig
 from moeserve.core import ConfigError
+from moeserve.gateway.http_connection import timed_connection
 
 #: seconds in which finished answers must reach their readers when the server ends
 FLUSH_S: Final = 2
@@ -67,7 +68,7 @@ class HttpServer:
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=timed_connection(config.receive_timeout_s),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -84,6 +85,11 @@ class HttpServer:
         """Serves from now on; the task ends when the server does."""
         self._task = asyncio.create_task(self._server.serve([self._listener]), name="http")
         return self._task
+
+    @property
+    def num_connections(self) -> int:
+        """Connections that are open, whatever their clients do with them."""
+        return len(self._server.server_state.connections)
 
     async def stop(self) -> None:
         """Closes the listener, gives open responses FLUSH_S to reach their readers."""

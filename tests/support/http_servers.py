@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -101,20 +102,22 @@ class BigramServer:
         self._path = path
         self._config = config or HttpConfig(port=0)
         self._started = threading.Event()
+        self._passed_s = 0.0
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.time = lambda: time.monotonic() + self._passed_s  # type: ignore[method-assign]
         self._stop = asyncio.Event()
         async with bigram_app(self._path, self._config) as self.inside:
             listener = http_server.bind(self._config)
             self.url = http_server.url_of(listener)
             self.address = listener.getsockname()[:2]
-            server = http_server.HttpServer(self.inside.app, self._config, listener)
-            server.start()
+            self.server = http_server.HttpServer(self.inside.app, self._config, listener)
+            self.server.start()
             self._started.set()
             await self._stop.wait()
-            await server.stop()
+            await self.server.stop()
 
     def __enter__(self) -> BigramServer:
         self._thread.start()
@@ -135,6 +138,14 @@ class BigramServer:
             return function(*args)
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(PATIENCE_S)
+
+    def pass_time(self, seconds: float) -> None:
+        """All timers of the server's event loop are so much nearer to their end."""
+
+        def pass_it() -> None:
+            self._passed_s += seconds
+
+        self.call(pass_it)
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Returns once `condition` holds in the server's event loop."""
