@@ -62,7 +62,7 @@ class Stage(Enum):
 @dataclass(frozen=True)
 class _Job:
     work: PairRows
-    deadline_s: float
+    sent_s: float  # on this machine's monotonic clock
     results: Tensor | None  # in shared memory
 
 
@@ -141,9 +141,9 @@ class WorkerLink:
 
     def check_deadlines(self) -> None:
         """Gives up a worker that takes too long for a job."""
-        oldest = min((job.deadline_s for job in self._jobs.values()), default=math.inf)
-        if time.monotonic() >= oldest:
-            limit = self._settings.config.worker_job_s
+        limit = self._settings.config.worker_job_s
+        oldest = min((job.sent_s for job in self._jobs.values()), default=math.inf)
+        if time.monotonic() >= oldest + limit:
             self._lose(f"a job was not done within {limit:g} s")
             self._close()
             self._open()
@@ -249,7 +249,10 @@ class WorkerLink:
         return []
 
     def _welcome(self, welcome: WorkerWelcome) -> None:
-        """Raises ProtocolError for a shard that is none."""
+        """Raises ProtocolError for a shard that is none, and for a second welcome: it would begin
+        the shared memory anew, on top of jobs that lie there."""
+        if self.live:
+            raise ProtocolError("a second welcome in one session")
         self._epoch = welcome.epoch
         if welcome.epoch in self._distrusted:
             self._refuse(self.problem)
@@ -288,7 +291,8 @@ class WorkerLink:
         if sizes != expected:
             self._jobs[message.number] = job  # it is lost with the others
             raise ProtocolError(f"frames of {sizes} bytes for results, expected {expected}")
-        if not 0 <= message.busy_s < math.inf:
+        # With room to spare: the clocks may be two machines'.
+        if not 0 <= message.busy_s <= 1 + 2 * (time.monotonic() - job.sent_s):
             self._jobs[message.number] = job
             raise ProtocolError(f"it computed for {message.busy_s} s, it says")
         self.count.busy_s += message.busy_s
@@ -317,13 +321,13 @@ class WorkerLink:
             rows[1].copy_(work.rows)
         else:
             frames.append(work.rows.contiguous().view(torch.uint8).numpy().data)
+        sent_s = time.monotonic()
         if not self._try_send(frames):
             return False
         self.count.jobs += 1
         self.count.rows += len(work.pairs)
         self.count.sent_bytes += work.rows.nbytes
-        deadline_s = time.monotonic() + self._settings.config.worker_job_s
-        self._jobs[self._number] = _Job(work, deadline_s, results[1] if results else None)
+        self._jobs[self._number] = _Job(work, sent_s, results[1] if results else None)
         return True
 
     def _places(

@@ -99,7 +99,8 @@ def check_num_slots(num_slots: int, slot_bytes: int, budget_bytes: int | None) -
     if num_slots >= 2:
         return
     raise ConfigError(
-        f"host_memory: {budget_bytes} bytes; two experts alone take {2 * slot_bytes}",
+        f"host_memory: {budget_bytes} bytes; two experts alone take {2 * slot_bytes}, and the"
+        " weights of every token and kv come on top",
         field="host_memory_bytes",
         hint="raise --host-memory, lower --kv-bytes, or pack the model with fewer bits",
     )

@@ -17,13 +17,16 @@ from support.workers import Reply, fake_worker, worker_thread
 from moeserve.config import BUNDLED_MODEL, EngineConfig, ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend import worker_link
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.shards import Shard
 from moeserve.cpu_backend.shared_rows import SharedRows
 from moeserve.cpu_backend.worker_pool import Exchange, Put, WorkerPool
 from moeserve.cpu_backend.worker_wire import WORKER_VERSION, worker_side_wire
 from moeserve.engine.engine import Engine
 from moeserve.llm import LLM
 from moeserve.models.pack import pack_model
-from moeserve.worker_messages import WorkerJob, WorkerRefusal, WorkerResult
+from moeserve.models.shard import load_shard
+from moeserve.worker_messages import WorkerJob, WorkerRefusal, WorkerResult, WorkerWelcome
 
 #: of the bundled model
 HIDDEN = 192
@@ -117,6 +120,7 @@ def nonsense(what: str) -> Reply:
     def reply(job: WorkerJob) -> list[bytes] | None:
         size = sum(job.counts) * HIDDEN * 4
         good = wire.encode(WorkerResult(number=job.number))
+        late = WorkerResult(number=job.number, busy_s=1e6)
         return {
             "a refusal": wire.encode(WorkerRefusal(number=job.number, reason="no mood")),
             "bytes that are no msgpack": [WORKER_VERSION, b"\xc1\x00"],
@@ -126,6 +130,7 @@ def nonsense(what: str) -> Reply:
             "an unknown job": [*wire.encode(WorkerResult(number=job.number + 17)), bytes(size)],
             "NaN": [*good, np.full(size // 4, np.nan, np.float32).tobytes()],
             "Inf": [*good, np.full(size // 4, np.inf, np.float32).tobytes()],
+            "a time of its own": [*wire.encode(late), bytes(size)],
             "silence": None,
         }[what]
 
@@ -144,6 +149,7 @@ def nonsense(what: str) -> Reply:
         ("an unknown job", "was not given"),
         ("NaN", "numbers that are not finite"),
         ("Inf", "numbers that are not finite"),
+        ("a time of its own", "it computed for 1000000.0 s, it says"),
         ("silence", "a job was not done within 0.2 s"),
     ],
 )
@@ -172,6 +178,28 @@ def test_a_worker_that_answers_nonsense_is_not_asked_again(
                 assert len(jobs) == 1
             assert problem in pool_of(engine).links[0].problem or what == "silence"
             assert pool_of(engine).count.num_taken_over > 0 or what in ("NaN", "Inf")
+        finally:
+            engine.close()
+
+
+def test_one_session_has_one_welcome(packed: Path, alone: Engine, tmp_path: Path) -> None:
+    """A second one would begin the shared memory anew, on top of the jobs that lie there."""
+    rng = random.Random(fresh_seed())
+    requests = make_requests(rng, alone.info.vocab_size)
+    expected = answers(alone, requests)
+    held = load_shard(
+        ModelConfig(model=str(packed)), Shard.parse("0/2"), NativeRuntime(1), mapped=True
+    )
+    again = WorkerWelcome(
+        epoch="fake", identity=held.identity, shard="0/2", standby=False, shared=False
+    )
+    endpoint = f"ipc://{tmp_path}/worker"
+    with fake_worker(endpoint, "0/2", lambda _: worker_side_wire().encode(again)) as jobs:
+        engine = make_engine(packed, workers=(endpoint,), **PATIENT)
+        try:
+            assert answers(engine, requests) == expected
+            assert "a second welcome" in pool_of(engine).links[0].problem
+            assert len(jobs) == 1
         finally:
             engine.close()
 
