@@ -188,7 +188,7 @@ def rss_mib(server: Server) -> dict[str, float]:
 
 async def gauges(server: Server) -> dict[str, float]:
     """The gauges of /metrics that must be 0 when idle."""
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(timeout=120, trust_env=False) as http:
         text = (await http.get(f"{server.http}/metrics")).text
     names = ("moeserve_kv_blocks_used", "moeserve_requests_running", "moeserve_requests_waiting")
     pairs = (line.split() for line in text.splitlines() if line.startswith(names))

@@ -25,6 +25,7 @@ from moeserve.config import SchedulerConfig, ZmqConfig
 from moeserve.core import EngineDelta, EngineRequest, EngineStats, FinishReason, ModelInfo
 from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
 from moeserve.engine.channel import EngineChannel
+from moeserve.engine.controls import Controls
 from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.process import serve
 from moeserve.engine.request_scheduler import RequestScheduler
@@ -38,6 +39,12 @@ from moeserve.text.request import RequestLimits
 from moeserve.text.tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 100_000
+
+#: What `serve` imports when it is called. It takes torch along, for ten seconds on a busy machine,
+#: in which the engine thread of the first test would answer nothing.
+PRELOADED = Controls
+#: RawClient answers no ping: a machine that takes long over a test must not end its session.
+PATIENT = ZmqConfig(peer_timeout_s=1000)
 
 INFO = ModelInfo(
     name="echo",
@@ -186,7 +193,7 @@ async def running_stack(
         assets = TextAssets(byte_tokenizer(), None, {})
         service = GenerationService(link, RequestLimits(default_max_tokens=64), assets=assets)
         endpoint = endpoint or f"ipc://{sockets / 'client.sock'}"
-        front = ZmqFront(config or ZmqConfig(), endpoint, lambda: service)
+        front = ZmqFront(config or PATIENT, endpoint, lambda: service)
         await front.start()
         cleanup.push_async_callback(front.stop)
         yield Stack(link, service, front, thread)

@@ -120,7 +120,7 @@ def test_duplicate_ids_and_the_in_flight_limit(tmp_path: Path) -> None:
             assert text_of(await client.until_end("same")) == echoed("mine ", 10)
             assert text_of(await other.until_end("same")) == echoed("theirs ", 10)
 
-    run(body, tmp_path, ZmqConfig(max_in_flight=3))
+    run(body, tmp_path, ZmqConfig(max_in_flight=3, peer_timeout_s=1000))
 
 
 def test_stop_tells_the_clients(tmp_path: Path) -> None:
