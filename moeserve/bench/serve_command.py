@@ -109,7 +109,7 @@ def read_plan(path: Path, workload: Workload, slo: SloTargets) -> dict[str, Any]
         raise ConfigError(
             f"plan: {path} cannot be read: {error.strerror}", field="plan", hint=again
         ) from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"plan: {path} holds no plan for a workload", field="plan", hint=again
         ) from error

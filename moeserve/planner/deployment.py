@@ -26,8 +26,7 @@ def sized(request: PlanRequest, profile: Profile, shape: ModelShape) -> Deployme
     """Whether it fits or not. Raises ConfigError for what contradicts itself or the model."""
     check_traffic(request.traffic, shape)
     engine = request.engine
-    block_bytes = shape.kv_token_bytes * engine.kv.block_tokens
-    num_blocks = num_kv_blocks(engine, block_bytes, shape.rest_bytes, shape.context_tokens)
+    num_blocks = kv_blocks_of(engine, shape)
     per_sequence = -(-(request.traffic.sequence_tokens - 1) // engine.kv.block_tokens)
     if per_sequence > num_blocks:
         raise ConfigError(
@@ -87,6 +86,12 @@ def check_traffic(traffic: Traffic, shape: ModelShape) -> None:
             field="context_tokens",
             hint="plan for shorter requests, or raise --context up to the model's own",
         )
+
+
+def kv_blocks_of(engine: EngineConfig, shape: ModelShape) -> int:
+    """Of the pool that these settings give. Raises ConfigError for less than one."""
+    block_bytes = shape.kv_token_bytes * engine.kv.block_tokens
+    return num_kv_blocks(engine, block_bytes, shape.rest_bytes, shape.context_tokens)
 
 
 def _huge_pages(profile: Profile) -> bool:
@@ -167,10 +172,12 @@ def _device_slots(engine: EngineConfig, shape: ModelShape, room: Room, limit: in
 
 
 def traffic_blocks(request: PlanRequest) -> int:
-    """kv blocks of the requests that run at once; the last token leaves no kv."""
+    """kv blocks of the requests that run at once; the last token leaves no kv. At least those of
+    the longest request."""
     engine, traffic = request.engine, request.traffic
     running = min(traffic.concurrency, engine.scheduler.max_running)
-    return running * -(-(traffic.sequence_tokens - 1) // engine.kv.block_tokens)
+    blocks = running * -(-(traffic.sequence_tokens - 1) // engine.kv.block_tokens)
+    return max(blocks, -(-request.longest_tokens // engine.kv.block_tokens))
 
 
 def traffic_kv_bytes(request: PlanRequest, shape: ModelShape) -> int:

@@ -46,13 +46,15 @@ class PlanRequest:
     """engine: the settings that `serve` would be given; engine.model.model may be a config.json.
     hardware: a profile's file, or the name of a shipped one; None: this machine, as calibrated.
     foreign: a profile that was measured on another machine is meant. trace: recorded routing
-    (`moeserve trace`), for hit rates; None: from popularity."""
+    (`moeserve trace`), for hit rates; None: from popularity. longest_tokens: of one request, prompt
+    and output, where recorded traffic has longer ones than `traffic`, which is their mean."""
 
     engine: EngineConfig
     traffic: Traffic
     hardware: str | None = None
     foreign: bool = False
     trace: Path | None = None
+    longest_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.nearest import plan_on
 from moeserve.planner.plan_types import ModelShape, PlanRequest, Traffic
-from moeserve.planner.simulate.traffic import TrafficEstimate, simulate_traffic
+from moeserve.planner.simulate.traffic import TrafficEstimate, check_lengths, simulate_traffic
 from moeserve.planner.workload import Workload
 from moeserve.planner.workload_outcome import SloTargets, outcome_rows
 
@@ -37,6 +37,8 @@ class Recorded:
     ) -> Recorded:
         """request: its settings count, its traffic does not. Raises as `plan_on` and
         `simulate_traffic` do."""
+        check_lengths(request, shape, workload)
+        request = replace(request, longest_tokens=workload.longest)
         one = replace(request, traffic=mean_traffic(workload, 1))
         found = simulate_traffic(plan_on(one, profile, shape), workload, slo)
         running = min(found.most_at_once, request.engine.scheduler.max_running)

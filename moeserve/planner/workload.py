@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,10 @@ Value = TypeVar("Value")
 Number = TypeVar("Number", int, float)
 #: tokens of one of Mooncake's blocks
 MOONCAKE_BLOCK = 512
+#: of one request, prompt or answer: no model takes more, and a replay makes prompts of them
+MOST_TOKENS = 10_000_000
+#: characters of a file that an error shows
+SHOWN = 200
 #: requests that are planned for and replayed unless others are asked for
 DEFAULT_REQUESTS = 200
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -103,6 +108,8 @@ class Workload:
         """With all times divided by speed, so that bursts stay."""
         if not speed > 0:
             raise ConfigError(f"speed: {speed}; allowed: above 0", field="speed")
+        if self.span_s / speed == float("inf"):
+            raise ConfigError(f"speed: {speed}: at it the trace never ends", field="speed")
         return replace(self, requests=tuple(replace(r, at_s=r.at_s / speed) for r in self.requests))
 
 
@@ -116,7 +123,7 @@ def read_workload(path: Path, limit: int | None = None) -> Workload:
         raise ConfigError(f"requests: {limit}; allowed: 1 or more", field="requests")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
+            first = file.read(SHOWN)
             file.seek(0)
             rows = _json_lines(path, file) if first.lstrip().startswith("{") else _csv(path, file)
             found = list(islice(rows, limit))
@@ -143,7 +150,7 @@ def _csv(path: Path, lines: Iterator[str]) -> Iterator[WorkloadRequest]:
         if set(columns) <= set(names):
             yield from _rows(path, enumerate(reader, start=2), read)
             return
-    raise _bad(path, f"has the columns {', '.join(names) or 'none'}")
+    raise _bad(path, f"has the columns {_shown(', '.join(names)) or 'none'}")
 
 
 def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[WorkloadRequest]:
@@ -165,16 +172,29 @@ def _rows(
 
 def _azure(row: Mapping[str, Any]) -> WorkloadRequest:
     at_s = _value(row, "TIMESTAMP", _time_s, "a time like 2023-11-16 18:17:03.9799600")
-    return WorkloadRequest(at_s, _count(row, "ContextTokens"), _count(row, "GeneratedTokens"))
+    counts = _count(row, "ContextTokens"), _count(row, "GeneratedTokens")
+    return WorkloadRequest(at_s, *_whole_line(row, counts))
 
 
 def _time_s(text: str) -> float:
-    return datetime.fromisoformat(text[:26]).timestamp()  # Python 3.10: six digits of a second
+    """Without a zone it is of UTC: no hour comes twice or is left out."""
+    digits = re.sub(r"(\.\d{6})\d+", r"\1", text)  # Python 3.10: at most six of a second
+    time = datetime.fromisoformat(digits)
+    return (time if time.tzinfo else time.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def _whole_line(row: Mapping[Any, Any], counts: tuple[int, int]) -> tuple[int, int]:
+    """The counts. ValueError where a line has more cells than there are columns: then nobody knows
+    which is which."""
+    more = row.get(None)  # what csv.DictReader has no column for
+    if more and any(cell.strip() for cell in more):
+        raise ValueError(f"{len(more)} cells more than columns")
+    return counts
 
 
 def _burst_gpt(row: Mapping[str, Any]) -> WorkloadRequest:
     counts = _count(row, "Request tokens"), _count(row, "Response tokens")
-    return WorkloadRequest(_seconds(row, "Timestamp"), *counts)
+    return WorkloadRequest(_seconds(row, "Timestamp"), *_whole_line(row, counts))
 
 
 def _mooncake(line: str) -> WorkloadRequest:
@@ -182,17 +202,40 @@ def _mooncake(line: str) -> WorkloadRequest:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("brackets in brackets without an end") from error
     if not isinstance(row, dict):
         raise ValueError("no JSON object")
+    counts = _count(row, "input_length"), _count(row, "output_length")
     hash_ids: tuple[int, ...] = ()
     if "hash_ids" in row:
-        hash_ids = _value(row, "hash_ids", lambda ids: tuple(map(int, ids)), "a list of numbers")
-    counts = _count(row, "input_length"), _count(row, "output_length")
+        blocks = -(-counts[0] // MOONCAKE_BLOCK)
+        wanted = f"a list of {blocks} whole numbers, one for {MOONCAKE_BLOCK} tokens of the prompt"
+        hash_ids = _value(row, "hash_ids", lambda ids: _block_ids(ids, blocks), wanted)
     return WorkloadRequest(_seconds(row, "timestamp") / 1000, *counts, hash_ids)
 
 
+def _block_ids(ids: Any, blocks: int) -> tuple[int, ...]:
+    if not isinstance(ids, list) or len(ids) != blocks:
+        raise ValueError("not as many as blocks")
+    return tuple(_not_negative(_whole(each)) for each in ids)
+
+
 def _count(row: Mapping[str, Any], name: str) -> int:
-    return _value(row, name, lambda value: _not_negative(int(value)), "a whole number, 0 or more")
+    def read(value: Any) -> int:
+        count = _not_negative(_whole(value))
+        if count > MOST_TOKENS:
+            raise ValueError("more than any model takes")
+        return count
+
+    return _value(row, name, read, f"a whole number, 0 to {MOST_TOKENS}")
+
+
+def _whole(value: Any) -> int:
+    """Of text, or of a JSON number that has no fraction and is no truth value."""
+    if not isinstance(value, str) and type(value) is not int:
+        raise TypeError("no whole number")
+    return int(value)
 
 
 def _seconds(row: Mapping[str, Any], name: str) -> float:
@@ -214,7 +257,13 @@ def _value(row: Mapping[str, Any], name: str, read: Callable[[Any], Value], want
     try:
         return read(value)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{name}: {value!r} is not {wanted}") from error
+        raise ValueError(f"{name}: {_shown(repr(value))} is not {wanted}") from error
+
+
+def _shown(text: str) -> str:
+    """On a terminal: no line of an endless file, and nothing that it would act on."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:SHOWN])
+    return plain if len(text) <= SHOWN else f"{plain}…"
 
 
 def _bad(path: Path, what: str) -> ConfigError:

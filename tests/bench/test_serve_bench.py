@@ -101,6 +101,7 @@ def test_goodput_counts_what_met_both_targets() -> None:
         (["--workload", "{w}", "--clip", "1"], "clip: 1"),
         (["--workload", "{w}", "--slo-tpot", "-1"], "slo_tpot: -1"),
         (["--workload", "{w}", "--plan", "{w}"], "holds no plan for a workload (write it by"),
+        (["--workload", "{w}", "--plan", "{deep}"], "holds no plan for a workload (write it by"),
         (["--workload", "{w}", "--url", "http://127.0.0.1:9"], "url: http://127.0.0.1:9"),
     ],
 )
@@ -109,7 +110,9 @@ def test_bad_input_is_named(
 ) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"timestamp": 0, "input_length": 4, "output_length": 2}\n')
-    filled = [flag.replace("{w}", str(path)) for flag in flags]
+    deep = tmp_path / "deep.json"
+    deep.write_text('{"workload": ' * 100_000)
+    filled = [flag.replace("{w}", str(path)).replace("{deep}", str(deep)) for flag in flags]
     assert main(["bench", "serve", *filled]) == 2
     assert said in capsys.readouterr().err
 

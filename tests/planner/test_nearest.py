@@ -107,3 +107,21 @@ def test_fewer_experts_on_a_device(
     assert nearest[0] == "--device-slots"
     again = plan(capsys, *arguments, *nearest, "--bound-only", "--no-advice")
     assert again["settings"]["device_slots"] == int(nearest[1]) < 250
+
+
+def test_less_kv_still_holds_the_longest_request_of_a_trace(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though what is planned for is their mean."""
+    config, trace = tmp_path / "dense.json", tmp_path / "trace.jsonl"
+    config.write_text(json.dumps(DENSE_8B))
+    lines = [
+        {"timestamp": 3_600_000 * rank, "input_length": size, "output_length": 4}
+        for rank, size in enumerate((10, 4000, 10, 10))
+    ]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    flags = [str(config), "--hardware", small, "--no-advice", "--workload", str(trace)]
+    said = refusal(capsys, *flags, "--kv-bytes", str(16 << 30))
+    nearest = said.split("nearest that fits: ")[1].rstrip(")\n").split()
+    assert nearest[0] == "--kv-bytes"
+    assert plan(capsys, *flags, *nearest)["memory"]["fits"]

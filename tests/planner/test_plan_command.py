@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.known_configs import MIXTRAL_8X7B, SMALL_DENSE
-from support.plan_command import SHEET, plan, write_profile_of_here
+from support.plan_command import SHEET, plan, refusal, write_profile_of_here
 
 from moeserve.cli import main
 from moeserve.config import BUNDLED_MODEL
@@ -182,6 +182,26 @@ def test_arrivals_decide_how_many_run_at_once(
     assert found["workload"]["most_at_once"] == (1 if gap_s else 3)
     traffic = {"concurrency": planned, "prompt_tokens": 42, "output_tokens": 6}
     assert found["traffic"] == traffic
+
+
+@pytest.mark.parametrize("lengths", [(90, 90), (700, 700), (700, 10)])
+def test_the_hint_for_requests_that_are_too_long_is_enough(
+    lengths: tuple[int, int],
+    here: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Beyond the pool, and beyond the model's context, too: on average, or one of them alone."""
+    path = tmp_path / "trace.jsonl"
+    lines = [{"timestamp": 0, "input_length": size, "output_length": 6} for size in lengths]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(SMALL_DENSE | {"max_position_embeddings": 512}))
+    flags = (str(config), "--hardware", str(here), "--workload", str(path), "--num-blocks", "4")
+    said = refusal(capsys, *flags)
+    assert f"workload: trace has a request of {max(lengths) + 6} tokens" in said
+    assert "shorten its requests with --clip 64)" in said
+    assert plan(capsys, *flags, "--clip", "64")["workload"]["mid"]["failed"] == 0
 
 
 def test_who_waits_and_what_is_not_counted_is_noted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -87,14 +88,61 @@ def test_no_more_than_asked_for(tmp_path: Path) -> None:
         (MOONCAKE_LINE + '\n{"times', "line 2: no JSON"),
         (f"{MOONCAKE_LINE}\n7", "line 2: no JSON object"),
         ('{"timestamp": 1, "input_length": Infinity, "output_length": 1}', "line 1: input_length"),
-        (MOONCAKE_LINE[:-1] + ', "hash_ids": 3}', "line 1: hash_ids: 3 is not a list of numbers"),
+        (MOONCAKE_LINE[:-1] + ', "hash_ids": 3}', "line 1: hash_ids: 3 is not a list of 1 whole"),
         ("\x00\xff,", "columns"),
+        (f"{AZURE_NAMES}\n{NOON},7,1,1\n", "line 2: 1 cells more than columns"),
+        (f"{AZURE_NAMES}\n{NOON},{10**12},1\n", "line 2: ContextTokens: '1000000000000' is not"),
+        (MOONCAKE_LINE.replace("7", "7.5"), "line 1: input_length: 7.5 is not a whole number"),
+        (MOONCAKE_LINE.replace("7", "true"), "line 1: input_length: True is not a whole number"),
+        (
+            MOONCAKE_LINE[:-1] + ', "hash_ids": [-1]}',
+            r"line 1: hash_ids: \[-1\] is not a list of 1",
+        ),
+        (MOONCAKE_LINE[:-1] + ', "hash_ids": [1, 2]}', "line 1: hash_ids: .* is not a list of 1"),
+        (MOONCAKE_LINE[:-1] + ', "hash_ids": "1"}', "line 1: hash_ids: '1' is not a list of 1"),
+        (f"{MOONCAKE_LINE}\n" + '{"a":' * 100_000, "line 2: brackets in brackets"),
     ],
 )
 def test_what_is_no_trace_is_named(tmp_path: Path, text: str, said: str) -> None:
     path = write(tmp_path, text)
     with pytest.raises(ConfigError, match=f"workload: .*{path.name}.*{said}"):
         read_workload(path)
+
+
+def test_little_is_said_of_a_file_that_is_anything(tmp_path: Path) -> None:
+    for text in ("\x00\x1b[31m" * 5000, f"{AZURE_NAMES}\n{NOON},{'x' * 100_000},1\n"):
+        with pytest.raises(ConfigError) as caught:
+            read_workload(write(tmp_path, text))
+        said = str(caught.value)
+        assert said.isprintable()
+        assert len(said) < 2000
+
+
+def test_times_of_azure_with_a_zone_and_without_digits(tmp_path: Path) -> None:
+    """As the traces of 2024 have them, in which a whole second has no digits."""
+    rows = ("2024-05-10 00:00:00.500000+00:00,7,1", "2024-05-10 00:00:01+00:00,8,1")
+    workload = read_workload(write(tmp_path, "\n".join((AZURE_NAMES, *rows))))
+    assert [(r.at_s, r.num_prompt) for r in workload.requests] == [(0.0, 7), (0.5, 8)]
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="time zones are set by name on POSIX")
+def test_times_without_a_zone_do_not_depend_on_where_we_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ("2023-03-26 01:59:59,7,1", "2023-03-26 03:00:00,7,1")  # no such hour in Berlin
+    path = write(tmp_path, "\n".join((AZURE_NAMES, *rows)))
+    with monkeypatch.context() as there:
+        there.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        span_s = read_workload(path).span_s
+    time.tzset()
+    assert span_s == 3601
+
+
+def test_a_trace_that_never_ends_is_refused(tmp_path: Path) -> None:
+    workload = read_workload(write(tmp_path, AZURE))
+    with pytest.raises(ConfigError, match="speed: 1e-320: at it the trace never ends"):
+        workload.faster(1e-320)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from moeserve.core import ConfigError
 from moeserve.engine.batch import ScheduledBatch
 from moeserve.engine.simulation import Arrival, Simulation
-from moeserve.planner.plan_types import Deployment, Limit
+from moeserve.planner.deployment import kv_blocks_of
+from moeserve.planner.plan_types import Deployment, Limit, ModelShape, PlanRequest
 from moeserve.planner.simulate.clock import EngineClock
 from moeserve.planner.simulate.routing import SimulatedRouting
 from moeserve.planner.simulate.system import (
@@ -65,7 +66,7 @@ def simulate_traffic(
     deployment: Deployment, workload: Workload, slo: SloTargets, seed: int = 0
 ) -> TrafficEstimate:
     """Raises ConfigError where a request is longer than the model's context or the kv pool."""
-    check_lengths(deployment, workload)
+    check_lengths(deployment.request, deployment.shape, workload)
     routings = choose_routing(deployment, seed, alone=True)
     error, confidence = error_of(deployment.profile)
     clock = make_clock(deployment, routings.mid)
@@ -94,24 +95,18 @@ def most_at_once(answers: Sequence[Answer]) -> int:
     return max(accumulate(change for _, change in sorted(come + gone)))
 
 
-def check_lengths(deployment: Deployment, workload: Workload) -> None:
-    """ConfigError for what a server would refuse."""
-    longest, context = workload.longest, deployment.shape.context_tokens
-    size = deployment.request.engine.kv.block_tokens
-    if longest > context:
-        raise ConfigError(
-            f"workload: {workload.name} has a request of {longest} tokens, the model's context is"
-            f" {context}",
-            field="workload",
-            hint=f"shorten its requests with --clip {context}",
-        )
-    if -(-longest // size) > deployment.num_kv_blocks:
-        raise ConfigError(
-            f"workload: {workload.name} has a request of {longest} tokens, the kv pool holds"
-            f" {deployment.num_kv_blocks * size}",
-            field="workload",
-            hint="raise --kv-bytes, or shorten its requests with --clip",
-        )
+def check_lengths(request: PlanRequest, shape: ModelShape, workload: Workload) -> None:
+    """ConfigError for what a server would refuse. What the hint says keeps all limits at once."""
+    longest, context, size = workload.longest, shape.context_tokens, request.engine.kv.block_tokens
+    pool = size * kv_blocks_of(request.engine, shape)
+    limits = ((context, f"the model's context is {context}"), (pool, f"the kv pool holds {pool}"))
+    for limit, words in limits:
+        if longest > limit:
+            raise ConfigError(
+                f"workload: {workload.name} has a request of {longest} tokens, {words}",
+                field="workload",
+                hint=f"shorten its requests with --clip {min(context, pool)}",
+            )
 
 
 def _other(
