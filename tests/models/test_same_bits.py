@@ -9,6 +9,7 @@ import pytest
 import torch
 from parity_cases import DRAW, VOCAB, draw_config, make_reference, save
 from support.model_runner import BlockSequence, Runner
+from support.native_matrices import LEVELS
 
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.cpu_backend.linear import is_row_invariant
@@ -68,9 +69,32 @@ def test_logits_of_a_row(model_type: str, dtype: str, tmp_path: Path) -> None:
         pytest.skip(f"this torch's oneDNN rounds {dtype} products by the number of rows")
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
+    check_logits(model_type, dtype, ExpertConfig(), tmp_path, seed)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_logits_of_a_row_at_each_level(isa: str, quantize: str, tmp_path: Path) -> None:
+    """`auto` takes one of them only, and not on every processor the one of bf16 pairs."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    experts = ExpertConfig(cpu_backend="native", isa=isa)
+    check_logits("qwen3_moe", "bfloat16", experts, tmp_path, seed, quantize)
+
+
+def check_logits(
+    model_type: str,
+    dtype: str,
+    experts: ExpertConfig,
+    path: Path,
+    seed: int,
+    quantize: str = "none",
+) -> None:
+    """A prompt at once, and in chunks of random sizes beside a sequence that decodes."""
     reference = make_reference(draw_config(model_type, seed), model_type, seed)
-    save(reference, tmp_path, packed=True, old_style=False)
-    runner = Runner(load_model(ModelConfig(model=str(tmp_path), dtype=dtype), ExpertConfig()))
+    save(reference, path, packed=True, old_style=False)
+    model = ModelConfig(model=str(path), dtype=dtype, quantize=quantize)
+    runner = Runner(load_model(model, experts))
     rng = random.Random(seed)
     token_ids = [rng.randrange(VOCAB) for _ in range(120)]
     whole = runner.logits(token_ids)
