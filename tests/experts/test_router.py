@@ -166,9 +166,15 @@ def test_equals_transformers(name: str, packed: bool, num_tokens: int, dtype: to
     routing = router(x)
     check_form(routing, num_tokens)
     _, weights, ids = reference(x)
-    torch.testing.assert_close(
-        dense(routing.ids, routing.weights), dense(ids, weights), rtol=1e-6, atol=0
-    )
+    found, expected = dense(routing.ids, routing.weights), dense(ids, weights)
+    if dtype is torch.bfloat16 and CASES[name][3].round_weights:
+        # A weight that lies between two numbers of bfloat16 may be rounded to either of them. That
+        # befalls fewer than one in 30000: three of these 655 in one or two runs of a million.
+        apart = ~torch.isclose(found, expected, rtol=1e-6, atol=0)
+        assert apart.sum() <= 2
+        torch.testing.assert_close(found[apart], expected[apart], rtol=2**-7, atol=0)
+        found = torch.where(apart, expected, found)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
