@@ -7,6 +7,7 @@ nesting depth are limited before anything is built.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -181,9 +182,13 @@ class Wire:
 
 def field_first(problem: str) -> tuple[str | None, str]:
     """msgspec's "Expected `int`, got `str` - at `$.max_tokens`" as our errors have it: the field at
-    fault, if one is, and "max_tokens: expected int, got str"."""
+    fault, if one is, and "max_tokens: expected int, got str". A missing one is at fault itself.
+    """
     what, _, path = problem.partition(" - at `$")
     field = path.rstrip("`").removeprefix(".").replace("[...]", "") or None
+    if missing := re.fullmatch("Object missing required field `([^`]*)`", what):
+        name = f"{field}.{missing[1]}" if field else missing[1]
+        return name, f"{name}: it is required"
     text = (what[:1].lower() + what[1:]).replace("`", "")
     return field, f"{field}: {text}" if field else text
 

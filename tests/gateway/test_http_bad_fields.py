@@ -99,7 +99,7 @@ def test_unimplemented_parts_of_a_message(server: BigramServer) -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, None),
+        ({}, "prompt"),
         ({"prompt": None}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
@@ -120,14 +120,14 @@ def test_unimplemented_parts_of_a_message(server: BigramServer) -> None:
         ({"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ],
 )
-def test_bad_completions(server: BigramServer, body: Any, param: str | None) -> None:
+def test_bad_completions(server: BigramServer, body: Any, param: str) -> None:
     refused(server, TEXT, body, param=param)
 
 
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({}, None),
+        ({}, "messages"),
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": ["hello"]}, "messages[0]"),
@@ -145,5 +145,5 @@ def test_bad_completions(server: BigramServer, body: Any, param: str | None) -> 
         ({"messages": HELLO, "metadata": {"a": 1}}, "metadata"),
     ],
 )
-def test_bad_chats(server: BigramServer, body: Any, param: str | None) -> None:
+def test_bad_chats(server: BigramServer, body: Any, param: str) -> None:
     refused(server, CHAT, body, param=param)
