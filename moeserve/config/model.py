@@ -119,7 +119,9 @@ class SchedulerConfig:
         16, "smaller requests that may start before one that kv has no room for; 0: strict order"
     )
     decode_group: int | None = setting(
-        None, "most decodes in a step, chosen to want the same experts; default: all of them"
+        None,
+        "most decodes in a step, chosen to want the same experts; more only where deadlines need "
+        "them; default: all of them",
     )
     decode_wait_steps: int = setting(
         4, "with decode_group: steps that a decode may be left out in a row, if turns allow"

@@ -25,7 +25,7 @@ STEP_WEIGHT = 1 / 8
 
 
 class DecodeGroups:
-    """Chooses at most `size` decodes for a step.
+    """Chooses at most `size` decodes for a step, more where more are in such a hurry.
 
     In this order: who has waited so long that it, or another with it, would else wait longer than
     allowed; who must run in every step to be done before its deadline; then, beginning with who
@@ -105,7 +105,7 @@ class DecodeGroups:
             for _ in range(min(due - taken, self.size - len(chosen))):
                 take([s for s in left if slack[s] <= t])
         urgent = [s for s in left if self._is_urgent(s, now_s)]
-        while len(chosen) < self.size:
+        while urgent or len(chosen) < self.size:
             take(urgent or left)
             urgent = [s for s in urgent if s not in chosen]
         return chosen
@@ -149,6 +149,6 @@ def make_decode_groups(
             f"decode_group: {config.decode_group} decodes are to be grouped by the experts that"
             " they want, and nothing predicts these here",
             field="decode_group",
-            hint="leave it out, or serve a model with routed experts and a predictor",
+            hint="leave it out, or serve a model with routed experts",
         )
     return DecodeGroups(config.decode_group, config.decode_wait_steps, predicted)

@@ -120,6 +120,19 @@ def test_no_deadline_suffers() -> None:
     assert hurried.num_output_tokens >= 100
 
 
+def test_more_run_than_a_group_has_room_for_where_their_deadlines_ask_for_it() -> None:
+    """Three times as many as a group takes, and each must run in every step but three."""
+    hurried = [Sequence(request(f"h{i}", [1, 2], 100, deadline_s=103.0), i, 0.0) for i in range(6)]
+    others = sequences(5, first=6)
+    experts = {s: 1 << i for i, s in enumerate(hurried)} | dict.fromkeys(others, 1 << 9)
+    groups = groups_of(experts, 2, 50)
+    for step in range(103):
+        left = [s for s in hurried if s.num_output_tokens < 100]
+        for sequence in groups.choose([*left, *others], float(step)):
+            sequence.token_ids.append(1)
+    assert all(sequence.num_output_tokens >= 100 for sequence in hurried)
+
+
 def test_everybody_runs_where_everybody_fits() -> None:
     ready = sequences(4)
     groups = DecodeGroups(4, 0, lambda _: pytest.fail("nothing to be predicted"))
