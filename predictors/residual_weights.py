@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moeserve.core import ConfigError
@@ -122,7 +122,8 @@ class TrainedPredictor:
         try:
             written = path.with_name(path.name + ".partial")
             # One entry: the order of several is not the same in every run.
-            save_file(tensors, written, metadata={"format": f"{FORMAT} {VERSION}"})
+            # safetensors itself writes files that only their owner may read.
+            written.write_bytes(save(tensors, metadata={"format": f"{FORMAT} {VERSION}"}))
             written.replace(path)
             written = about_path(path).with_name(about_path(path).name + ".partial")
             written.write_text(json.dumps(about, indent=1) + "\n")

@@ -195,6 +195,8 @@ def test_files_keep_everything(tmp_path: Path) -> None:
     trained, gates = random_trained(generator), random_gates(generator)
     file = tmp_path / "predictors.safetensors"
     trained.save(file)
+    # It is read by whoever may read the model: no narrower than what the umask leaves.
+    assert file.stat().st_mode == about_path(file).stat().st_mode
     by_layer = {gate.layer: gate for gate in gates}
     found = load_trained(file, trained.config_sha256, by_layer)
     assert found.shape == SHAPE
