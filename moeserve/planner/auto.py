@@ -66,6 +66,9 @@ def expected_traffic(args: argparse.Namespace) -> Traffic | None:
     """What to plan for; None without --auto. ConfigError for expectations without it, and for
     expert workers, which a plan does not know."""
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    for name, value in given.items():
+        if value < 1:
+            raise ConfigError(f"{name}: {value} is below the minimum 1", field=name)
     if not args.auto:
         if given:
             name = next(iter(given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,20 @@ def test_a_profile_of_another_machine_is_refused(
 def test_expectations_are_for_auto_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--expect-concurrency", "3"]) == 2
     assert "expect_concurrency: it is for --auto" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["concurrency", "prompt_tokens", "output_tokens"])
+def test_an_expectation_of_nothing_is_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = "--expect-" + name.replace("_", "-")
+    assert main(["serve", "--auto", flag, "0"]) == 2
+    assert f"expect_{name}: 0 is below the minimum 1" in capsys.readouterr().err
+
+
+def test_of_one_token_no_time_of_further_ones_is_expected(calibrated: Path) -> None:
+    one = replace(TRAFFIC, output_tokens=1)
+    words = tune(EngineConfig(), one).words[1]
+    assert "output tokens/s" in words
+    assert "for each" not in words
 
 
 def test_workers_are_not_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
