@@ -17,6 +17,8 @@ from moeserve.planner.least_squares import Costs, fit_costs
 
 #: of a run's time that reads may take, at most: where they took all, it would not end
 MOST_SLOWER = 0.9
+#: of a layer, at least: to divide by
+LEAST_US = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,10 @@ def _fit(
     features: Callable[[TierPoint], Sequence[float]],
     us: Callable[[TierPoint], float],
 ) -> Costs:
-    """Errors count as a share of the whole layer, and as often as such a layer was seen."""
-    weights = [sqrt(point.num_layers) / _value(point, "layer") for point in points]
+    """Errors count as a share of the whole layer, and as often as such a layer was seen. On a CPU
+    that is imagined faster (`on_other_cpu`) nothing may be left of a layer that noise made short:
+    then as a share of `LEAST_US`."""
+    weights = [sqrt(point.num_layers) / max(_value(point, "layer"), LEAST_US) for point in points]
     return fit_costs(
         [features(point) for point in points], [us(point) for point in points], weights
     )

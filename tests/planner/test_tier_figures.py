@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import pytest
 
+from moeserve.experts.schedule.profile import Figure, TierPoint
 from moeserve.planner.tier_figures import tier_layers, tier_points
+from moeserve.planner.tier_fit import LayerProducts, fit_tier
 from moeserve.timeline import Span
 
 MAIN = "MainThread"
@@ -82,3 +85,25 @@ def test_what_had_arrived_before_a_stall_is_not_late() -> None:
     parts += spans(0, ("stall", 505, 515, {"experts": [6]}))
     (layer,) = tier_layers(parts, 2, 3.5)
     assert "late" not in layer.us
+
+
+def test_a_layer_of_which_nothing_is_left_can_be_fitted() -> None:
+    """Noise in a calibration, and a CPU imagined faster than that."""
+    products = LayerProducts(
+        numbers=8, start_us=1.0, experts_us=lambda rows, active: 5.0, other_us=lambda rows: 1.0
+    )
+    names = ("books", "experts", "layer", "begin", "to read", "late", "beside")
+    points = [
+        TierPoint(
+            num_rows=rows,
+            num_missing=rows,
+            num_layers=3,
+            num_active=2.0,
+            num_groups=2.0,
+            us={name: Figure(value=0.0) for name in names},
+        )
+        for rows in (1, 2, 4)
+    ]
+    found = fit_tier(points, products)
+    assert isfinite(found.run_us(5.0, 8.0, 1.0))
+    assert isfinite(found.begin_us(1, 1))
