@@ -11,13 +11,18 @@ from moeserve.convert.routers import LinearRouter
 from moeserve.convert.tune_ffn import CutFfn, TunedFfn
 
 
+def random_cut(num_parts: int) -> CutFfn:
+    """Parts of 3 neurons on 6 inputs; the first one is shared, the others are routed."""
+    gate, up = torch.randn(num_parts, 3, 6), torch.randn(num_parts, 3, 6)
+    down = torch.randn(num_parts, 6, 3)
+    router = LinearRouter(torch.randn(num_parts - 1, 6), torch.randn(num_parts - 1))
+    return CutFfn(gate, up, down, router, 1)
+
+
 def test_the_choice_has_the_derivative_of_its_relaxation(seed: int) -> None:
     """Against a difference quotient of the soft choice, at the output that the hard one gives."""
     torch.manual_seed(seed)
-    written = CutFfn(
-        torch.randn(5, 3, 6), torch.randn(5, 3, 6), torch.randn(5, 6, 3),
-        LinearRouter(torch.randn(4, 6), torch.randn(4)), 1,
-    )  # fmt: skip
+    written = random_cut(5)
     ffn = TunedFfn(written, 3, torch.nn.functional.silu, torch.Generator().manual_seed(seed))
     normed, toward = torch.randn(7, 6), torch.randn(7, 6)
     worked = ffn(normed)
@@ -40,10 +45,7 @@ def test_the_choice_has_the_derivative_of_its_relaxation(seed: int) -> None:
 def test_the_prior_names_the_experts_with_the_largest_outputs(seed: int) -> None:
     """By hand, over all experts of one token after the other."""
     torch.manual_seed(seed)
-    written = CutFfn(
-        torch.randn(4, 3, 6), torch.randn(4, 3, 6), torch.randn(4, 6, 3),
-        LinearRouter(torch.randn(3, 6), torch.randn(3)), 1,
-    )  # fmt: skip
+    written = random_cut(4)
     ffn = TunedFfn(written, 2, torch.nn.functional.silu, torch.Generator().manual_seed(seed))
     worked = ffn(torch.randn(9, 6))
     total, agreed = 0.0, 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from msgspec import structs
+from support.plan_command import SHEET, write_profile_of_here
 
 from moeserve import __version__
 from moeserve.cli import main
@@ -16,7 +17,7 @@ from moeserve.config import EngineConfig, ExpertConfig, KvConfig, SchedulerConfi
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile_file import encode_profile, shipped_profile
 from moeserve.planner.auto import tune
-from moeserve.planner.hardware import default_profile_path, this_hardware
+from moeserve.planner.hardware import default_profile_path
 from moeserve.planner.plan_types import Traffic
 
 TRAFFIC = Traffic(concurrency=2, prompt_tokens=100, output_tokens=8)
@@ -31,18 +32,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def calibrated(cache: Path) -> Path:
     """This machine, by the rates of a data sheet."""
-    sheet = shipped_profile("rtx4090-pcie4")
-    profile = structs.replace(
-        sheet,
-        source="measured",
-        hardware=this_hardware(),
-        moeserve=__version__,
-        device=None,
-        link=[],
-    )
     path = default_profile_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_profile(profile))
+    write_profile_of_here(path)
     return path
 
 
@@ -81,7 +73,7 @@ def test_without_calibration_it_is_said_what_to_do(cache: Path) -> None:
 def test_a_profile_of_another_machine_is_refused(
     calibrated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sheet = shipped_profile("rtx4090-pcie4")
+    sheet = shipped_profile(SHEET)
     other = structs.replace(sheet, source="measured", moeserve=__version__)
     calibrated.write_bytes(encode_profile(other))
     assert main(["serve", "--auto"]) == 2
