@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.cache.numbering import Numbers
 from moeserve.cache.policies.base import Policy
-
-
-def default_floor(
-    num_slots: int, num_experts: Mapping[int, int], step_need: int, top_k: int
-) -> int:
-    """Slots that every layer may keep: one row's experts (top_k), or what `num_slots` allows.
-
-    step_need: experts that one step can want of one layer, the least a cache can work with.
-    """
-    spare = max(0, num_slots - step_need)
-    return min(top_k, spare // max(1, len(num_experts) - 1))
 
 
 def victims_above_floor(

@@ -229,14 +229,6 @@ class PackedExperts:
         numbers = self.records[expert, offset:].view(np.float32)
         numbers[rows.numpy()] = values.float().reshape(-1).numpy()
 
-    def gate_up_numbers(self, expert: int) -> Tensor:
-        """[2I, H] float32: gate rows, then up rows."""
-        return self._gate_up[expert].numbers()[self._gate_up_rows]
-
-    def down_numbers(self, expert: int) -> Tensor:
-        """[H, I] float32."""
-        return self._down[expert].numbers()
-
 
 def _interleaved_rows(intermediate_size: int) -> Tensor:
     """[2I]: where row i of (gate, then up) stands: panels of both take turns."""
