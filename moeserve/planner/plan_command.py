@@ -131,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
     from moeserve.planner.lookup import find_hardware, find_shape
     from moeserve.planner.nearest import DoesNotFit, plan_on
 
+    gc.freeze()
     gc.enable()
     from moeserve.planner.plan_plot import check_plot, draw
     from moeserve.planner.plan_report import Plan, memory_json, show_memory

@@ -61,6 +61,10 @@ class Work:
         self.us += us
         self.used[resource] += us
 
+    def copy(self) -> Work:
+        """To add to."""
+        return Work(self.us, self.used.copy())
+
 
 class LayerCosts(Protocol):
     """Of a step and of its layers without routed experts."""
@@ -166,6 +170,7 @@ class EngineStepCosts:
         self.model = model
         self.profile = profile
         self.products = Products(profile, num_threads)
+        self._of_products: dict[tuple[int, int], Work] = {}  # of a layer, by rows
         self._slower = profile.hardware.num_cores / (num_threads or profile.hardware.num_cores)
         costs: dict[ExpertsShape, CostModel] = {}
         for layer in model.layers:
@@ -204,9 +209,12 @@ class EngineStepCosts:
     def layer_work(self, layer: int, load: StepLoad) -> Work:
         """One layer without its routed experts, and what of the machine that uses."""
         shape, rows = self.model.layers[layer], load.num_rows
-        work = Work()
-        for matrix in shape.products:
-            self.products.add(work, matrix, rows)
+        products = self._of_products.get((layer, rows))
+        if products is None:
+            products = self._of_products[layer, rows] = Work()
+            for matrix in shape.products:
+                self.products.add(products, matrix, rows)
+        work = products.copy()
         kv, ops, calls = self._attention_us(layer, load)
         work.add(Resource.CPU_MEMORY, kv)
         work.add(Resource.CPU_COMPUTE, ops)

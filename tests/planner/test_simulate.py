@@ -19,6 +19,7 @@ from moeserve.cache.replay import Rules, through_cache
 from moeserve.cache.routing_trace import RoutingTrace, one_by_one
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
 from moeserve.core import ConfigError, MoeserveError
+from moeserve.engine.simulation import Simulation
 from moeserve.experts.schedule.profile import Profile
 from moeserve.experts.schedule.profile_file import shipped_profile
 from moeserve.planner.deployment import sized
@@ -31,13 +32,12 @@ from moeserve.planner.plan_types import (
     StepLoad,
     Traffic,
 )
+from moeserve.planner.simulate.closed import requests_of
 from moeserve.planner.simulate.over_disk import DiskClock
 from moeserve.planner.simulate.routing import recorded
 from moeserve.planner.simulate.system import (
     choose_routing,
     make_clock,
-    make_simulation,
-    requests_of,
     simulate,
     simulate_quickly,
     steady_window,
@@ -327,21 +327,26 @@ def test_what_is_foreseen_is_there(shape: ModelShape, profile: Profile, tmp_path
     assert markov.tpot_s.mid < none.tpot_s.mid
 
 
-@pytest.mark.parametrize(("concurrency", "max_running"), [(11, 2), (30, 4)])
+@pytest.mark.parametrize(
+    ("concurrency", "max_running", "num_blocks"), [(11, 2, 400), (30, 4, 400), (24, 64, 13)]
+)
 def test_clients_that_can_only_wait_are_reckoned(
-    concurrency: int, max_running: int, tmp_path: Path, shape: ModelShape
+    concurrency: int, max_running: int, num_blocks: int, tmp_path: Path, shape: ModelShape
 ) -> None:
-    """All of them simulated wait as long as is said of those that are left out."""
+    """All of them simulated wait as long as is said of those that are left out, whether settings or
+    kv keep them waiting."""
     traffic = replace(TRAFFIC, concurrency=concurrency)
     deployment = deploy(
         shape,
         made_profile(tmp_path),
         traffic,
         scheduler=SchedulerConfig(max_running=max_running),
+        kv=KvConfig(num_blocks=num_blocks),
     )
     found = simulate_quickly(deployment)
     clock = make_clock(deployment, choose_routing(deployment, 0, alone=True).mid)
-    whole = make_simulation(deployment, clock)
+    engine = deployment.request.engine
+    whole = Simulation(engine.scheduler, num_blocks, engine.kv.block_tokens, clock)
     result = whole.run_closed(requests_of(traffic, 4 * concurrency), concurrency)
     window = steady_window(result.requests, concurrency)
     waited_s = np.mean([times.ttft_s for times in window.requests])
@@ -349,4 +354,5 @@ def test_clients_that_can_only_wait_are_reckoned(
     tokens = sum(n for at_s, n in result.emitted if window.begin_s < at_s <= window.end_s)
     rate = tokens / (window.end_s - window.begin_s)
     assert found.output_tokens_per_s.mid == pytest.approx(rate, rel=0.05)
-    assert not any(limit.resource is Resource.KV_ROOM for limit in found.limits)
+    by_kv = any(limit.resource is Resource.KV_ROOM for limit in found.limits)
+    assert by_kv == (num_blocks == 13)

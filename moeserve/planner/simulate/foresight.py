@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moeserve.config import ExpertConfig
 from moeserve.core import Routing
 from moeserve.planner.simulate.routing import SimulatedRouting
-from moeserve.predictors.base import Prediction
+from moeserve.predictors.base import NOTHING, Prediction
 from moeserve.predictors.registry import make_predictor
 
 
@@ -25,10 +25,13 @@ class Foresight:
         self._routing = routing
         self._rank = {layer: rank for rank, layer in enumerate(sizes)}
         self._predictor = make_predictor(config.predictor, sizes, config.layers_ahead)
+        self._is_blind = config.predictor == "none"
         self._unused = torch.empty(0)
 
     def predict(self, layer: int, tokens: NDArray[np.int64]) -> Prediction:
         """After a layer has routed these tokens [T] of the routing."""
+        if self._is_blind:
+            return NOTHING
         rank = self._rank[layer]
         chosen = Routing(
             torch.from_numpy(self._routing.ids[tokens, rank].astype(np.int64)),

@@ -21,6 +21,7 @@ class DeviceLayerCosts:
         assert device is not None, "deployments with slots on a device have one"
         self._start_us = device.start_us.value
         self._peaks: dict[str, float] = {}  # by format
+        self._products: dict[tuple[int, int], Work] = {}  # of a layer, by rows
 
     def step_work(self, load: StepLoad) -> Work:
         work = Work()
@@ -29,11 +30,13 @@ class DeviceLayerCosts:
         return work
 
     def layer_work(self, layer: int, load: StepLoad) -> Work:
-        shape = self._model.layers[layer]
-        work = Work()
-        for matrix in shape.products:
-            self._product(work, matrix, load.num_rows)
-        attention = shape.attention
+        attention, num_rows = self._model.layers[layer].attention, load.num_rows
+        products = self._products.get((layer, num_rows))
+        if products is None:
+            products = self._products[layer, num_rows] = Work()
+            for matrix in self._model.layers[layer].products:
+                self._product(products, matrix, num_rows)
+        work = products.copy()
         contexts = [*load.decode_contexts, *(c.start + c.num_tokens for c in load.chunks)]
         tokens = sum(attention.keys(context) for context in contexts)
         num_bytes = tokens * attention.kv_heads * attention.kv_width * self._model.number_bytes

@@ -51,6 +51,7 @@ class DeviceClock(ExpertsClock):
             Tier.DEVICE, sizes, slots, build_policy(config.tier_policy, sizes)
         )
         self._link = SimulatedLink(self._cache, model.transfer_us(model.expert_bytes))
+        self._device_us = [0.0, *map(model.device_us, range(1, most_rows + 1))]  # by rows
         self._now_us = 0.0
         self._reads: DiskReads | None = None
         host_slots = deployment.host_slots
@@ -166,18 +167,20 @@ class DeviceClock(ExpertsClock):
         total: ExpertsTime,
     ) -> float:
         """Until the device and the CPU are done with what the placement gives them."""
-        model, rows = self._model, use.rows.astype(np.int64)
+        model, rows_of = self._model, use.rows.astype(np.int64)
+        rows: list[int] = rows_of.tolist()
         cpu_us = model.cpu_start_us if placement.on_cpu else 0.0
         for expert in sorted(placement.on_cpu, key=lambda e: read_at_us.get(e, 0.0)):
             cpu_us = max(cpu_us, read_at_us.get(expert, 0.0) - self._now_us)
             cpu_us += float(self._cpu_us[rows[expert]])
-        on_device = sum(model.device_us(int(rows[e])) for e in placement.on_device)
-        fetched = [model.device_us(int(rows[e])) for e in placement.fetch_first]
+        device_us = self._device_us
+        on_device = sum([device_us[rows[e]] for e in placement.on_device])
+        fetched = [device_us[rows[e]] for e in placement.fetch_first]
         end_us = on_device + (model.device_start_us if on_device or fetched else 0.0)
         for at_us, run_us in zip(arrivals, fetched, strict=True):
             end_us = max(end_us, at_us - self._now_us) + run_us
         total.used[Resource.DEVICE_MEMORY] += on_device + sum(fetched)
-        for resource, us in self._computed(rows[list(placement.on_cpu)]).items():
+        for resource, us in self._computed(rows_of[list(placement.on_cpu)]).items():
             total.used[resource] += us
         return max(cpu_us, end_us)
 

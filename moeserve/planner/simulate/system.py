@@ -9,10 +9,11 @@ from math import sqrt
 import numpy as np
 
 from moeserve.cache.routing_trace import RoutingTrace, load_trace
-from moeserve.engine.simulation import Arrival, RequestTimes, Simulation, SimulationResult
+from moeserve.engine.simulation import RequestTimes
 from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.plan_types import Deployment, Estimate, Limit, Range, Resource, Traffic
 from moeserve.planner.simulate.clock import EngineClock
+from moeserve.planner.simulate.closed import Timed, steps_of
 from moeserve.planner.simulate.experts import ExpertsClock, ResidentClock
 from moeserve.planner.simulate.on_device import DeviceLayerCosts
 from moeserve.planner.simulate.on_device_experts import DeviceClock
@@ -55,7 +56,7 @@ def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
     """
     routings = choose_routing(deployment, seed)
     runs = [steady_run(deployment, routings.mid)]
-    runs += [steady_run(deployment, other, LEAST_ROUNDS, quickly=True) for other in routings.others]
+    runs += [steady_run(deployment, other, quickly=True) for other in routings.others]
     return _estimate(deployment, routings, runs)
 
 
@@ -153,17 +154,6 @@ def leaves_experts_on_disk(deployment: Deployment) -> bool:
     return slots is not None and slots < deployment.shape.num_experts
 
 
-def make_simulation(deployment: Deployment, clock: EngineClock) -> Simulation:
-    engine = deployment.request.engine
-    return Simulation(
-        engine.scheduler,
-        deployment.num_kv_blocks,
-        engine.kv.block_tokens,
-        clock,
-        prefix_reuse=engine.kv.prefix_reuse,
-    )
-
-
 @dataclass(frozen=True)
 class Steady:
     """What clients see while all of them are busy. waiting: share of them that wait for kv."""
@@ -183,14 +173,13 @@ def steady_run(
     quickly: bool = False,
 ) -> Steady:
     """One simulation with clients that wait for their answers."""
-    asked, max_running = deployment.request.traffic, deployment.request.engine.scheduler.max_running
-    traffic = replace(asked, concurrency=min(asked.concurrency, ENOUGH_CLIENTS * max_running))
+    asked, most = deployment.request.traffic, most_running(deployment)
+    traffic = replace(asked, concurrency=min(asked.concurrency, ENOUGH_CLIENTS * most))
     clock = make_clock(deployment, routing, quickly)
-    simulation = make_simulation(deployment, clock)
     warm_up(deployment, clock)
-    count = num_requests(traffic, rounds)
-    result = simulation.run_closed(requests_of(traffic, count), traffic.concurrency)
+    result = steps_of(deployment, traffic, num_requests(traffic, rounds)).timed(clock)
     window = steady_window(result.requests, traffic.concurrency)
+    max_running = deployment.request.engine.scheduler.max_running
     span_s = window.end_s - window.begin_s
     tokens = sum(n for at_s, n in result.emitted if window.begin_s < at_s <= window.end_s)
     tokens_per_s = tokens / span_s
@@ -202,8 +191,15 @@ def steady_run(
         tokens_per_s=tokens_per_s,
         prompt_tokens_per_s=tokens_per_s * traffic.prompt_tokens / traffic.output_tokens,
         hit_rate=clock.hit_rate,
-        limits=with_kv_room(clock.busy.limits(), result, min(traffic.concurrency, max_running)),
+        limits=with_kv_room(clock.busy.limits(), result, min(asked.concurrency, max_running)),
     )
+
+
+def most_running(deployment: Deployment) -> int:
+    """Sequences of the traffic that settings and kv let run at once: each holds its prompt."""
+    engine = deployment.request.engine
+    prompt_blocks = -(-deployment.request.traffic.prompt_tokens // engine.kv.block_tokens)
+    return min(engine.scheduler.max_running, max(1, deployment.num_kv_blocks // prompt_blocks))
 
 
 def num_requests(traffic: Traffic, rounds: int = ROUNDS) -> int:
@@ -213,13 +209,6 @@ def num_requests(traffic: Traffic, rounds: int = ROUNDS) -> int:
     return clients * max(LEAST_ROUNDS, min(rounds, affordable), -(-LEAST_REQUESTS // clients))
 
 
-def requests_of(traffic: Traffic, count: int) -> Iterator[Arrival]:
-    """Of the traffic's lengths; no prompt is like another."""
-    for number in range(count):
-        prompt = [number] * traffic.prompt_tokens
-        yield Arrival(0.0, prompt, traffic.output_tokens, traffic.output_tokens)
-
-
 def warm_up(deployment: Deployment, clock: EngineClock) -> None:
     """Lets a cache see some requests before anything counts, so that it is full and has learnt."""
     if deployment.device_slots is None and not leaves_experts_on_disk(deployment):
@@ -227,8 +216,7 @@ def warm_up(deployment: Deployment, clock: EngineClock) -> None:
     traffic = deployment.request.traffic
     shorter = replace(traffic, output_tokens=min(traffic.output_tokens, WARM_TOKENS))
     count = min(max(traffic.concurrency, WARM_REQUESTS), MOST_WARM_REQUESTS)
-    simulation = make_simulation(deployment, clock)
-    simulation.run_closed(requests_of(shorter, count), traffic.concurrency)
+    steps_of(deployment, shorter, count).timed(clock)
     clock.begin(count)
 
 
@@ -253,9 +241,7 @@ def steady_window(requests: Sequence[RequestTimes], concurrency: int) -> Window:
     return window
 
 
-def with_kv_room(
-    limits: tuple[Limit, ...], result: SimulationResult, allowed: int
-) -> tuple[Limit, ...]:
+def with_kv_room(limits: tuple[Limit, ...], result: Timed, allowed: int) -> tuple[Limit, ...]:
     """Where clients wait although the budget would let them run, kv is what limits decoding.
 
     allowed: as many as there are and may run.

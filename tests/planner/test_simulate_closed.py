@@ -1,0 +1,85 @@
+"""Clients that wait for their answers: one schedule for all clocks, and how seldom it is made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.engine_profile import CALIBRATED, made_profile, read_config
+from support.randomness import fresh_seed
+
+from moeserve.config import EngineConfig, KvConfig, SchedulerConfig
+from moeserve.engine.simulation import Simulation, StepCost
+from moeserve.planner.advice import advise
+from moeserve.planner.deployment import sized
+from moeserve.planner.plan_types import Deployment, Estimate, PlanRequest, Traffic
+from moeserve.planner.simulate import closed
+from moeserve.planner.simulate.closed import requests_of, steps_of
+from moeserve.planner.simulate.system import most_running, simulate, simulate_quickly
+
+
+def deploy(tmp_path: Path, traffic: Traffic, engine: EngineConfig) -> Deployment:
+    shape = read_config(tmp_path, CALIBRATED)
+    return sized(PlanRequest(engine=engine, traffic=traffic), made_profile(tmp_path), shape)
+
+
+def test_a_schedule_timed_is_what_the_simulation_of_that_clock_does(tmp_path: Path) -> None:
+    rng = np.random.default_rng(fresh_seed())
+    for _ in range(8):
+        size, prompt = int(rng.integers(1, 20)), int(rng.integers(1, 90))
+        traffic = Traffic(
+            concurrency=int(rng.integers(1, 12)),
+            prompt_tokens=prompt,
+            output_tokens=int(rng.integers(1, 40)),
+        )
+        least = -(-traffic.sequence_tokens // size)
+        blocks = int(rng.integers(least, 6 * least + 1))  # of some sequences give way for others
+        scheduler = SchedulerConfig(
+            max_batch_tokens=int(rng.integers(8, 100)), max_running=int(rng.integers(1, 8))
+        )
+        kv = KvConfig(block_tokens=size, num_blocks=blocks, prefix_reuse=bool(rng.integers(2)))
+        deployment = deploy(tmp_path, traffic, EngineConfig(scheduler=scheduler, kv=kv))
+        cost = StepCost(*rng.uniform(1e-4, 1e-2, 3))
+        count = 3 * traffic.concurrency
+        found = steps_of(deployment, traffic, count).timed(cost)
+        simulation = Simulation(scheduler, blocks, size, cost, prefix_reuse=kv.prefix_reuse)
+        wanted = simulation.run_closed(requests_of(traffic, count), traffic.concurrency)
+        assert found.requests == [replace(t, longest_gap_s=0.0) for t in wanted.requests]
+        assert found.emitted == wanted.emitted
+        assert found.mean_running == pytest.approx(wanted.mean_running)
+        assert found.mean_kv_use == pytest.approx(wanted.mean_kv_use)
+
+
+def test_routings_and_hardware_share_their_schedules(tmp_path: Path) -> None:
+    traffic = Traffic(concurrency=3, prompt_tokens=30, output_tokens=9)
+    deployment = deploy(tmp_path, traffic, EngineConfig())
+    closed._steps_of.cache_clear()
+    simulate(deployment)
+    assert closed._steps_of.cache_info().misses == 1
+    num_estimates = 0
+
+    def estimate(other: Deployment) -> Estimate:
+        nonlocal num_estimates
+        num_estimates += 1
+        return simulate_quickly(other)
+
+    advise(deployment, estimate)
+    # The first, half and twice as many tokens in the pool, twice and four times the requests; the
+    # others change what steps take, not which there are.
+    made = closed._steps_of.cache_info().misses - 1
+    assert made <= 5
+    assert num_estimates >= made + 3
+
+
+def test_no_more_clients_are_simulated_than_can_take_turns(tmp_path: Path) -> None:
+    """Of sixty whose prompts take six blocks each, forty blocks hold six."""
+    traffic = Traffic(concurrency=60, prompt_tokens=90, output_tokens=4)
+    deployment = deploy(tmp_path, traffic, EngineConfig(kv=KvConfig(num_blocks=40)))
+    assert most_running(deployment) == 6
+    closed._steps_of.cache_clear()
+    simulate_quickly(deployment)
+    again = replace(traffic, concurrency=12)
+    steps_of(deployment, again, 36)
+    assert closed._steps_of.cache_info().misses == 1, "twice as many clients, three rounds"
