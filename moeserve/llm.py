@@ -28,6 +28,7 @@ from moeserve.core import (
 )
 from moeserve.environment import tune_native_libraries
 from moeserve.text.assets import TextAssets
+from moeserve.text.checks import check_tokenizer_file
 from moeserve.text.events import TextEvent
 from moeserve.text.generation import GenerationState
 from moeserve.text.prepare import prepare
@@ -103,7 +104,7 @@ class LLM:
         tune_native_libraries()  # without effect where the caller has imported torch already
         from moeserve.engine.engine import Engine
 
-        engine = Engine.from_config(config, progress)
+        engine = Engine.from_config(config, progress, check_tokenizer_file)
         self.info: ModelInfo = engine.info
         self._assets = TextAssets.load(self.info.path)
         self._limits = limits

@@ -35,7 +35,7 @@ from moeserve.engine.row_links import LastRouting, RowLinks, recent_tokens
 from moeserve.engine.sampler import Sampler, SampleRow, score
 from moeserve.models.kv_pool import KvPool
 from moeserve.models.page_mover import PageMover
-from moeserve.models.registry import LoadedModel, load_model
+from moeserve.models.registry import CheckDirectory, LoadedModel, load_model
 from moeserve.stats import ExpertStats
 
 EXPERT_STATS_S = 1.0
@@ -101,13 +101,18 @@ class Engine:
         self._expert_stats_due_s = 0.0
 
     @classmethod
-    def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> Engine:
+    def from_config(
+        cls,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        check: CheckDirectory | None = None,
+    ) -> Engine:
         """Loads the model and sets this process's compute threads.
 
-        Raises ModelError or ConfigError. progress gets (stage, 0..1).
+        Raises ModelError or ConfigError. progress gets (stage, 0..1). check: see `load_model`.
         """
         threads = use_threads(config.experts.num_threads)
-        loaded = load_model(config.model, config.experts, progress)
+        loaded = load_model(config.model, config.experts, progress, check)
         loaded.notes["threads"] = f"{threads.num_threads} ({threads.reason})"
         if loaded.runtime.native is not None:
             # The native threads compute; torch's, spinning between its small parts, would only

@@ -23,6 +23,7 @@ from moeserve.engine.channel import Command, EngineChannel
 from moeserve.environment import tune_native_libraries
 from moeserve.messages import EngineAbort, EngineShutdown, EngineSubmit
 from moeserve.parent_process import end_with_parent
+from moeserve.text.checks import check_tokenizer_file
 
 if TYPE_CHECKING:
     from moeserve.engine.engine import Engine
@@ -74,7 +75,9 @@ def _load_and_serve(config: EngineConfig, channel: EngineChannel) -> int:
     from moeserve.engine.engine import Engine
 
     engine = Engine.from_config(
-        config, lambda stage, part: channel.set_stage("loading", stage, part)
+        config,
+        lambda stage, part: channel.set_stage("loading", stage, part),
+        check_tokenizer_file,  # which the gateway will want
     )
     # From here SIGTERM ends the loop between two steps; before, it ends the process at once.
     signal.signal(signal.SIGTERM, lambda *_: channel.commands.put(EngineShutdown()))

@@ -48,6 +48,7 @@ from moeserve.models.stores import HeapMemory
 from moeserve.models.transformer import Transformer
 
 Progress = Callable[[str, float], None]
+CheckDirectory = Callable[[Path], object]
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,19 @@ def find_model(config: ModelConfig) -> FoundModel:
 
 
 def load_model(
-    config: ModelConfig, expert_config: ExpertConfig, progress: Progress | None = None
+    config: ModelConfig,
+    expert_config: ExpertConfig,
+    progress: Progress | None = None,
+    check: CheckDirectory | None = None,
 ) -> LoadedModel:
     """Finds, checks and loads a model. progress: called with a stage and its fraction, 0 to 1.
+    check: of what else the model's directory must have, before weights are read.
 
     Raises ModelError for a model that cannot be served, ConfigError for settings that do not fit.
     """
     found = find_model(config)
+    if check is not None:
+        check(found.path)
     spec = found.spec
     expert_config, why = choose_predictor(expert_config, found.path)
     if why is not None:

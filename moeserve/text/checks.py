@@ -10,6 +10,19 @@ from typing import Any
 from moeserve.core import ModelError, RequestError
 
 MAX_SHOWN_CHARS = 80
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def check_tokenizer_file(directory: Path) -> Path:
+    """The tokenizer's file in a model directory. Raises ModelError where there is none."""
+    path = directory / TOKENIZER_FILE
+    if not path.is_file():
+        raise ModelError(
+            f"{path}: not found",
+            hint=f"a model directory needs {TOKENIZER_FILE}; "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it",
+        )
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:

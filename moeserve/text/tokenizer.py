@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from moeserve.core import ModelError
-from moeserve.text.checks import check_text, read_json
+from moeserve.text.checks import check_text, check_tokenizer_file, read_json
 from moeserve.text.token_bytes import decoding_of
 
 NAMED_TOKENS = (
@@ -54,7 +54,7 @@ class Tokenizer:
         is not implemented.
         """
         directory = Path(path)
-        backend = _load_backend(directory / "tokenizer.json")
+        backend = _load_backend(directory)
         config_path = directory / "tokenizer_config.json"
         config = read_json(config_path) if config_path.is_file() else {}
         map_path = directory / "special_tokens_map.json"
@@ -126,13 +126,8 @@ class Tokenizer:
         return found
 
 
-def _load_backend(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise ModelError(
-            f"{path}: not found",
-            hint="a model directory needs tokenizer.json; "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it",
-        )
+def _load_backend(directory: Path) -> tokenizers.Tokenizer:
+    path = check_tokenizer_file(directory)
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -15,6 +16,11 @@ from pathlib import Path
 import httpx
 import pytest
 from server_process import Server, running_server
+
+from moeserve.config import BUNDLED_MODEL
+from moeserve.core import ModelError
+from moeserve.llm import LLM
+from moeserve.models.packed_model import MANIFEST
 
 LONG = {"prompt": "Once upon a time", "ignore_eos": True, "stream": True}
 
@@ -145,6 +151,22 @@ def test_a_model_that_does_not_load_ends_the_server(tmp_path: Path) -> None:
     ended = serve(str(tmp_path), "--port", "0", "--runtime-dir", str(tmp_path / "run"))
     assert ended.returncode == 2
     assert "perceptron" in ended.stderr
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_without_a_tokenizer_ends_the_server_before_its_weights_are_read(
+    packed: bool, tmp_path: Path
+) -> None:
+    """Which are not there: who looks for them first names them."""
+    shutil.copy(BUNDLED_MODEL / "config.json", tmp_path)
+    if packed:
+        (tmp_path / MANIFEST).write_text("{}")
+    ended = serve(str(tmp_path), "--port", "0", "--runtime-dir", str(tmp_path / "run"))
+    assert ended.returncode == 2
+    assert f"{tmp_path / 'tokenizer.json'}: not found" in ended.stderr
+    assert "save_pretrained" in ended.stderr
+    with pytest.raises(ModelError, match=r"tokenizer\.json: not found"):
+        LLM(str(tmp_path))
 
 
 def test_an_engine_that_is_killed_comes_back(server: Server) -> None:
