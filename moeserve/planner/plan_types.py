@@ -11,7 +11,7 @@ Estimate      what comes out, of stage 1 (bound.py) and of stage 2 (simulate/)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
@@ -259,6 +259,14 @@ class Range:
     mid: float
     high: float
 
+    def at_least(self, bound: float) -> Range:
+        """Without what lies below it, but with the middle."""
+        return Range(min(self.mid, max(self.low, bound)), self.mid, self.high)
+
+    def at_most(self, bound: float) -> Range:
+        """Without what lies above it, but with the middle."""
+        return Range(self.low, self.mid, max(self.mid, min(self.high, bound)))
+
 
 class Resource(str, Enum):
     """What a phase can wait for."""
@@ -303,6 +311,19 @@ class Estimate:
     confidence: float
     basis: str
     hit_rate: float | None = None
+
+    def within(self, bound: Estimate) -> Estimate:
+        """Without the parts of its ranges that nothing can reach."""
+        tpot_s = self.tpot_s
+        if tpot_s is not None and bound.tpot_s is not None:
+            tpot_s = tpot_s.at_least(bound.tpot_s.low)
+        return replace(
+            self,
+            ttft_s=self.ttft_s.at_least(bound.ttft_s.low),
+            tpot_s=tpot_s,
+            output_tokens_per_s=self.output_tokens_per_s.at_most(bound.output_tokens_per_s.high),
+            prompt_tokens_per_s=self.prompt_tokens_per_s.at_most(bound.prompt_tokens_per_s.high),
+        )
 
 
 @dataclass(frozen=True)

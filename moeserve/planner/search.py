@@ -14,6 +14,7 @@ from moeserve.cache.expert_cache import Tier
 from moeserve.config import EngineConfig
 from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import Profile
+from moeserve.planner.bound import bound
 from moeserve.planner.deployment import sized, traffic_kv_bytes
 from moeserve.planner.memory import slot_bytes
 from moeserve.planner.plan_types import Deployment, Estimate, ModelShape, PlanRequest
@@ -172,7 +173,7 @@ def search(
     return Found(
         engine=best.request.engine,
         flags=tuple(_flags(request.engine, best.request.engine)),
-        estimate=found,
+        estimate=found.within(bound(best)),
         tried=tried,
         gain=_speed(found) / _speed(first),
     )

@@ -11,6 +11,7 @@ import numpy as np
 from moeserve.cache.routing_trace import RoutingTrace, load_trace
 from moeserve.engine.simulation import RequestTimes
 from moeserve.experts.schedule.profile import Profile
+from moeserve.planner.bound import bound
 from moeserve.planner.plan_types import Deployment, Estimate, Limit, Range, Resource, Traffic
 from moeserve.planner.simulate.clock import EngineClock
 from moeserve.planner.simulate.closed import Timed, steps_of
@@ -49,7 +50,8 @@ ENOUGH_CLIENTS = 2
 
 
 def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
-    """The traffic of the deployment's request, its clients waiting for their answers.
+    """The traffic of the deployment's request, its clients waiting for their answers. Ranges end
+    where the bound does.
 
     Raises MoeserveError where the trace is of another model, ConfigError where the profile lacks
     what the deployment needs. The same seed gives the same estimate.
@@ -57,11 +59,12 @@ def simulate(deployment: Deployment, seed: int = 0) -> Estimate:
     routings = choose_routing(deployment, seed)
     runs = [steady_run(deployment, routings.mid)]
     runs += [steady_run(deployment, other, quickly=True) for other in routings.others]
-    return _estimate(deployment, routings, runs)
+    return _estimate(deployment, routings, runs).within(bound(deployment))
 
 
 def simulate_quickly(deployment: Deployment, seed: int = 0) -> Estimate:
-    """The likeliest case alone and fewer requests: to compare many deployments with each other."""
+    """The likeliest case alone and fewer requests: to compare many deployments with each other.
+    Ranges may go beyond the bound."""
     routings = choose_routing(deployment, seed, alone=True)
     run = steady_run(deployment, routings.mid, LEAST_ROUNDS, quickly=True)
     return _estimate(deployment, routings, [run])
