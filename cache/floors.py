@@ -7,6 +7,18 @@ from numpy.typing import NDArray
 
 from moeserve.cache.numbering import Numbers
 from moeserve.cache.policies.base import Policy
+from moeserve.core import ConfigError
+
+
+def check_floor(floor: int, num_layers: int, num_slots: int) -> None:
+    """ConfigError where the floors of all layers together are more than there are slots."""
+    if floor * num_layers > num_slots:
+        raise ConfigError(
+            f"layer_floor: {floor} experts of each of {num_layers} layers are"
+            f" {floor * num_layers}, and there is room for {num_slots}",
+            field="layer_floor",
+            hint=f"{num_slots // num_layers} at most, or give more memory to the experts",
+        )
 
 
 def victims_above_floor(

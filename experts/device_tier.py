@@ -10,6 +10,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from moeserve.cache.expert_cache import ExpertCache, Tier
+from moeserve.cache.floors import check_floor
 from moeserve.cache.policies.registry import build_policy
 from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.config import ExpertConfig
@@ -85,7 +86,10 @@ def build_device_tier(
     num_experts = {layer: experts.spec.num_experts for layer, experts in layers.items()}
     total = sum(num_experts.values())
     num_slots = min(total, _num_slots(config, slot_bytes))
-    cache = ExpertCache(Tier.DEVICE, num_experts, num_slots, build_policy(policy, num_experts))
+    check_floor(config.layer_floor, len(num_experts), num_slots)
+    cache = ExpertCache(
+        Tier.DEVICE, num_experts, num_slots, build_policy(policy, num_experts), config.layer_floor
+    )
     host: HostSide = WholeHost(layers)
     if below is not None:
         host = HostOverDisk(below.supply, clock.now_us)

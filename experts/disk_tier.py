@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moeserve.cache.expert_cache import ExpertCache, Tier
+from moeserve.cache.floors import check_floor
 from moeserve.cache.policies.registry import build_policy
 from moeserve.cache.tiers.disk_store import DiskRecord, DiskStore
 from moeserve.cache.tiers.disk_tuning import tune_disk
@@ -56,6 +57,7 @@ def build_disk_tier(
         len(records), (config.host_memory_bytes or 0) // slot_bytes
     )
     check_num_slots(num_slots, slot_bytes, config.host_memory_bytes)
+    check_floor(config.layer_floor, len(specs), num_slots)
     store = DiskStore(records)
     tuning = tune_disk(store, slot_bytes, CHUNK_BYTES, num_slots)
     num_threads = config.disk_threads or tuning.num_threads
@@ -65,7 +67,9 @@ def build_disk_tier(
     )
     num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
     policy = config.tier_policy
-    cache = ExpertCache(Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts))
+    cache = ExpertCache(
+        Tier.HOST, num_experts, num_slots, build_policy(policy, num_experts), config.layer_floor
+    )
     # One chore a layer from the policy, and one from a predictor that learns: what is known is two
     # to four steps old at most. In virtual time nothing is missed for it, and a tier that rarely
     # waits learns while it does.

@@ -45,6 +45,8 @@ from moeserve.core import ConfigError
         (ExpertConfig, "policy", "lru"),
         (ExpertConfig, "prefetch_depth", 3),
         (ExpertConfig, "min_host_slots", 5),
+        (ExpertConfig, "layer_floor", 3),
+        (ExpertConfig, "layer_floor", -1),
         (ExpertConfig, "worker_curve_dir", Path("keys")),
         (ExpertConfig, "num_threads", 0),
         (ExpertConfig, "spin_us", -1),

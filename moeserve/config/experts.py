@@ -60,6 +60,11 @@ class ExpertConfig:
     min_host_slots: int = setting(
         2, "with host_memory_bytes: experts that keep room in memory however much kv grows"
     )
+    layer_floor: int = setting(
+        0,
+        "experts of each layer that keep room in their tier, once they have it, against what other "
+        "layers want; default: all layers share all room, as the policy has it",
+    )
     policy: str = setting(
         "auto",
         "which expert leaves memory for another: lru, lfu, mrs, least_stale or score; resident "
@@ -161,6 +166,12 @@ class ExpertConfig:
                         field=name,
                         hint="give --host-memory, or leave it out",
                     )
+            if self.layer_floor > 0:
+                raise ConfigError(
+                    f"layer_floor: {self.layer_floor} experts keep room where not all have any",
+                    field="layer_floor",
+                    hint="give --host-memory, or leave it out",
+                )
         if self.prefetch_depth is not None and self.predictor == "none":
             raise ConfigError(
                 f"prefetch_depth: {self.prefetch_depth} layers, and nothing predicts them",
@@ -181,6 +192,7 @@ class ExpertConfig:
             ("device_memory_bytes", 1),
             ("device_slots", 1),
             ("min_host_slots", 2),
+            ("layer_floor", 0),
         ):
             value = getattr(self, name)
             if value is not None:

@@ -43,6 +43,7 @@ def test_same_bits_whatever_the_machinery(policy: str, packed: Path, resident: E
     requests = make_requests(rng, resident.info.vocab_size)
     expected = answers(resident, requests)
     total = resident.loaded.runtime.cache.num_slots
+    num_layers = len(resident.loaded.runtime.cache.numbers.layers)
     for num_slots, predictor in (
         (2, rng.choice(PREDICTORS)),
         (rng.randint(3, total // 4), rng.choice(PREDICTORS)),
@@ -52,6 +53,7 @@ def test_same_bits_whatever_the_machinery(policy: str, packed: Path, resident: E
         settings = {
             "host_slots": num_slots,
             "policy": policy,
+            "layer_floor": rng.randint(0, num_slots // num_layers),
             "predictor": predictor,
             "prefetch_depth": None if predictor == "none" else rng.randint(1, 4),
             "disk_threads": rng.randint(1, 4),
@@ -94,6 +96,9 @@ def test_what_cannot_be_tiered_is_refused(packed: Path, tmp_path: Path) -> None:
         make_engine(packed, policy="lru")
     with pytest.raises(ConfigError, match="contradict each other"):
         make_engine(packed, host_slots=4, host_memory_bytes=1 << 30)
+    with pytest.raises(ConfigError, match=r"layer_floor: 4 .* there is room for 20") as refused:
+        make_engine(packed, host_slots=20, layer_floor=4)
+    assert "3 at most" in str(refused.value.hint)  # of the bundled model's 6 layers
     old = tmp_path / "old"
     shutil.copytree(packed, old)
     manifest = json.loads((old / MANIFEST).read_text())
