@@ -200,8 +200,9 @@ def read_flags(cls: type[T], args: argparse.Namespace, **given: Any) -> T:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """args: with the flags of ENGINE_SETTINGS and `model` (None: the bundled one)."""
+    model = str(BUNDLED_MODEL) if args.model is None else args.model
     return EngineConfig(
-        model=read_flags(ModelConfig, args, model=args.model or str(BUNDLED_MODEL)),
+        model=read_flags(ModelConfig, args, model=model),
         kv=read_flags(KvConfig, args),
         scheduler=read_flags(SchedulerConfig, args),
         experts=read_flags(ExpertConfig, args),

@@ -53,6 +53,10 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     memory_bytes: int
     gpu: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.num_cores < 1:
+            raise ValueError(f"num_cores {self.num_cores} must be 1 or more")
+
 
 class ReadRate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bytes per second that threads read from memory. kernel: "read" for loads alone, or the weight
@@ -245,6 +249,12 @@ class StepFigures(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     sampling: list[SamplePoint]
     steps: list[StepPoint]
     tier: list[TierPoint]
+
+    def __post_init__(self) -> None:
+        """What costs are fitted to must be there: of all experts in memory, and of some on disk."""
+        places = {point.tiered for point in self.steps}
+        if not (self.attention and self.sampling and len(places) == 2):
+            raise ValueError("attention, sampling and steps, tiered and not, must have points")
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -100,8 +100,9 @@ def read_plan(path: Path, workload: Workload, slo: SloTargets) -> dict[str, Any]
     try:
         found = json.loads(path.read_text())["workload"]
         outcome: dict[str, Any] = found["mid"]
-        same = (found["name"], outcome["requests"], found["slo"]) == (
-            workload.name,
+        of_here = workload.as_json()
+        same = {name: found[name] for name in of_here} == of_here
+        same = same and (outcome["requests"], found["slo"]) == (
             len(workload.requests),
             {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s},
         )
@@ -115,8 +116,10 @@ def read_plan(path: Path, workload: Workload, slo: SloTargets) -> dict[str, Any]
         ) from error
     if not same:
         raise ConfigError(
-            f"plan: {path} is for {outcome['requests']} requests of {found['name']} with the"
-            f" targets {found['slo']}, not for these",
+            f"plan: {path} is for {outcome['requests']} requests of {found['name']} in"
+            f" {found['span_s']:.4g} s, {found['prompt_tokens']} prompt and"
+            f" {found['output_tokens']} output tokens, with the targets {found['slo']}, not for"
+            " these",
             field="plan",
             hint=again,
         )
@@ -124,9 +127,7 @@ def read_plan(path: Path, workload: Workload, slo: SloTargets) -> dict[str, Any]
 
 
 def show(console: Console, workload: Workload, report: dict[str, Any]) -> None:
-    console.print(
-        f"{workload.name}: {len(workload.requests)} requests, arriving over {workload.span_s:.0f} s"
-    )
+    console.print(f"{workload.name}: {workload.in_words}, arriving over {workload.span_s:.0f} s")
     outcomes = [report["measured"]]
     if report["predicted"] is not None:
         outcomes.append(report["predicted"])

@@ -46,6 +46,12 @@ class ModelConfig:
     context_tokens: int | None = setting(None, "context length in tokens; default: the model's")
 
     def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError(
+                "model: the name is empty",
+                field="model",
+                hint="name a directory or a hub id; without a name it is the bundled model",
+            )
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         one_of("quantize", self.quantize, ("none", "int8", "int4"))
         if self.quantize_group not in QUANTIZE_GROUPS:

@@ -47,12 +47,12 @@ class Recorded:
 
     def as_json(self) -> dict[str, Any]:
         targets = {"ttft_s": self.slo.ttft_s, "tpot_s": self.slo.tpot_s}
-        return {"name": self.workload.name, "slo": targets, **self.found.as_json()}
+        return {**self.workload.as_json(), "slo": targets, **self.found.as_json()}
 
     def show(self, console: Console) -> None:
         """The likeliest outcome, and those of an engine as slow and as fast as it may be."""
         console.print(
-            f"\n[bold]{self.workload.name}[/bold]: {len(self.workload.requests)} requests in"
+            f"\n[bold]{self.workload.name}[/bold]: {self.workload.in_words} in"
             f" {self.workload.span_s:.0f} s, at most {self.found.most_at_once} at once;"
             f" {self.found.basis}",
             soft_wrap=True,

@@ -19,7 +19,7 @@ import numpy as np
 from msgspec import structs
 
 from moeserve.config import ModelConfig
-from moeserve.core import ConfigError, ExpertSpec
+from moeserve.core import ConfigError, ExpertSpec, MoeserveError
 from moeserve.experts.schedule.cost_model import CostModel, Curve, expert_curve
 from moeserve.experts.schedule.profile import Processor, Profile, StepFigures
 from moeserve.planner.model_shape import read_shape
@@ -284,7 +284,14 @@ def _model_of(steps: StepFigures) -> ModelShape:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(steps.config))
-        return read_shape(ModelConfig(model=str(path), quantize=steps.quantize), path)
+        try:
+            return read_shape(ModelConfig(model=str(path), quantize=steps.quantize), path)
+        except MoeserveError as error:
+            raise ConfigError(
+                f"profile: the model that its steps were measured on is none: {error}",
+                field="profile",
+                hint="measure again with `moeserve calibrate`",
+            ) from error
 
 
 def _product_costs(profile: Profile, model: ModelShape) -> ProductCosts:

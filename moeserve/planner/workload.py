@@ -86,6 +86,22 @@ class Workload:
         """Prompt and output of the longest request, in tokens."""
         return max(request.num_prompt + request.num_output for request in self.requests)
 
+    def as_json(self) -> dict[str, Any]:
+        """What tells it from the same file with other flags."""
+        return {
+            "name": self.name,
+            "span_s": self.span_s,
+            "prompt_tokens": sum(request.num_prompt for request in self.requests),
+            "output_tokens": sum(request.num_output for request in self.requests),
+            "dropped": self.num_dropped,
+        }
+
+    @property
+    def in_words(self) -> str:
+        """How many requests in what time, and what was left out."""
+        dropped = f" ({self.num_dropped} without a prompt or an answer left out)"
+        return f"{len(self.requests)} requests{dropped if self.num_dropped else ''}"
+
     def first(self, count: int) -> Workload:
         return replace(self, requests=self.requests[:count])
 
@@ -235,12 +251,24 @@ def _whole(value: Any) -> int:
     """Of text, or of a JSON number that has no fraction and is no truth value."""
     if not isinstance(value, str) and type(value) is not int:
         raise TypeError("no whole number")
-    return int(value)
+    return int(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """The value. ValueError for text that is a number to Python alone, as 1_000, TypeError for a
+    truth value."""
+    if isinstance(value, bool):
+        raise TypeError("no number")
+    if isinstance(value, str) and ("_" in value or not value.isascii()):
+        raise ValueError("not written with digits alone")
+    return value
 
 
 def _seconds(row: Mapping[str, Any], name: str) -> float:
     """In whatever unit the column has."""
-    return _value(row, name, lambda value: _not_negative(float(value)), "a number, 0 or more")
+    return _value(
+        row, name, lambda value: _not_negative(float(_plain(value))), "a number, 0 or more"
+    )
 
 
 def _not_negative(number: Number) -> Number:

@@ -14,7 +14,7 @@ from moeserve.bench.serve_replay import prompt_of, replay
 from moeserve.bench.serve_targets import HttpTarget, ZmqTarget
 from moeserve.cli import main
 from moeserve.core import ConfigError
-from moeserve.planner.workload import Workload, WorkloadRequest
+from moeserve.planner.workload import Workload, WorkloadRequest, read_workload
 from moeserve.planner.workload_outcome import Answer, Outcome, SloTargets
 
 REQUESTS = tuple(WorkloadRequest(0.01 * rank, 3 + rank, 2 + rank % 4) for rank in range(10))
@@ -126,12 +126,15 @@ def test_a_plan_stands_beside_what_is_measured(
     outcome = Outcome.of([Answer(0.0, 1.0, 0.25, 0.5, 4, 2)] * 2, SloTargets()).as_json()
     slo = {"ttft_s": None, "tpot_s": None}
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps({"workload": {"name": "trace", "slo": slo, "mid": outcome}}))
+    found = {**read_workload(trace).as_json(), "slo": slo, "mid": outcome}
+    plan.write_text(json.dumps({"workload": found}))
     with BigramServer(tmp_path) as server:
         flags = ["--workload", str(trace), "--url", server.url, "--plan", str(plan)]
         assert main(["bench", "serve", *flags]) == 0
         shown = capsys.readouterr().out
-        assert main(["bench", "serve", *flags, "--slo-ttft", "1"]) == 2
+        for other in (("--slo-ttft", "1"), ("--speed", "2"), ("--clip", "5")):
+            assert main(["bench", "serve", *flags, *other]) == 2
+            assert "not for these" in capsys.readouterr().err
     assert "predicted" in shown
     report = json.loads(shown.splitlines()[-1])
     assert report["predicted"] == outcome

@@ -160,6 +160,7 @@ def test_wrong_values_are_refused() -> None:
         text.replace('"value": 7.0', '"value": -7.0'),
         text.replace('"rows": [', '"rows": [64,'),
         text.replace('"num_cores": 2', '"num_cores": 2, "colour": 3'),
+        text.replace('"num_cores": 2', '"num_cores": 0'),
     ):
         assert wrong != text
         with pytest.raises(ConfigError, match="is no profile"):

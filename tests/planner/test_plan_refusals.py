@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from msgspec import structs
+from support.engine_profile import made_profile
 from support.known_configs import MIXTRAL_8X7B, SMALL_DENSE
 from support.plan_command import SHEET, plan, refusal, write_profile_of_here
 
@@ -254,3 +255,47 @@ def test_what_the_kernels_cannot_do_is_refused_as_serving_does(
     flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refusal(capsys, "--hardware", SHEET, "--bound-only", *flags)
+
+
+@pytest.mark.parametrize("command", [("plan", "--hardware", SHEET), ("serve",)])
+def test_no_model_is_not_the_bundled_one(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A variable of a script that is not set."""
+    assert main([*command, ""]) == 2
+    assert "model: the name is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("steps", [], "must have points"),
+        ("attention", [], "must have points"),
+        ("sampling", [], "must have points"),
+        ("config", {}, "the model that its steps were measured on is none"),
+    ],
+)
+def test_a_profile_whose_steps_say_nothing_is_refused(
+    part: str, value: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = json.loads(encode_profile(made_profile(tmp_path)))
+    profile["steps"][part] = value
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(profile))
+    arguments = ("--hardware", str(path), "--foreign", "--kv-bytes", "1MiB", "--no-advice")
+    said = refusal(capsys, *arguments, "--prompt-tokens", "9", "--output-tokens", "2")
+    assert message in said
+
+
+def test_more_requests_than_can_be_counted_only_wait(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, many = (
+        plan(
+            capsys, "--hardware", str(here), "--slots", "24", "--prompt-tokens", "9",
+            "--output-tokens", "2", "--no-advice", "--max-running", "2", "--concurrency", count,
+        )["estimates"][1]
+        for count in ("40", str(10**20))
+    )  # fmt: skip
+    assert many["output_tokens_per_s"] == few["output_tokens_per_s"]
+    assert many["ttft_s"]["mid"] > few["ttft_s"]["mid"]

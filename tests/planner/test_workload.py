@@ -47,6 +47,7 @@ def test_burst_gpt_without_the_answers_that_failed(tmp_path: Path) -> None:
     workload = read_workload(write(tmp_path, BURST_GPT))
     assert workload.requests == (WorkloadRequest(0.0, 472, 18), WorkloadRequest(113.0, 417, 276))
     assert workload.num_dropped == 1
+    assert workload.in_words == "2 requests (1 without a prompt or an answer left out)"
     assert workload.faster(2).span_s == 56.5
 
 
@@ -93,6 +94,12 @@ def test_no_more_than_asked_for(tmp_path: Path) -> None:
         (f"{AZURE_NAMES}\n{NOON},7,1,1\n", "line 2: 1 cells more than columns"),
         (f"{AZURE_NAMES}\n{NOON},{10**12},1\n", "line 2: ContextTokens: '1000000000000' is not"),
         (MOONCAKE_LINE.replace("7", "7.5"), "line 1: input_length: 7.5 is not a whole number"),
+        (
+            f"{AZURE_NAMES}\n{NOON},1_000,1\n",
+            "line 2: ContextTokens: '1_000' is not a whole number",
+        ),
+        (f"{BURST_NAMES}\n1_0,x,5,1,6,y\n", "line 2: Timestamp: '1_0' is not a number"),
+        (MOONCAKE_LINE.replace(": 1,", ": true,"), "line 1: timestamp: True is not a number"),
         (MOONCAKE_LINE.replace("7", "true"), "line 1: input_length: True is not a whole number"),
         (
             MOONCAKE_LINE[:-1] + ', "hash_ids": [-1]}',

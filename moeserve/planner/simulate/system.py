@@ -217,8 +217,12 @@ def warm_up(deployment: Deployment, clock: EngineClock) -> None:
     if deployment.device_slots is None and not leaves_experts_on_disk(deployment):
         return
     traffic = deployment.request.traffic
-    shorter = replace(traffic, output_tokens=min(traffic.output_tokens, WARM_TOKENS))
     count = min(max(traffic.concurrency, WARM_REQUESTS), MOST_WARM_REQUESTS)
+    shorter = replace(
+        traffic,
+        concurrency=min(traffic.concurrency, count),
+        output_tokens=min(traffic.output_tokens, WARM_TOKENS),
+    )
     steps_of(deployment, shorter, count).timed(clock)
     clock.begin(count)
 
