@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     wishes = Wishes(
         quick=args.quick,
         disk_dir=None if args.no_disk else args.disk_dir or path.parent,
-        model=read_flags(ModelConfig, args) if args.model else None,
+        model=None if args.model is None else read_flags(ModelConfig, args),
     )
     started_s = time.monotonic()
     profile = calibrate(wishes, lambda what: print(f"measuring {what}", file=sys.stderr))
@@ -118,12 +118,17 @@ def _check_can_be_written(path: Path) -> None:
 
 
 def _write(path: Path, profile: Profile) -> None:
-    """As a whole: who reads meanwhile sees the old profile or the new one."""
+    """As a whole: who reads meanwhile sees the old profile or the new one, and what cannot be
+    written leaves nothing behind."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(encode_profile(profile))
-        Path(name).replace(path)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(encode_profile(profile))
+            Path(name).replace(path)
+        except OSError:
+            Path(name).unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise ConfigError(
             f"out: {path} cannot be written: {error.strerror}", field="out"

@@ -57,10 +57,18 @@ def measure_disk(plan: DiskPlan, report: Callable[[str], None]) -> list[DiskPoin
     Raises ConfigError where the directory cannot be written to, or its file system has no O_DIRECT.
     """
     report(f"disk: writing {plan.file_bytes >> 20} MiB into {plan.directory}")
-    with tempfile.TemporaryDirectory(dir=_writable(plan.directory), prefix=".calibrate-") as folder:
-        path = Path(folder) / "blocks"
-        _write(path, plan.file_bytes)
-        return measure_file(plan, path, report)
+    directory = _writable(plan.directory)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".calibrate-") as folder:
+            path = Path(folder) / "blocks"
+            _write(path, plan.file_bytes)
+            return measure_file(plan, path, report)
+    except OSError as error:
+        raise ConfigError(
+            f"disk_dir: {plan.file_bytes >> 20} MiB in {directory}: {error.strerror}",
+            field="disk_dir",
+            hint="name a directory with room for them, or give --no-disk",
+        ) from error
 
 
 def measure_file(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,7 @@ from moeserve.experts.schedule.profile_file import (
     shipped_profile,
 )
 from moeserve.planner.calibrate import model_shapes
+from moeserve.planner.command import _write
 from moeserve.planner.cpu_figures import CpuPlan, ExpertShape, measure_cpu, thread_counts
 from moeserve.planner.device_figures import DevicePlan, measure_device, measure_link
 from moeserve.planner.disk_figures import DiskPlan, RecordReader, measure_disk
@@ -236,6 +240,39 @@ def test_what_a_part_leaves_is_known_as_the_whole() -> None:
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     plan = DiskPlan(tmp_path / "none", 1 << 20, (1 << 16,), (1,), 1 << 16, SHORT)
     with pytest.raises(ConfigError, match="no directory that can be written"):
+        measure_disk(plan, say_nothing)
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """As on a disk that is full: what is written beyond fails. Python ignores the signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_without_room_is_refused_and_left_as_it_was(
+    tmp_path: Path, measured: Profile
+) -> None:
+    plan = DiskPlan(tmp_path, 4 << 20, (1 << 16,), (1,), 1 << 16, SHORT)
+    old = tmp_path / "p.json"
+    old.write_text("as it was")
+    with files_of_at_most(4096):
+        with pytest.raises(ConfigError, match=r"disk_dir: 4 MiB in .*: File too large"):
+            measure_disk(plan, say_nothing)
+        with pytest.raises(ConfigError, match=r"out: .* cannot be written: File too large"):
+            _write(old, measured)
+    assert [each.name for each in tmp_path.iterdir()] == ["p.json"]
+    assert old.read_text() == "as it was"
+
+
+def test_a_file_system_without_directories_of_ours_is_refused() -> None:
+    """Whoever asks may write there, root at least, and yet cannot."""
+    plan = DiskPlan(Path("/proc"), 1 << 20, (1 << 16,), (1,), 1 << 16, SHORT)
+    with pytest.raises(ConfigError, match=r"disk_dir: .*/proc"):
         measure_disk(plan, say_nothing)
 
 
