@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -124,18 +125,31 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def _run_all(jobs: list[Job], quiet: bool) -> list[Outcome]:
-    """One process per job at a time and core: a replay is one thread of Python."""
-    from moeserve.bench.cache_suite import run_job
+    """One process per batch at a time and core: a replay is one thread of Python."""
+    from moeserve.bench.cache_suite import run_jobs
 
     context = multiprocessing.get_context("spawn")
+    batches = _batches(jobs, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(mp_context=context) as pool:
-        futures = [pool.submit(run_job, job) for job in jobs]
-        outcomes = []
-        for job, future in zip(jobs, futures, strict=True):
-            outcomes.append(future.result())
+        futures = [pool.submit(run_jobs, batch) for batch in batches]
+        outcomes: dict[Job, Outcome] = {}
+        for batch, future in zip(batches, futures, strict=True):
+            outcomes.update(zip(batch, future.result(), strict=True))
             if not quiet:
-                print(f"{job.path.stem}, {job.steps}: done", file=sys.stderr)
-    return outcomes
+                for job in batch:
+                    print(f"{job.path.stem}, {job.steps}: done", file=sys.stderr)
+    return [outcomes[job] for job in jobs]
+
+
+def _batches(jobs: list[Job], num_cores: int) -> list[list[Job]]:
+    """Jobs that share a past together, since it is learnt once, but no fewer batches than cores."""
+    by_past: dict[object, list[Job]] = {}
+    for job in jobs:
+        by_past.setdefault(job.past, []).append(job)
+    parts = -(-num_cores // len(by_past))
+    return [
+        batch for of_past in by_past.values() for n in range(parts) if (batch := of_past[n::parts])
+    ]
 
 
 def _words(text: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,6 @@ from moeserve.cache.policies.belady import BeladyPolicy
 from moeserve.cache.policies.registry import build_policy
 from moeserve.cache.replay import (
     Contender,
-    Foresight,
     Rules,
     TierReplay,
     all_uses,
@@ -61,6 +61,11 @@ class Job:
     history_tokens: int = 0
     num_experts: int | None = None
 
+    @property
+    def past(self) -> tuple[object, ...]:
+        """What policies know when the replay begins follows from this."""
+        return self.path, self.policies, self.part, self.history_tokens, self.num_experts
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -87,25 +92,40 @@ class Outcome:
 
 def run_job(job: Job) -> Outcome:
     """Raises MoeserveError for a trace that is none."""
-    trace = load_trace(job.path, job.num_experts)
-    part = part_of(trace.requests, job.part)
+    (outcome,) = run_jobs([job])
+    return outcome
+
+
+def run_jobs(jobs: Sequence[Job]) -> list[Outcome]:
+    """Jobs that differ in their steps and slots alone: what policies have seen before is learnt
+    once and copied for each, as it takes longer than most replays. Raises as `run_job`."""
+    first = jobs[0]
+    assert all(job.past == first.past for job in jobs), "each has a past of its own"
+    trace = load_trace(first.path, first.num_experts)
+    part = part_of(trace.requests, first.part)
     if not len(part):
         raise ConfigError(
-            f"part: {job.part!r} of the {len(trace.requests)} requests of {trace.name} is empty",
+            f"part: {first.part!r} of the {len(trace.requests)} requests of {trace.name} is empty",
             field="part",
             hint="give --part all --history 0, or record more requests",
         )
-    requests = whole_requests(part, job.num_tokens)
-    steps = make_steps(requests, job.steps)
-    contenders = list(_contenders(trace, steps, job))
-    _remember(trace, job, contenders)
+    learners = {name: _learner(name, trace) for name in first.policies if name != "belady"}
+    _remember(trace, first, list(learners.values()))
+    return [_replayed(trace, part, job, learners) for job in jobs]
+
+
+def _replayed(
+    trace: RoutingTrace, part: Sequence[Request], job: Job, learners: Mapping[str, Contender]
+) -> Outcome:
+    steps = make_steps(whole_requests(part, job.num_tokens), job.steps)
+    contenders = list(_contenders(trace, steps, job, learners))
     asked = replay(trace, steps, contenders)
     figures = _figures(trace.name, job.steps, contenders, int(asked.sum()))
     groups = _by_group(trace, steps, contenders, asked) if job.steps == "single" else {}
     return Outcome(sum(map(len, steps)), figures, groups)
 
 
-def _remember(trace: RoutingTrace, job: Job, contenders: Sequence[Contender]) -> None:
+def _remember(trace: RoutingTrace, job: Job, learners: Sequence[Contender]) -> None:
     """What came before the replay; an oracle needs no past."""
     if not job.history_tokens:
         return
@@ -113,11 +133,10 @@ def _remember(trace: RoutingTrace, job: Job, contenders: Sequence[Contender]) ->
         raise ConfigError("history: the whole trace is replayed; nothing is left to come before it")
     other = part_of(trace.requests, "tune" if job.part == "report" else "report")
     numbers = ExpertNumbers(trace.experts_per_layer)
-    learners = [contender for contender in contenders if contender.name != "belady"]
     for step in one_by_one(whole_requests(other, job.history_tokens)):
         uses = numbered_uses(trace, step, numbers)
-        for contender in learners:
-            contender.remember(uses, step)
+        for learner in learners:
+            learner.remember(uses, step)
 
 
 def part_of(requests: Sequence[Request], part: str) -> Sequence[Request]:
@@ -150,53 +169,72 @@ def make_steps(requests: Sequence[Request], kind: str) -> list[Step]:
     )
 
 
-def markov_foresight(trace: RoutingTrace) -> Foresight:
+class MarkovForesight:
     """What the `markov` predictor says after each layer, learning as it goes."""
-    predictor = MarkovPredictor(trace.experts_per_layer, MARKOV_DEPTH)
-    place = {layer: rank for rank, layer in enumerate(trace.layers)}
 
-    def look_ahead(layer: int, step: Step) -> Mapping[int, NDArray[np.float32]]:
-        ids = torch.from_numpy(trace.ids[step, place[layer]])
-        weights = torch.from_numpy(trace.weights[step, place[layer]])
-        told = predictor.predict(layer, torch.empty(len(step), 0), Routing(ids, weights))
+    def __init__(self, trace: RoutingTrace) -> None:
+        self._trace = trace
+        self._predictor = MarkovPredictor(trace.experts_per_layer, MARKOV_DEPTH)
+        self._place = {layer: rank for rank, layer in enumerate(trace.layers)}
+
+    def __call__(self, layer: int, step: Step) -> Mapping[int, NDArray[np.float32]]:
+        place = self._place[layer]
+        ids = torch.from_numpy(self._trace.ids[step, place])
+        weights = torch.from_numpy(self._trace.weights[step, place])
+        told = self._predictor.predict(layer, torch.empty(len(step), 0), Routing(ids, weights))
         return {ahead: chances.numpy() for ahead, chances in told.probabilities.items()}
 
-    return look_ahead
 
-
-def _contenders(trace: RoutingTrace, steps: Sequence[Step], job: Job) -> list[Contender]:
-    rules = [Rules(share, per_layer) for per_layer, share in product((False, True), job.shares)]
-    return [
-        contender
-        for name in job.policies
-        for contender in _contenders_named(name, trace, steps, rules)
-    ]
-
-
-def _contenders_named(
-    name: str, trace: RoutingTrace, steps: Sequence[Step], rules: Sequence[Rules]
-) -> list[Contender]:
-    numbers = ExpertNumbers(trace.experts_per_layer)
-
-    def tiers(which: Sequence[Rules]) -> list[TierReplay]:
-        return [TierReplay(numbers, r) for r in which]
-
-    if name == "belady":
-        # the optimum may leave an expert out, and overwrite one as soon as it has been read
-        free = [replace(r, bypass=True, keep_used=False) for r in rules]
-        return [Contender(name, BeladyPolicy(numbers, all_uses(trace, steps)), tiers(free))]
+def _learner(name: str, trace: RoutingTrace) -> Contender:
+    """A policy that has seen nothing, and no tier that it rules."""
     policy, _, predictor = name.partition("+")
-    if policy == "least_stale":  # remembers arrivals, which differ from tier to tier
-        return [
-            Contender(name, build_policy(policy, trace.experts_per_layer), tiers([r]))
-            for r in rules
-        ]
-    built = build_policy(policy, trace.experts_per_layer)
-    if predictor:
-        shared = [r for r in rules if not r.per_layer]
-        return [Contender(name, built, tiers(shared), markov_foresight(trace))]
-    choosing = [replace(r, bypass=True) for r in rules] if policy == "score" else []
-    return [Contender(name, built, tiers([*rules, *choosing]))]
+    numbers = ExpertNumbers(trace.experts_per_layer)
+    return Contender(
+        name,
+        build_policy(policy, trace.experts_per_layer),
+        [TierReplay(numbers, Rules(1.0))],
+        MarkovForesight(trace) if predictor else None,
+    )
+
+
+def _contenders(
+    trace: RoutingTrace, steps: Sequence[Step], job: Job, learners: Mapping[str, Contender]
+) -> list[Contender]:
+    rules = [Rules(share, per_layer) for per_layer, share in product((False, True), job.shares)]
+    contenders: list[Contender] = []
+    for name in job.policies:
+        if name == "belady":
+            contenders.append(_optimum(trace, steps, rules))
+        else:
+            contenders += _followers(learners[name], trace, rules)
+    return contenders
+
+
+def _optimum(trace: RoutingTrace, steps: Sequence[Step], rules: Sequence[Rules]) -> Contender:
+    # It may leave an expert out, and overwrite one as soon as it has been read.
+    free = [replace(r, bypass=True, keep_used=False) for r in rules]
+    numbers = ExpertNumbers(trace.experts_per_layer)
+    tiers = [TierReplay(numbers, r) for r in free]
+    return Contender("belady", BeladyPolicy(numbers, all_uses(trace, steps)), tiers)
+
+
+def _followers(
+    learner: Contender, trace: RoutingTrace, rules: Sequence[Rules]
+) -> Iterator[Contender]:
+    """What goes on from what the learner knows, over empty slots; it stays as it is."""
+    if learner.name == "least_stale":  # remembers arrivals, which differ from tier to tier
+        groups = [[r] for r in rules]
+    elif learner.foresight is not None:
+        groups = [[r for r in rules if not r.per_layer]]
+    elif learner.name == "score":
+        groups = [[*rules, *(replace(r, bypass=True) for r in rules)]]
+    else:
+        groups = [list(rules)]
+    kept = {id(trace): trace}  # which nobody changes
+    for group in groups:
+        tiers = [TierReplay(learner.tiers[0].numbers, r) for r in group]
+        policy, foresight = deepcopy((learner.policy, learner.foresight), dict(kept))
+        yield Contender(learner.name, policy, tiers, foresight)
 
 
 def _figures(trace: str, steps: str, contenders: Sequence[Contender], asked: int) -> list[Figure]:

@@ -11,7 +11,7 @@ import pytest
 from support.routing_samples import topical_trace
 
 from moeserve.bench.cache_report import below_lru, markdown
-from moeserve.bench.cache_suite import Job, run_job, whole_requests
+from moeserve.bench.cache_suite import POLICIES, Job, run_job, run_jobs, whole_requests
 from moeserve.cache.routing_trace import Request
 from moeserve.cli import main
 from moeserve.core import ConfigError
@@ -63,6 +63,15 @@ def test_history_changes_what_policies_know_and_not_what_is_held(trace: Path) ->
     first = run_job(plain).figures
     assert len({f.hit_rate for f in first}) == 1
     assert run_job(with_history).figures != run_job(without).figures, trace.stem
+
+
+def test_a_past_learnt_once_is_the_past_learnt_by_each(trace: Path) -> None:
+    """Every policy and the predictor, whose copies must share nothing."""
+    jobs = [
+        Job(trace, steps, (0.25, 0.5), POLICIES, history_tokens=60)
+        for steps in ("single", "streams:3", "chunk:7", "single")
+    ]
+    assert run_jobs(jobs) == [run_job(job) for job in jobs], trace.stem
 
 
 def test_below_lru_names_the_groups() -> None:
