@@ -41,11 +41,10 @@ def _serve(args: argparse.Namespace) -> int:
     from moeserve.gateway.server import run_gateway
     from moeserve.planner.auto import expected_traffic, tune
 
-    given = [name for name, value in vars(args).items() if value is not None]
     config = gateway_config(args, read_environment().api_key)
     traffic = expected_traffic(args)
     if traffic is not None:
-        tuned = tune(config.engine, traffic, given)
+        tuned = tune(config.engine, traffic, args.given)
         for line in tuned.words:
             print(f"auto: {line}", file=sys.stderr)
         config = replace(config, engine=tuned.engine)
@@ -193,6 +192,19 @@ def _parser(command: str | None) -> tuple[argparse.ArgumentParser, argparse.Argu
     return parser, named
 
 
+class _Given(argparse.Namespace):
+    """Seems to have every value, so that a parser adds no defaults."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def _given(parser: argparse.ArgumentParser, arguments: list[str]) -> frozenset[str]:
+    """Names of what the user gave, also where it is the default; a positional one in any case."""
+    return frozenset(vars(parser.parse_known_args(arguments, _Given())[0]))
+
+
 def _no_argument(command: str, word: str, parser: argparse.ArgumentParser) -> MoeserveError:
     flags = set(re.findall(r"--[a-z][a-z-]*", parser.format_help()))
     close = difflib.get_close_matches(word.partition("=")[0], flags, n=3)
@@ -214,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(arguments)
         if unknown:
             raise _no_argument(args.command, unknown[0], named)
+        args.given = _given(named, arguments[arguments.index(args.command) + 1 :])
         return COMMANDS[args.command].run(args)
     except MoeserveError as error:
         print(f"moeserve: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ from moeserve.experts.schedule.profile_file import encode_profile, shipped_profi
 from moeserve.planner.auto import tune
 from moeserve.planner.hardware import default_profile_path
 from moeserve.planner.plan_types import Traffic
+from moeserve.planner.search import SEARCHED
 
 TRAFFIC = Traffic(concurrency=2, prompt_tokens=100, output_tokens=8)
 
@@ -58,6 +59,23 @@ def test_what_is_given_stays_although_it_is_the_default(calibrated: Path) -> Non
     assert tuned.engine.scheduler.max_batch_tokens == default
     assert tuned.engine.experts.num_threads is None
     assert tuned.engine.kv == KvConfig()
+
+
+@pytest.mark.parametrize("given", [(), ("--max-batch-tokens", "512")])
+def test_the_command_searches_for_all_that_was_not_given(
+    given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 is the default, too: given, it stays."""
+    seen: list[frozenset[str]] = []
+
+    def stop(engine: EngineConfig, traffic: Traffic, names: frozenset[str]) -> None:
+        assert engine == EngineConfig()
+        seen.append(names)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("moeserve.planner.auto.tune", stop)
+    assert main(["serve", "--auto", "--expect-concurrency", "3", *given]) == 2
+    assert (seen[0] & set(SEARCHED)) == {"max_batch_tokens" for _ in given[:1]}
 
 
 def test_a_search_that_takes_too_long_is_said_so(calibrated: Path) -> None:
