@@ -15,7 +15,7 @@ from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.cache.transfer import Transfers
 from moeserve.chores import Chores
 from moeserve.config import ExpertConfig
-from moeserve.core import ConfigError, ExpertKey, ExpertSpec
+from moeserve.core import ExpertKey, ExpertSpec
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.schedule.cost_model import CostModel, Curve, roofline
@@ -48,15 +48,14 @@ def build_disk_tier(
 ) -> DiskTier:
     """records: of every expert of the layers in `specs`.
 
-    As many slots as `config` allows if experts were all that memory is for; who knows what else
-    there is makes them fewer (`ExpertRuntime.resize_host_memory`), before any is written. Raises
-    ConfigError where there is no room for two experts, StoreError where files cannot be read.
+    As many slots as `config` allows if experts were all that memory is for, and at least two; who
+    knows what else there is makes them fewer (`ExpertRuntime.resize_host_memory`) before any is
+    written, or refuses the budget and says what would be enough. Raises ConfigError where floors
+    have no room, StoreError where files cannot be read.
     """
     slot_bytes = max(record.num_bytes for record in records.values())
-    num_slots = config.host_slots or min(
-        len(records), (config.host_memory_bytes or 0) // slot_bytes
-    )
-    check_num_slots(num_slots, slot_bytes, config.host_memory_bytes)
+    affordable = min(len(records), (config.host_memory_bytes or 0) // slot_bytes)
+    num_slots = config.host_slots or max(2, affordable)
     check_floor(config.layer_floor, len(specs), num_slots)
     store = DiskStore(records)
     tuning = tune_disk(store, slot_bytes, CHUNK_BYTES, num_slots)
@@ -96,15 +95,3 @@ def build_disk_tier(
     }
     supply = DiskSupply(cache, store, slots, transfers, chores)
     return DiskTier(cache, supply, FetchOrder(costs), notes)
-
-
-def check_num_slots(num_slots: int, slot_bytes: int, budget_bytes: int | None) -> None:
-    """ConfigError unless there is room for two experts, which is enough for any batch."""
-    if num_slots >= 2:
-        return
-    raise ConfigError(
-        f"host_memory: {budget_bytes} bytes; two experts alone take {2 * slot_bytes}, and the"
-        " weights of every token and kv come on top",
-        field="host_memory_bytes",
-        hint="raise --host-memory, lower --kv-bytes, or pack the model with fewer bits",
-    )

@@ -10,10 +10,11 @@ DEFAULT_BYTES = 1 << 30
 
 
 def num_kv_blocks(
-    config: EngineConfig, block_bytes: int, rest_bytes: int, context_tokens: int
+    config: EngineConfig, block_bytes: int, rest_bytes: int, slot_bytes: int, context_tokens: int
 ) -> int:
-    """As asked, else for full contexts, up to 1 GiB and to half of what a budget leaves beside
-    `rest_bytes`, the weights of every token. Raises ConfigError for less than a block."""
+    """As asked, else for full contexts, up to 1 GiB, to half of what a budget leaves beside
+    `rest_bytes`, the weights of every token, and to what the least number of experts, of
+    `slot_bytes` each, leaves of that. Raises ConfigError for less than a block."""
     kv = config.kv
     if kv.num_blocks is not None:
         return kv.num_blocks
@@ -27,6 +28,8 @@ def num_kv_blocks(
         return kv.kv_bytes // block_bytes
     affordable = DEFAULT_BYTES
     if (budget_bytes := config.experts.host_memory_bytes) is not None:
-        affordable = min(affordable, (budget_bytes - rest_bytes) // 2)
+        shared_bytes = budget_bytes - rest_bytes
+        least_bytes = config.experts.min_host_slots * slot_bytes
+        affordable = min(affordable, shared_bytes // 2, shared_bytes - least_bytes)
     per_sequence = -(-context_tokens // kv.block_tokens)
     return max(1, min(config.scheduler.max_running * per_sequence, affordable // block_bytes))

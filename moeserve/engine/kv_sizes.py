@@ -13,5 +13,8 @@ def kv_sizes(config: EngineConfig, loaded: LoadedModel) -> KvSizes:
     """Raises ConfigError for less than a block."""
     block_tokens, spec, dtype = config.kv.block_tokens, loaded.spec, loaded.dtype
     block_bytes = KvPool.bytes_per_block(spec, block_tokens, dtype)
-    num_blocks = num_kv_blocks(config, block_bytes, loaded.resident_bytes, loaded.context_tokens)
+    slot_bytes = loaded.runtime.host_slot_bytes or 0
+    num_blocks = num_kv_blocks(
+        config, block_bytes, loaded.resident_bytes, slot_bytes, loaded.context_tokens
+    )
     return KvSizes(num_blocks, block_bytes, KvPool.page_blocks(spec, block_tokens, dtype))

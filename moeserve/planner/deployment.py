@@ -91,7 +91,9 @@ def check_traffic(traffic: Traffic, shape: ModelShape) -> None:
 def kv_blocks_of(engine: EngineConfig, shape: ModelShape) -> int:
     """Of the pool that these settings give. Raises ConfigError for less than one."""
     block_bytes = shape.kv_token_bytes * engine.kv.block_tokens
-    return num_kv_blocks(engine, block_bytes, shape.rest_bytes, shape.context_tokens)
+    return num_kv_blocks(
+        engine, block_bytes, shape.rest_bytes, slot_bytes(shape), shape.context_tokens
+    )
 
 
 def _huge_pages(profile: Profile) -> bool:

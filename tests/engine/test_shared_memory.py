@@ -86,6 +86,28 @@ def check_division(engine: Engine) -> None:
     engine.check_integrity()
 
 
+@pytest.mark.parametrize("kv", [KvConfig(), KvConfig(block_tokens=1), KvConfig(num_blocks=9)])
+@pytest.mark.parametrize("min_host_slots", [2, 7])
+def test_the_least_that_is_named_works(min_host_slots: int, kv: KvConfig, packed: Path) -> None:
+    """Whatever was asked for first: less than an expert, than two, than the weights, or than kv
+    leaves; also where kv has by default what half of the budget would give it."""
+    rng = random.Random(fresh_seed())
+    _, slot_bytes = least_budget(packed)
+    named = set()
+    for asked in (1, rng.randint(slot_bytes, 2 * slot_bytes), rng.randint(1 << 17, 1 << 20)):
+        with pytest.raises(ConfigError, match=r"at least \d+") as refused:
+            sharing_engine(packed, asked, kv, min_host_slots=min_host_slots)
+        named.add(int(str(refused.value).split("at least ")[1].split()[0]))
+    [least] = named
+    engine = sharing_engine(packed, least, kv, min_host_slots=min_host_slots)
+    try:
+        assert engine.loaded.runtime.cache.num_slots >= min_host_slots
+    finally:
+        engine.close()
+    with pytest.raises(ConfigError, match=f"at least {least}"):
+        sharing_engine(packed, least - 1, kv, min_host_slots=min_host_slots)
+
+
 @pytest.mark.parametrize("prefix_reuse", [True, False])
 def test_same_bits_whatever_the_budget(prefix_reuse: bool, packed: Path, resident: Engine) -> None:
     rng = random.Random(fresh_seed())

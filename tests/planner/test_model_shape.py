@@ -31,6 +31,7 @@ from moeserve.models.kv_pool import KvPool
 from moeserve.models.packed_model import PAGE_BYTES
 from moeserve.planner.deployment import sized
 from moeserve.planner.lookup import find_shape
+from moeserve.planner.memory import slot_bytes
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.plan_types import PlanRequest, Traffic
 from moeserve.planner.random_model import write_random_packed
@@ -192,11 +193,14 @@ def test_kv_pool_is_sized_as_the_engine_does(tmp_path: Path) -> None:
             dtype=torch.bfloat16,
             context_tokens=context or spec.context_tokens,
             resident_bytes=shape.rest_bytes,
+            runtime=SimpleNamespace(host_slot_bytes=budget and slot_bytes(shape)),
         )
         expected = kv_sizes(config, cast(Any, loaded)).num_blocks
         block_bytes = KvPool.bytes_per_block(spec, kv.block_tokens, torch.bfloat16)
         assert shape.kv_token_bytes * kv.block_tokens == block_bytes
-        found = num_kv_blocks(config, block_bytes, shape.rest_bytes, shape.context_tokens)
+        found = num_kv_blocks(
+            config, block_bytes, shape.rest_bytes, slot_bytes(shape), shape.context_tokens
+        )
         assert found == expected, f"seed {seed}"
 
 
