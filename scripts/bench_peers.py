@@ -6,9 +6,11 @@
 
 Theory. Decoding reads every active weight once per step, so its bound is the memory's read
 bandwidth over the bytes of a step; a prompt's bound is the peak of dot products over its
-operations. Both limits are measured in the same run, by moeserve's own native functions; the bytes
-and operations are computed from the shape (peers/traffic.py), the experts that 16 streams touch are
-counted in a router's output. Ratios hold from machine to machine, absolute figures do not.
+operations. Both limits are measured by moeserve's own native functions, in the process that they
+are for, just before and after each timed part: a share is held against what the machine gave then.
+Bytes and operations are computed from the shape (peers/traffic.py), the experts that 16 streams
+touch are counted in a router's output. Ratios hold from machine to machine, absolute figures do
+not.
 
 Weights: qwen3_moe with the layer shape of Qwen3-30B-A3B (hidden 2048, 128 experts x 768, top 8) and
 8 layers, about 10 GB in bf16. They are written once under --data as safetensors and as GGUF (bf16;

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bench_peers import TINY, setting
-from peers.figures import Figures
+from peers.figures import LIMIT_TARGETS, Figures
 from peers.layer_work import (
     Experts,
     LayerShape,
@@ -185,14 +185,16 @@ def test_ratios_take_the_better_peer_and_name_what_is_missing() -> None:
             {
                 "rates": {"decode_1": 30.0, "decode_streams": 80.0, "prefill": 200.0},
                 "stored_bits": {"experts": 4.5, "product": 4.5, "head": 8.0, "router": 32.0},
+                "limits": {
+                    "decode_1": {"read": 2e9, "int8": 2e9, "f32": 1e9},
+                    "decode_streams": {"read": 3e9, "int8": 2e9, "f32": 1e9},
+                    "prefill": {"read": 2e9, "int8": 4e9, "f32": 1e9},
+                },
             }
         ],
         "llama.cpp Q4_0": run(decode_1=15.0, decode_streams=50.0, prefill=110.0),
         "llama.cpp Q4_K": run(decode_1=20.0, decode_streams=40.0, prefill=100.0),
         "moeserve bf16": [{"skipped": "for a test"}],
-        "limits": [
-            {"read_bytes_per_s": {"1": 1e9, "2": 2e9}, "dot_ops_per_s": {"bf16": 1e9, "int8": 2e9}}
-        ],
     }
     contexts = {"decode_1": 80.0, "decode_streams": 72.0, "prefill": 512.0}
     figures = Figures(results, Traffic(TINY), contexts)
@@ -203,10 +205,36 @@ def test_ratios_take_the_better_peer_and_name_what_is_missing() -> None:
     assert missing.found is None
     assert not missing.reached
     assert "for a test" in missing.reason
-    bound, _ = figures.bound("int4", "decode_1")
     bits = StoredBits(experts=4.5, product=4.5, head=8.0)
     step = Traffic(TINY).step_bytes(bits, TINY.num_experts_per_tok, 1, 80.0)
-    assert bound == pytest.approx(2e9 / step)  # the bandwidth of all threads, not of one
+    assert figures.bound("int4", "decode_1") == pytest.approx(2e9 / step)
+    shares = {ratio.name: ratio for ratio in figures.limit_ratios()}
+    assert shares["decode, 1 stream, int4"].found == pytest.approx(30.0 * step / 2e9)
+    ops = Traffic(TINY).prefill_ops(512)
+    assert shares["prefill 512, int4"].found == pytest.approx(200.0 * ops / (4e9 * 512))
+    assert "for a test" in shares["prefill 512, bf16"].reason
+    assert figures.bound("bf16", "prefill") is None
+
+
+def test_each_round_is_held_against_its_own_limits() -> None:
+    """A machine that gives half as much in one round changes no share."""
+    contexts = {"decode_1": 80.0, "decode_streams": 72.0, "prefill": 512.0}
+
+    def shares(*speeds: float) -> list[float | None]:
+        rounds = [
+            {
+                "rates": dict.fromkeys(LIMIT_TARGETS, 10.0 * speed),
+                "limits": {m: {"read": 1e9 * speed, "int8": 1e9 * speed} for m in LIMIT_TARGETS},
+            }
+            for speed in speeds
+        ]
+        figures = Figures({"moeserve int8": rounds}, Traffic(TINY), contexts)
+        return [r.found for r in figures.limit_ratios() if r.name.endswith("int8")]
+
+    once = shares(1.0)
+    assert all(share is not None for share in once)
+    assert shares(0.5) == pytest.approx(once)
+    assert shares(0.9, 0.5, 0.7) == pytest.approx(once)
 
 
 def test_engines_in_processes_of_their_own_say_the_same(checkpoint: Path) -> None:

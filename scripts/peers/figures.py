@@ -113,20 +113,20 @@ class Figures:
         return Ratio(title, best, least, own / rate)  # type: ignore[operator]
 
     def limit_ratios(self) -> list[Ratio]:
-        """moeserve against the read bandwidth (decode) and the dot-product peak (prefill)."""
+        """moeserve against the read bandwidth (decode) and the dot-product peak (prefill), each
+        round against what the machine gave just before and after it."""
         ratios = []
         for width in DOT_TYPES:
             for metric, least in LIMIT_TARGETS.items():
-                limit, unit = self.bound(width, metric)
-                own = self.rate(f"moeserve {width}", metric)
-                title = f"{METRICS[metric]}, {width}"
-                if limit is None:
-                    found, reason = None, self.reason("limits")
-                elif own is None:
-                    found, reason = None, self.reason(f"moeserve {width}")
-                else:
-                    found, reason = own / limit, ""
-                ratios.append(Ratio(title, unit, least, found, reason))
+                name = f"moeserve {width}"
+                title, unit = f"{METRICS[metric]}, {width}", self.limit_name(width, metric)
+                shares = [
+                    result["rates"][metric] / bound
+                    for result in self.rounds(name)
+                    if (bound := self._bound(result, width, metric)) is not None
+                ]
+                found = statistics.median(shares) if shares else None
+                ratios.append(Ratio(title, unit, least, found, "" if shares else self.reason(name)))
         return ratios
 
     def missed_parts(self) -> Iterator[tuple[str, dict[str, tuple[float, float | None]]]]:
@@ -135,12 +135,11 @@ class Figures:
         The limits: the read bandwidth, or the peak of the type that a part computes with, which
         for routers and attention is float32. None for parts that neither read nor multiply much.
         """
+        shares = {ratio.name: ratio for ratio in self.limit_ratios()}
         for width in DOT_TYPES:
-            for metric, least in LIMIT_TARGETS.items():
-                name = f"moeserve {width}"
-                limit, _ = self.bound(width, metric)
-                own = self.rate(name, metric)
-                if limit is None or own is None or own / limit >= least:
+            for metric in LIMIT_TARGETS:
+                of, name = (width, metric), f"moeserve {width}"
+                if shares[f"{METRICS[metric]}, {width}"].reached or self.bound(*of) is None:
                     continue
                 ideal_s = self._ideal_s(width, metric)
                 parts = self.rounds(name)[0].get("parts", {}).get(metric, {})
@@ -154,35 +153,40 @@ class Figures:
 
     def _ideal_s(self, width: str, metric: str) -> dict[str, float]:
         """Seconds of each part at its limit."""
+        name = f"moeserve {width}"
         if metric == "prefill":
             floats = ("attention", "router")
             ops = self.traffic.part_ops(round(self.contexts[metric]))
-            f32 = self.median("limits", "dot_ops_per_s", "f32")
-            own = self.median("limits", "dot_ops_per_s", DOT_TYPES[width])
+            f32 = self.median(name, "limits", metric, "f32")
+            own = self.median(name, "limits", metric, DOT_TYPES[width])
             if f32 is None or own is None:
                 return {}
             return {part: n / (f32 if part in floats else own) for part, n in ops.items()}
-        bandwidth = self._bandwidth()
+        bandwidth = self.median(name, "limits", metric, "read")
         num_bytes = self._part_bytes(width, metric)
         return {part: count / bandwidth for part, count in num_bytes.items()} if bandwidth else {}
 
-    def bound(self, width: str, metric: str) -> tuple[float | None, str]:
-        """Tokens/s that the machine's limit allows, and the limit's name."""
-        if metric == "prefill":
-            peak = self.median("limits", "dot_ops_per_s", DOT_TYPES[width])
-            num_tokens = round(self.contexts[metric])
-            ops = self.traffic.prefill_ops(num_tokens)
-            return peak and peak * num_tokens / ops, f"{DOT_TYPES[width]} dot-product peak"
-        bandwidth = self._bandwidth()
-        return bandwidth and bandwidth * self._tokens_per_byte(width, metric), "read bandwidth"
+    def bound(self, width: str, metric: str) -> float | None:
+        """Tokens/s that the machine's limit allows, median of the rounds."""
+        rounds = self.rounds(f"moeserve {width}")
+        bounds = [self._bound(result, width, metric) for result in rounds]
+        known = [bound for bound in bounds if bound is not None]
+        return statistics.median(known) if known else None
 
-    def _bandwidth(self) -> float | None:
-        """Bytes/s that all threads read together."""
-        found = self.rounds("limits")
-        if not found:
+    def limit_name(self, width: str, metric: str) -> str:
+        return f"{DOT_TYPES[width]} dot-product peak" if metric == "prefill" else "read bandwidth"
+
+    def _bound(self, result: Mapping[str, Any], width: str, metric: str) -> float | None:
+        """None where a round measured no limits: others' kernels."""
+        limits = result.get("limits", {}).get(metric)
+        if not limits:
             return None
-        most = max(found[0]["read_bytes_per_s"], key=int)
-        return self.median("limits", "read_bytes_per_s", most)
+        if metric == "prefill":
+            num_tokens = round(self.contexts[metric])
+            peak: float = limits[DOT_TYPES[width]]
+            return peak * num_tokens / self.traffic.prefill_ops(num_tokens)
+        bandwidth: float = limits["read"]
+        return bandwidth * self._tokens_per_byte(width, metric)
 
     def _tokens_per_byte(self, width: str, metric: str) -> float:
         return self.num_streams(metric) / sum(self._part_bytes(width, metric).values())

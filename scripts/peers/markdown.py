@@ -122,9 +122,10 @@ def _part_table(figures: Figures) -> str:
 def _limits(figures: Figures) -> Iterator[str]:
     for width in DOT_TYPES:
         for metric in METRICS:
-            bound, unit = figures.bound(width, metric)
+            bound, unit = figures.bound(width, metric), figures.limit_name(width, metric)
             if bound is not None:
                 yield f"- {METRICS[metric]}, {width}: at most {bound:.1f} tok/s by the {unit}"
+    yield "- those: median of the rounds, each measured just before and after; below: by itself"
     for result in figures.rounds("limits")[:1]:
         for threads in result["read_bytes_per_s"]:
             rate = figures.median("limits", "read_bytes_per_s", threads) or 0.0

@@ -6,10 +6,12 @@ from the first token on, so that no prefill is in it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,18 +63,36 @@ class EngineUnderTest(Protocol):
         """Seconds from a prompt to its first token."""
 
 
-def measure(engine: EngineUnderTest, work: Workload) -> dict[str, Any]:
-    """Rates in tokens/s and the greedy tokens, after a warm-up that touches every weight."""
+#: what the machine can do at this moment, by name
+Limits = dict[str, float]
+
+
+def measure(
+    engine: EngineUnderTest, work: Workload, limits: Callable[[], Limits] = dict
+) -> dict[str, Any]:
+    """Rates in tokens/s and the greedy tokens, after a warm-up that touches every weight.
+
+    limits: asked for before and after each timed part; the mean of both stands beside its rate. A
+    machine that is shared gives more in one minute than in the next.
+    """
     started_s = time.perf_counter()
     engine.prefill(*work.prompts("first", 1, FIRST_PROMPT_TOKENS))
     first_token_s = time.perf_counter() - started_s
     engine.decode(work.prompts("warm", work.num_streams, work.prompt_tokens), 2)
     engine.prefill(*work.prompts("warm prefill", 1, work.prefill_tokens))
     with OtherLoad() as others:
+        at = [limits()]
         single = engine.decode(work.prompts("single", 1, work.prompt_tokens), work.decode_steps)
+        at.append(limits())
         prompts = work.prompts("streams", work.num_streams, work.prompt_tokens)
         streams = engine.decode(prompts, work.stream_steps)
+        at.append(limits())
         prefill_s = engine.prefill(*work.prompts("prefill", 1, work.prefill_tokens))
+        at.append(limits())
+    around = [
+        {name: (before[name] + after[name]) / 2 for name in before}
+        for before, after in itertools.pairwise(at)
+    ]
     return {
         "first_token_s": first_token_s,
         "rates": {
@@ -80,6 +100,7 @@ def measure(engine: EngineUnderTest, work: Workload) -> dict[str, Any]:
             "decode_streams": streams.num_tokens / streams.seconds,
             "prefill": work.prefill_tokens / prefill_s,
         },
+        "limits": dict(zip(("decode_1", "decode_streams", "prefill"), around, strict=True)),
         "token_ids": single.token_ids + streams.token_ids,
         "other_load": others.share,
     }

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeserve.cpu_backend.native_runtime import NativeRuntime
+from peers.measure import Limits
+
+if TYPE_CHECKING:
+    from moeserve.cpu_backend import _native
 
 READ_BYTES = 2 << 30
 DOT_TYPES = ("f32", "bf16", "int8")
@@ -20,3 +24,9 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         },
         "dot_ops_per_s": {name: runtimes[threads].measure_dot_peak(name) for name in DOT_TYPES},
     }
+
+
+def limits_now(runtime: _native.Runtime) -> Limits:
+    """Of all its threads, beside what the process holds: "read", bytes/s; by type, operations/s."""
+    peaks = {name: runtime.measure_dot_peak(name) for name in DOT_TYPES}
+    return {"read": runtime.measure_read_bandwidth(READ_BYTES // 2), **peaks}

@@ -25,11 +25,13 @@ from peers.layer_work import Experts, LayerShape, time_layer  # noqa: E402
 from peers.measure import (  # noqa: E402
     FIRST_PROMPT_TOKENS,
     DecodeRun,
+    Limits,
     Skip,
     Workload,
     measure,
     read_into_page_cache,
 )
+from peers.run_limits import limits_now  # noqa: E402
 
 SECTIONS = {
     "model": ModelConfig,
@@ -51,7 +53,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         first_token_s = ours.prefill(*work.prompts("start", 1, FIRST_PROMPT_TOKENS))
         in_huge_pages = huge_pages(engine)
         touch_experts(engine)
-        result = {**measure(ours, work), "first_token_s": first_token_s}
+        result = {**measure(ours, work, ours.limits), "first_token_s": first_token_s}
         notes = {**engine.info.notes, "read_files_s": round(read_s, 2)}
         notes["mapped in huge pages"] = in_huge_pages
         return {
@@ -118,6 +120,11 @@ class Ours:
         self.engine = engine
         self.parts: dict[str, dict[str, float]] = {}
         self._numbers = itertools.count()
+
+    def limits(self) -> Limits:
+        """Nothing where other kernels than ours compute."""
+        native = self.engine.loaded.runtime.native
+        return {} if native is None else limits_now(native.handle)
 
     def decode(self, prompts: list[list[int]], num_steps: int) -> DecodeRun:
         # Streams that were prefilled first decode while the others still prefill.
