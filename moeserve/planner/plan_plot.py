@@ -49,6 +49,8 @@ def draw(path: Path, deployment: Deployment, stages: Sequence[Estimator]) -> Non
     """stages: the bound first. Raises ConfigError where `path` cannot be written."""
     from matplotlib.figure import Figure
 
+    bound = stages[0]
+    stages = [bound, *(_within(stage, bound) for stage in stages[1:])]
     shape, request = deployment.shape, deployment.request
     more = [
         (float(count), replace(request, traffic=replace(request.traffic, concurrency=count)))
@@ -76,7 +78,13 @@ def draw(path: Path, deployment: Deployment, stages: Sequence[Estimator]) -> Non
         figure.savefig(part, format=path.suffix.removeprefix("."), dpi=150)
         part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise ConfigError(f"plot: {path}: {error.strerror}", field="plot") from error
+
+
+def _within(stage: Estimator, bound: Estimator) -> Estimator:
+    """The stage with ranges that end where the bound does."""
+    return lambda deployment: stage(deployment).within(bound(deployment))
 
 
 def _share_line(stage: Estimator, deployment: Deployment) -> Line | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from support.plan_command import SHEET, plan, refusal, write_profile_of_here
 
 from moeserve.cli import main
 from moeserve.config import BUNDLED_MODEL
+from moeserve.planner import plan_plot
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +158,35 @@ def test_a_picture_of_both_stages(
     plan(capsys, "--hardware", str(here), "--bound-only", "--no-advice", "--plot", str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [each.name for each in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_the_pictured_ranges_end_at_the_bound(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bands that are drawn, of a machine whose guessed range goes beyond."""
+    drawn: list[Any] = []
+    line = plan_plot._line
+    monkeypatch.setattr(plan_plot, "_line", lambda *args: drawn.append(line(*args)) or drawn[-1])
+    flags = ("--hardware", str(here), "--prompt-tokens", "1000", "--output-tokens", "1")
+    assert main(["plan", *flags, "--no-advice", "--plot", str(tmp_path / "plan.png")]) == 0
+    assert [each.stage for each in drawn] == ["bound", "system"] * 2
+    for bound, system in (drawn[:2], drawn[2:]):
+        for most, mid, high in zip(bound.mid, system.mid, system.high, strict=True):
+            assert high <= max(most, mid) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_picture_that_cannot_be_written_leaves_nothing(
+    kind: str, here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # as on a disk that is full
+    try:
+        flags = ("--hardware", str(here), "--bound-only", "--no-advice", "--plot")
+        assert "plot: " in refusal(capsys, *flags, str(tmp_path / f"plan.{kind}"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
