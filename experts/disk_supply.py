@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
@@ -70,7 +71,7 @@ class DiskSupply(ExpertSupply):
         # expert that was evicted stays known until its slot is written again.
         self._owners: dict[int, ExpertKey] = {}
         self._places: dict[ExpertKey, int] = {}
-        self._failed: dict[ExpertKey, StoreError] = {}
+        self._failed: dict[ExpertKey, StoreError] = {}  # since it was last read
 
     def read_with(self, make: Callable[[ExpertSource, SlotMemory], Reads]) -> None:
         """Reads by other means from now on, before anything was read. make: gets the records and
@@ -132,6 +133,28 @@ class DiskSupply(ExpertSupply):
     def busy_s(self) -> float:
         """Seconds for which anything was being read so far."""
         return self.transfers.stats.busy_s
+
+    @property
+    def trouble(self) -> StoreError | None:
+        """Why a record could not be read that has not been read since."""
+        return next(iter(self._failed.values()), None)
+
+    def retry_failed(self, most_s: float) -> None:
+        """Tries those records again that could not be read, until one cannot or time is up: who
+        mends a file should not have to wait until a step wants them."""
+        end_s = time.monotonic() + most_s
+        while self._failed and time.monotonic() < end_s:
+            key = next(iter(self._failed))
+            try:
+                self._store.verify(key)
+            except StoreError as error:
+                self._failed[key] = error
+                self._store.doubt(key)
+                return
+            except OSError:  # as before, for all that is known
+                self._store.doubt(key)
+                return
+            del self._failed[key]
 
     def stats(self) -> tuple[list[CacheStats], list[LinkStats]]:
         return (
@@ -202,7 +225,7 @@ class DiskSupply(ExpertSupply):
             ready = [e for e in missing if self._state(layer, e) is ExpertState.READY]
             for expert in missing:
                 if self._state(layer, expert) is ExpertState.ABSENT:
-                    raise self._failed.pop(ExpertKey(layer, expert))
+                    raise self._failed[ExpertKey(layer, expert)]
             if ready:
                 missing = [e for e in missing if e not in ready]
                 yield tuple(ready)
@@ -234,8 +257,10 @@ class DiskSupply(ExpertSupply):
         if arrival.error is not None:
             logger.warning("layer %d, expert %d: %s", *key, arrival.error)
             self._failed[key] = arrival.error
+            self._store.doubt(key)
             self.cache.abandon(key)
             return
+        self._failed.pop(key, None)
         experts = self._layers[key.layer]
         experts.native.set_record(key.expert, self.slots[slot][: experts.record_bytes])
         self._owners[slot], self._places[key] = key, slot

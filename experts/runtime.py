@@ -231,6 +231,18 @@ class ExpertRuntime:
         disk.resize(self._host_slots(num_bytes))
         self.notes["experts"] = describe_slots(disk.cache, disk.slots.slot_bytes)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why some expert's record cannot be read from disk; None where all that were asked for
+        can."""
+        error = None if self.disk is None else self.disk.supply.trouble
+        return None if error is None else str(error)
+
+    def retry_failed_reads(self, most_s: float) -> None:
+        """Looks whether records can be read again; between two steps."""
+        if self.disk is not None:
+            self.disk.supply.retry_failed(most_s)
+
     def stats(self) -> ExpertStats:
         """What caches, transfers and experts have done so far."""
         caches, links = self.supply.stats()

@@ -189,11 +189,13 @@ class EngineShutdown(Message, frozen=True, kw_only=True, tag="engine_shutdown"):
 
 
 class EngineStatus(Message, frozen=True, kw_only=True, tag="engine_status"):
-    """Heartbeat and state. epoch: random per engine process, so a restart is noticed."""
+    """Heartbeat and state. epoch: random per engine process, so a restart is noticed. trouble: why
+    requests fail although the stage is ready."""
 
     epoch: str
     stage: str  # "loading", "ready", "failed", "stopping"
     detail: str = ""
+    trouble: str = ""
     progress: float = 0.0
     info: ModelInfo | None = None
     stats: EngineStats | None = None

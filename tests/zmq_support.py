@@ -78,6 +78,7 @@ class EchoEngine:
     """The interface of moeserve.engine.engine.Engine over the real request scheduler."""
 
     info = INFO
+    trouble = None
 
     def __init__(self) -> None:
         self.gate = threading.Event()

@@ -8,11 +8,17 @@ A record is summed up when it is read for the first time, and again when its fil
 what was right and has not been written is right. (Summing every arrival takes a tenth of the
 processor's time where experts come and go; what it would find besides is a disk that returns other
 bytes than before and reports no error.)
+
+A file stays open, so whoever renames another over it, or deletes it, harms nobody. Only where a
+record cannot be read from it is it looked at what its path names by now: who mends a model puts a
+whole file there.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +31,8 @@ import xxhash
 
 from moeserve.cache.tiers.source import ExpertSource, RecordCheck, StoreError
 from moeserve.core import ExpertKey
+
+logger = logging.getLogger(__name__)
 
 #: a file written so shortly ago could be written again without showing it: times on files are
 #: coarse (as git has it with its index)
@@ -53,6 +61,8 @@ class FileState(NamedTuple):
     num_bytes: int
     modified_ns: int
     changed_ns: int
+    device: int
+    inode: int
 
     @classmethod
     def of(cls, file: int) -> FileState | None:
@@ -61,7 +71,8 @@ class FileState(NamedTuple):
             found = os.fstat(file)
         except OSError:  # as of a server that is gone; reading it says what is wrong
             return None
-        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        times = found.st_mtime_ns, found.st_ctime_ns
+        return cls(found.st_size, *times, found.st_dev, found.st_ino)
 
     @property
     def is_racy(self) -> bool:
@@ -120,12 +131,14 @@ class DiskStore(ExpertSource):
         self._records = dict(records)
         self._files: dict[Path, int] = {}
         self._right: dict[ExpertKey, FileState] = {}  # what the file was before it was read
+        self._doubted: set[ExpertKey] = set()
         self.direct = True
-        ends: dict[Path, int] = {}
+        self._ends: dict[Path, int] = {}
         for record in self._records.values():
-            ends[record.path] = max(ends.get(record.path, 0), record.start + record.num_bytes)
+            end = record.start + record.num_bytes
+            self._ends[record.path] = max(self._ends.get(record.path, 0), end)
         try:
-            for path, end in ends.items():
+            for path, end in self._ends.items():
                 self._files[path] = self._open(path)
                 _check_size(path, self._files[path], end)
         except StoreError:
@@ -140,22 +153,22 @@ class DiskStore(ExpertSource):
 
     def read(self, key: ExpertKey, start: int, into: memoryview) -> None:
         record = self._records[key]
-        file, position, done = self._files[record.path], record.start + start, 0
-        while done < len(into):
-            count = os.preadv(file, [into[done:]], position + done)
-            if count == 0:
-                raise StoreError(
-                    f"{record.path}: ends before byte {position + len(into)},"
-                    f" within layer {key.layer}, expert {key.expert}",
-                    REPACK,
-                )
-            done += count
+        file, position = self._files[record.path], record.start + start
+        if not _read_all(file, position, into):
+            raise StoreError(
+                f"{record.path}: ends before byte {position + len(into)},"
+                f" within layer {key.layer}, expert {key.expert}",
+                REPACK,
+            )
         if not self.direct:
             os.posix_fadvise(file, position, len(into), os.POSIX_FADV_DONTNEED)
 
     def begin_check(self, key: ExpertKey) -> RecordCheck:
         """Before the first byte is read."""
         record = self._records[key]
+        if key in self._doubted:
+            self._doubted.discard(key)
+            self._reopen(key)
         state = FileState.of(self._files[record.path])
         if state is not None and self._right.get(key) == state:
             return UnchangedCheck(ChecksumCheck(key, record), partial(self._is_still, key, state))
@@ -164,10 +177,43 @@ class DiskStore(ExpertSource):
             return ChecksumCheck(key, record)
         return ChecksumCheck(key, record, partial(self._right.__setitem__, key, state))
 
+    def doubt(self, key: ExpertKey) -> None:
+        """The record could not be read, or was wrong: before it is read again, it is looked for in
+        the file that its path names by then."""
+        self._doubted.add(key)
+
+    def verify(self, key: ExpertKey) -> None:
+        """Reads the record into memory of its own. StoreError where it cannot be read as it was
+        stored, OSError as in `read`."""
+        check = self.begin_check(key)
+        with mmap.mmap(-1, self.num_bytes(key)) as memory, memoryview(memory) as record:
+            self.read(key, 0, record)
+            check.update(record)
+            check.finish()
+
     def close(self) -> None:
         for file in self._files.values():
             os.close(file)
         self._files.clear()
+
+    def _reopen(self, key: ExpertKey) -> None:
+        """Reads from the file that the path names now, if that is another one and has the record as
+        it was stored: else the one that is open may still have others."""
+        record = self._records[key]
+        try:
+            new = self._open(record.path)
+        except StoreError:
+            return
+        try:
+            before, now = FileState.of(self._files[record.path]), FileState.of(new)
+            if now is None or (before is not None and before[-2:] == now[-2:]):
+                return
+            if now.num_bytes >= self._ends[record.path] and _holds(new, record):
+                # Whoever reads at this moment does so to the end from one of the two files.
+                os.dup2(new, self._files[record.path], inheritable=False)
+                logger.warning("%s: is another file now, and read from there", record.path)
+        finally:
+            os.close(new)
 
     def _is_still(self, key: ExpertKey, state: FileState) -> bool:
         return FileState.of(self._files[self._records[key].path]) == state
@@ -183,6 +229,26 @@ class DiskStore(ExpertSource):
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
+
+
+def _read_all(file: int, position: int, into: memoryview) -> bool:
+    """Whether the file is long enough."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(file, [into[done:]], position + done)
+        if count == 0:
+            return False
+        done += count
+    return True
+
+
+def _holds(file: int, record: DiskRecord) -> bool:
+    """Whether the record stands there as it was stored."""
+    with mmap.mmap(-1, record.num_bytes) as memory, memoryview(memory) as found:
+        try:
+            return _read_all(file, record.start, found) and checksum(found) == record.checksum
+        except OSError:
+            return False
 
 
 def _check_size(path: Path, file: int, end: int) -> None:

@@ -103,6 +103,13 @@ class EngineChannel:
             self._status_changed = True
         self._wake()
 
+    def set_trouble(self, trouble: str) -> None:
+        """Tells the gateway at once why requests may fail, or with nothing that they will not."""
+        with self._lock:
+            self._status = msgspec.structs.replace(self._status, trouble=trouble)
+            self._status_changed = True
+        self._wake()
+
     def send(self, deltas: list[EngineDelta], stats: EngineStats) -> None:
         """Queues deltas; stats go with the next heartbeat."""
         with self._lock:

@@ -231,6 +231,15 @@ class Engine:
         if not self._balance_memory():
             self.memory.shrink(self.blocks.extent)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why requests may fail: an expert could not be read from disk and has not been since."""
+        return self.loaded.runtime.trouble
+
+    def retry_failed_reads(self, most_s: float) -> None:
+        """Looks for so long, between two steps, whether what could not be read can be by now."""
+        self.loaded.runtime.retry_failed_reads(most_s)
+
     def check_integrity(self) -> None:
         """Checks all bookkeeping; called when idle. Raises AssertionError."""
         self.scheduler.check_integrity()

@@ -7,10 +7,12 @@ the gateway listens. Logs go to standard error. It ends with the gateway, howeve
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import queue
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 #: exit status when what was asked for can not be served, however often it is tried
 EXIT_REFUSED = 3
+
+#: how often and for how long it is tried to read what could not be read
+RETRY_EVERY_S = 1.0
+RETRY_FOR_S = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +99,10 @@ def serve(engine: Engine, channel: EngineChannel) -> None:
     from moeserve.engine.controls import Controls
 
     controls = Controls(engine, channel)
+    trouble = Trouble(engine, channel)
     while True:
-        for command in _take(channel.commands, block=not engine.has_work):
+        patience_s = trouble.look()
+        for command in _take(channel.commands, not engine.has_work, patience_s):
             if isinstance(command, EngineShutdown):
                 return
             if isinstance(command, EngineControl | EngineControlEnd):
@@ -108,10 +116,35 @@ def serve(engine: Engine, channel: EngineChannel) -> None:
             engine.check_integrity()
 
 
-def _take(commands: queue.SimpleQueue[Command], block: bool) -> Iterator[Command]:
-    """All waiting commands; with `block`, at least one."""
+class Trouble:
+    """Tells the gateway when experts cannot be read, and when they can be again: it is looked for
+    that also when nobody asks, because who sends requests may wait for it."""
+
+    def __init__(self, engine: Engine, channel: EngineChannel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._told = ""
+        self._due_s = 0.0
+
+    def look(self) -> float | None:
+        """Seconds until it should be looked again; None: when a step was run."""
+        if self._engine.trouble and time.monotonic() >= self._due_s:
+            self._engine.retry_failed_reads(RETRY_FOR_S)
+            self._due_s = time.monotonic() + RETRY_EVERY_S
+        trouble = self._engine.trouble or ""
+        if trouble != self._told:
+            self._channel.set_trouble(trouble)
+            self._told = trouble
+        return max(0.0, self._due_s - time.monotonic()) if trouble else None
+
+
+def _take(
+    commands: queue.SimpleQueue[Command], block: bool, patience_s: float | None
+) -> Iterator[Command]:
+    """All waiting commands; with `block`, at least one, if it comes within that time."""
     if block:
-        yield commands.get()
+        with contextlib.suppress(queue.Empty):
+            yield commands.get(timeout=patience_s)
     while not commands.empty():  # this thread is the only one that takes
         yield commands.get()
 

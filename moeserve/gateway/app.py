@@ -68,9 +68,12 @@ def _add_status_routes(app: FastAPI, lifecycle: Lifecycle, metrics: Metrics) -> 
     @app.head("/health", include_in_schema=False, response_class=Response)
     @app.get("/health", response_class=Response)
     async def health() -> Response:
-        """200 when requests are served; 503 with the stage and the reason when not."""
+        """200 when requests are served; 503 with the stage and the reason when not, also where they
+        are taken but experts that they need cannot be read (`degraded`)."""
         status = lifecycle.link.status
         body: dict[str, Any] = {"status": lifecycle.stage, "detail": status.detail}
+        if lifecycle.stage == "ready" and status.trouble:
+            return json_response({"status": "degraded", "detail": status.trouble}, status=503)
         if lifecycle.stage == "ready":
             return json_response(body)
         if lifecycle.stage == "loading":

@@ -117,6 +117,65 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         DiskStore({ExpertKey(0, 0): record})
 
 
+def replaced_by(path: Path, content: bytes) -> None:
+    """Another file of that name."""
+    beside = path.with_name("beside")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def test_a_whole_file_in_the_place_of_a_damaged_one_is_read(tmp_path: Path) -> None:
+    rng = random.Random(fresh_seed())
+    written = write_records(tmp_path, rng, num_layers=1, num_experts=3)
+    whole, key = written.path.read_bytes(), ExpertKey(0, rng.randrange(3))
+    store = DiskStore(written.records)
+    record = HostSlots(written.record_bytes, 1)[0][: written.record_bytes].data
+    os.truncate(written.path, 0)
+    replaced_by(written.path, whole)
+    with pytest.raises(StoreError, match="ends before byte"):  # the one that was opened
+        store.verify(key)
+    store.doubt(key)
+    for other in written.contents:  # a doubted one first or not
+        if other != key:
+            with pytest.raises(StoreError, match="ends before byte"):
+                store.verify(other)
+    store.verify(key)
+    for other, content in written.contents.items():
+        check = store.begin_check(other)
+        store.read(other, 0, record)
+        check.update(record)
+        check.finish()
+        assert bytes(record) == content
+    store.close()
+
+
+@pytest.mark.parametrize("other", ["gone", "short", "another"])
+def test_a_file_that_is_no_better_is_not_taken(other: str, tmp_path: Path) -> None:
+    """What is whole in the one that is open can still be read."""
+    rng = random.Random(fresh_seed())
+    written = write_records(tmp_path, rng, num_layers=1, num_experts=3)
+    whole = written.path.read_bytes()
+    store = DiskStore(written.records)
+    damaged = bytearray(whole)
+    damaged[written.records[ExpertKey(0, 1)].start + rng.randrange(written.record_bytes)] ^= 4
+    written.path.write_bytes(damaged)  # in its place
+    if other == "gone":
+        written.path.unlink()
+    elif other == "short":
+        replaced_by(written.path, whole[: written.records[ExpertKey(0, 2)].start])
+    else:
+        replaced_by(written.path, bytes(value ^ 1 for value in whole))
+    for _ in range(2):
+        with pytest.raises(StoreError, match="layer 0, expert 1: checksum"):
+            store.verify(ExpertKey(0, 1))
+        store.doubt(ExpertKey(0, 1))
+        for expert in (0, 2):
+            store.verify(ExpertKey(0, expert))
+    replaced_by(written.path, whole)
+    store.verify(ExpertKey(0, 1))
+    store.close()
+
+
 def test_slots_do_not_overlap_and_grow(tmp_path: Path) -> None:
     rng = random.Random(fresh_seed())
     slot_bytes = rng.randrange(1, 5 * mmap.PAGESIZE)
