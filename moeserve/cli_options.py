@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import types
 import typing
@@ -22,6 +23,7 @@ from moeserve.config import (
     SchedulerConfig,
     ZmqConfig,
 )
+from moeserve.core import ConfigError
 
 T = TypeVar("T")
 
@@ -189,6 +191,27 @@ def _parser_of(name: str, hint: Any) -> Callable[[str], Any]:
         return parse_bytes
     assert hint in (int, float, str, Path), f"setting {name}: no flag for {hint}"
     return typing.cast(Callable[[str], Any], hint)
+
+
+def check_output(name: str, path: Path) -> None:
+    """Before anything is computed: ConfigError where a file that the flag names could not be
+    written, a directory for one."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"{name}: there is no directory {path.parent}", field=name)
+    if path.is_dir():
+        raise ConfigError(f"{name}: {path} is a directory", field=name, hint="name a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{name}: {path} may not be written", field=name)
+
+
+def write_output(name: str, path: Path, content: bytes) -> None:
+    """ConfigError where it cannot be written after all, as on a full disk."""
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(
+            f"{name}: {path} cannot be written: {error.strerror}", field=name
+        ) from error
 
 
 def read_flags(cls: type[T], args: argparse.Namespace, **given: Any) -> T:

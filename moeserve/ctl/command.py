@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from moeserve.cli_options import parse_bytes
+from moeserve.cli_options import check_output, parse_bytes, write_output
 from moeserve.client.control import CacheResized, Control
 from moeserve.client.sync import Client
 from moeserve.client.types import ClientError
@@ -144,11 +144,10 @@ def _heatmap(args: argparse.Namespace) -> None:
 
 
 def _timeline(args: argparse.Namespace) -> None:
-    if not args.out.parent.is_dir():
-        raise ConfigError(f"out: there is no directory {args.out.parent}", field="out")
+    check_output("out", args.out)
     with _server(args) as server:
         recorded = server.timeline(args.steps)
-    args.out.write_bytes(recorded)
+    write_output("out", args.out, recorded)
     print(f"{args.out}: open it at https://ui.perfetto.dev", file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moeserve.cli_options import check_output
 from moeserve.core import ConfigError
 
 #: uses of an expert in units of its layer's mean at which the colours end
@@ -33,8 +34,7 @@ def check_picture(path: Path) -> None:
         )
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"out: {path} is no .png, .svg or .pdf", field="out")
-    if not path.parent.is_dir():
-        raise ConfigError(f"out: there is no directory {path.parent}", field="out")
+    check_output("out", path)
 
 
 def read_use(path: Path) -> Use:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from moeserve.cli_options import check_output
 from moeserve.core import ConfigError
 from moeserve.predictor_tools.evaluation import PredictorReport
 
@@ -18,8 +19,7 @@ def check_plot(path: Path) -> None:
         )
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"plot: {path} is no .png, .svg or .pdf", field="plot")
-    if not path.parent.is_dir():
-        raise ConfigError(f"plot: there is no directory {path.parent}", field="plot")
+    check_output("plot", path)
 
 
 def plot_recall(results: Sequence[PredictorReport], path: Path) -> None:

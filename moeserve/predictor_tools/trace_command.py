@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moeserve.cli_options import add_flags, read_flags
+from moeserve.cli_options import add_flags, check_output, read_flags, write_output
 from moeserve.config import (
     BUNDLED_MODEL,
     EngineConfig,
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         sizes = {n: ffn.experts.num_experts for n, ffn in loaded.spec.moe_layers.items()}
         if args.timeline is not None:
             recorded = _timeline(loaded, config, experts, args, bar)
-            args.timeline.write_bytes(recorded.to_json())
+            write_output("timeline", args.timeline, recorded.to_json())
             print(f"{args.timeline}: {len(recorded.spans)} spans", file=sys.stderr)
             return 0
         if not sizes:
@@ -118,8 +118,8 @@ def _check_files(args: argparse.Namespace) -> None:
         raise ConfigError("timeline: it is of answers; give --prompt TEXT", field="timeline")
     for name in ("out", "timeline"):
         path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{name}: there is no directory {path.parent}", field=name)
+        if path is not None:
+            check_output(name, path)
 
 
 def _run_text(

@@ -53,6 +53,10 @@ def test_what_is_wrong_is_said_before_anything_is_recorded(
 ) -> None:
     assert main(["ctl", "heatmap", "-o", str(tmp_path / "x.gif")]) == 2
     assert "no .png, .svg or .pdf" in capsys.readouterr().err
+    for action, name in (("heatmap", "dir.png"), ("timeline", "dir.json")):
+        (tmp_path / name).mkdir()
+        assert main(["ctl", action, "-o", str(tmp_path / name)]) == 2
+        assert "is a directory" in capsys.readouterr().err
     missing = tmp_path / "no.npz"
     assert main(["ctl", "heatmap", "--trace", str(missing), "-o", str(tmp_path / "x.png")]) == 2
     assert "no.npz" in capsys.readouterr().err

@@ -62,6 +62,9 @@ def test_one_prompt_is_a_trace_too(tmp_path: Path) -> None:
         ((*PROMPT, "-o", "{tmp}/a.npz", "--timeline", "{tmp}/b.json"), "one of them"),
         (("--text", "README.md", "--timeline", "{tmp}/b.json"), "it is of answers"),
         ((*PROMPT, "--timeline", "{tmp}/none/b.json"), "there is no directory"),
+        ((*PROMPT, "--timeline", "{tmp}"), "is a directory"),
+        ((*PROMPT, "-o", "{tmp}"), "is a directory"),
+        ((*PROMPT, "--timeline", "/dev/full"), "cannot be written: No space left"),
     ],
 )
 def test_what_is_refused(
