@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 from moeserve.core import MoeserveError
 
+#: of a layer, where nobody said how many there are: an id beyond is no expert but a broken file
+MOST_EXPERTS = 1 << 16
+
 #: the tokens that one step takes, as places in the trace
 Step = NDArray[np.int64]
 
@@ -72,11 +75,13 @@ def load_trace(path: Path, num_experts: int | None = None) -> RoutingTrace:
     if len({part.shape[1:] for part in ids}) != 1:
         raise _bad(path, pairs[0][0], "the traces in the file have different layers or experts")
     together = np.concatenate(ids)
-    limit = int(together.max()) + 1 if num_experts is None else num_experts
+    highest = int(np.clip(together.max(), 0, MOST_EXPERTS - 1))
+    limit = highest + 1 if num_experts is None else num_experts
     _check_ids(path, together, limit)
     layers = arrays.get("layers", np.arange(together.shape[1]))
-    if layers.shape != (together.shape[1],):
-        raise _bad(path, "layers", f"{layers.shape} for {together.shape[1]} layers of ids")
+    if layers.shape != (together.shape[1],) or layers.dtype.kind not in "ui":
+        kind = f"{layers.dtype} {layers.shape}"
+        raise _bad(path, "layers", f"{kind} for {together.shape[1]} layers of ids")
     return RoutingTrace(
         path.stem,
         together,
@@ -179,9 +184,14 @@ def _requests(
     path: Path, arrays: Mapping[str, NDArray[np.generic]], lens: str, group: str, num_tokens: int
 ) -> list[Request]:
     if lens in arrays:
-        lengths = [int(length) for length in arrays[lens].astype(np.int64)]
+        given = arrays[lens]
+        if given.ndim != 1 or given.dtype.kind not in "ui":
+            raise _bad(path, lens, f"{given.dtype} {given.shape}; expected integers, one a request")
+        lengths = [int(length) for length in given]
+        if any(length < 1 for length in lengths):
+            raise _bad(path, lens, f"{min(lengths)}; allowed: 1 or more")
         starts = np.cumsum([0, *lengths]).tolist()
-        if starts[-1] != num_tokens or min(lengths, default=0) < 1:
+        if starts[-1] != num_tokens:
             raise _bad(path, lens, f"sum to {starts[-1]}, the trace has {num_tokens} tokens")
         return [Request(s, n, group) for s, n in zip(starts, lengths, strict=False)]
     beside = path.with_suffix(".json")

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeserve.cli_options import check_output
 from moeserve.core import ConfigError
 
 if TYPE_CHECKING:
@@ -112,10 +113,20 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     kinds = _words(args.steps)
     for kind in kinds:
         make_steps((), kind)
-    for field, value in (("tokens", args.tokens), ("history", args.history)):
-        if value < 0:
-            raise ConfigError(f"{field}: {value}; allowed: 0 or more", field=field)
+    experts = 1 if args.num_experts is None else args.num_experts
+    for field, value, least in (
+        ("tokens", args.tokens, 0),
+        ("history", args.history, 0),
+        ("num_experts", experts, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{field}: {value}; allowed: {least} or more", field=field)
     shares = tuple(_share(word) for word in _words(args.slots))
+    for field, found in (("slots", shares), ("steps", kinds)):
+        if not found:
+            raise ConfigError(f"{field}: none given", field=field)
+    if args.out is not None:
+        check_output("out", args.out.with_suffix(".json"))
     num_tokens = args.tokens or None
     return [
         Job(path, kind, shares, policies, args.part, num_tokens, args.history, args.num_experts)

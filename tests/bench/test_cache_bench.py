@@ -111,6 +111,10 @@ def test_whole_requests_come_from_all_over() -> None:
         (["--trace", "x.npz", "--policies", "lur"], "policies: 'lur'; there are lru"),
         (["--trace", "x.npz", "--steps", "streams:0"], "steps: 'streams:0'; allowed"),
         (["--trace", "x.npz", "--tokens", "-1"], "tokens: -1; allowed"),
+        (["--trace", "x.npz", "--num-experts", "-3"], "num_experts: -3; allowed: 1 or more"),
+        (["--trace", "x.npz", "--slots", ","], "slots: none given"),
+        (["--trace", "x.npz", "--steps", ""], "steps: none given"),
+        (["--trace", "x.npz", "--out", "no/such/stem"], "out: there is no directory no/such"),
     ],
 )
 def test_wrong_input(

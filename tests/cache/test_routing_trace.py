@@ -84,8 +84,13 @@ def test_requests_beside_it(tmp_path: Path) -> None:
         ({"probs": np.ones((9, 3, 2), np.float16)}, "probs: float16 .*expected"),
         ({"probs": np.full((9, 3, 3), np.nan)}, "probs: values that are negative or no numbers"),
         ({"lens": np.array([4, 4])}, "lens: sum to 8, the trace has 9"),
-        ({"lens": np.array([0, 9])}, "lens"),
+        ({"lens": np.array([0, 9])}, "lens: 0; allowed: 1 or more"),
+        ({"lens": np.array([-1, 10])}, "lens: -1; allowed: 1 or more"),
+        ({"lens": np.array([[9]])}, r"lens: int64 \(1, 1\); expected integers"),
+        ({"lens": np.array([9.0])}, "lens: float64 .*expected integers"),
+        ({"lens": np.array(["nine"])}, "lens: <U4 .*expected integers"),
         ({"layers": np.arange(2)}, "layers: .* for 3 layers of ids"),
+        ({"layers": np.array(["a", "b", "c"])}, "layers: <U1 .* for 3 layers of ids"),
     ],
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -94,6 +99,15 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         load_trace(path, num_experts=12)
     assert caught.value.field is not None
     assert caught.value.hint is not None
+
+
+@pytest.mark.parametrize("bad", [-1, 1 << 40])
+def test_ids_that_no_model_has(tmp_path: Path, bad: int) -> None:
+    """Nobody said how many experts there are: the ids do, within reason."""
+    ids = np.full((9, 3, 1), bad)
+    path = save(tmp_path / "a.npz", arrays(ids=ids, probs=np.ones((9, 3, 1))))
+    with pytest.raises(MoeserveError, match=rf"ids: {bad}; allowed: 0 to \d+"):
+        load_trace(path)
 
 
 def test_no_trace_at_all(tmp_path: Path) -> None:
