@@ -107,6 +107,7 @@ def serve(engine: Engine, channel: EngineChannel) -> None:
                 return
             if isinstance(command, EngineControl | EngineControlEnd):
                 controls.take(command)
+                channel.send([], engine.stats())  # who looks next may be the only one for long
                 continue
             channel.send(_apply(engine, command), engine.stats())
         if engine.has_work:

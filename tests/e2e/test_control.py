@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -269,8 +270,11 @@ def test_the_commands(server: Server, tmp_path: Path) -> None:
     done = ctl(server, "cache", "--host-memory", "64MiB")
     assert "96 of 96 experts have room in memory" in done.stdout
     assert "memory: of 64.0 MiB" in ctl(server, "stats").stdout.replace(",", "")
-    metrics = httpx.get(f"{server.http}/metrics", timeout=120).text
-    assert 'moeserve_host_memory_bytes{part="kv_limit"}' in metrics
+    end_s = time.monotonic() + 120  # it comes with a heartbeat, although nobody generates
+    limit = 'moeserve_host_memory_bytes{part="kv_limit"}'
+    while limit not in httpx.get(f"{server.http}/metrics", timeout=120).text:
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
     refused = ctl(server, "cache", "--host-memory", "1MiB")
     assert refused.returncode == 2
     assert "2 experts" in refused.stderr
