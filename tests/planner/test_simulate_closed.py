@@ -17,7 +17,15 @@ from moeserve.planner.deployment import sized
 from moeserve.planner.plan_types import Deployment, Estimate, PlanRequest, Traffic
 from moeserve.planner.simulate import closed
 from moeserve.planner.simulate.closed import requests_of, steps_of
-from moeserve.planner.simulate.system import most_running, simulate, simulate_quickly
+from moeserve.planner.simulate.system import (
+    MOST_STEPS,
+    most_running,
+    num_requests,
+    simulate,
+    simulate_quickly,
+    steady_window,
+    unit_of,
+)
 
 
 def deploy(tmp_path: Path, traffic: Traffic, engine: EngineConfig) -> Deployment:
@@ -83,3 +91,41 @@ def test_no_more_clients_are_simulated_than_can_take_turns(tmp_path: Path) -> No
     again = replace(traffic, concurrency=12)
     steps_of(deployment, again, 36)
     assert closed._steps_of.cache_info().misses == 1, "twice as many clients, three rounds"
+
+
+def rates(deployment: Deployment, traffic: Traffic, unit: int, cost: StepCost) -> tuple[float, ...]:
+    """Tokens/s and seconds per token while all clients are busy."""
+    found = steps_of(deployment, traffic, 3 * traffic.concurrency, unit).timed(cost)
+    window = steady_window(found.requests, traffic.concurrency)
+    tokens = sum(n for at_s, n in found.emitted if window.begin_s < at_s <= window.end_s)
+    tpot_s = float(np.mean([times.tpot_s for times in window.requests]))
+    return tokens / (window.end_s - window.begin_s), tpot_s
+
+
+def test_units_of_tokens_give_nearly_what_tokens_give(tmp_path: Path) -> None:
+    """Of an eightieth of an answer at most, with kv for some and for all."""
+    rng = np.random.default_rng(fresh_seed())
+    for _ in range(6):
+        traffic = Traffic(
+            concurrency=int(rng.integers(1, 12)),
+            prompt_tokens=int(rng.integers(16, 300)),
+            output_tokens=int(rng.integers(640, 1000)),
+        )
+        least = -(-traffic.sequence_tokens // 16)
+        kv = KvConfig(num_blocks=int(rng.integers(least, 12 * least)))
+        deployment = deploy(tmp_path, traffic, EngineConfig(kv=kv))
+        cost = StepCost(*rng.uniform(1e-4, 1e-2, 3))
+        exact = rates(deployment, traffic, 1, cost)
+        for unit in (2, 5, 8):
+            assert rates(deployment, traffic, unit, cost) == pytest.approx(exact, rel=0.08)
+
+
+def test_very_long_answers_take_no_more_steps_than_are_affordable(tmp_path: Path) -> None:
+    """There is kv for one of sixty-four: one step for every token would be 384,000."""
+    traffic = Traffic(concurrency=64, prompt_tokens=20, output_tokens=2_000)
+    deployment = deploy(tmp_path, traffic, EngineConfig(kv=KvConfig(num_blocks=128)))
+    count = num_requests(traffic)
+    unit = unit_of(deployment, traffic, count)
+    found = steps_of(deployment, traffic, count, unit)
+    assert len(found.batches) < 3 * MOST_STEPS
+    assert all(times.received == 2_000 for times in found.timed(StepCost(1, 0, 0)).requests)

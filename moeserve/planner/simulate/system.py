@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import ceil, sqrt
 
 import numpy as np
 
@@ -44,6 +44,9 @@ WARM_REQUESTS, MOST_WARM_REQUESTS, WARM_TOKENS = 6, 16, 32
 #: output tokens beyond which fewer rounds are simulated
 MOST_TOKENS = 40_000
 LEAST_REQUESTS = 8
+#: steps of the request scheduler, and sequences in all of them together, that are simulated before
+#: several tokens count as one; units in an answer, at least
+MOST_STEPS, MOST_SEQUENCES, LEAST_UNITS = 2_000, 60_000, 16
 #: clients that are simulated, for each that may run at once: then one always waits to take over,
 #: and what more of them do is wait longer
 ENOUGH_CLIENTS = 2
@@ -180,7 +183,9 @@ def steady_run(
     traffic = replace(asked, concurrency=min(asked.concurrency, ENOUGH_CLIENTS * most))
     clock = make_clock(deployment, routing, quickly)
     warm_up(deployment, clock)
-    result = steps_of(deployment, traffic, num_requests(traffic, rounds)).timed(clock)
+    count = num_requests(traffic, rounds)
+    unit = unit_of(deployment, traffic, count)
+    result = steps_of(deployment, traffic, count, unit).timed(clock)
     window = steady_window(result.requests, traffic.concurrency)
     max_running = deployment.request.engine.scheduler.max_running
     span_s = window.end_s - window.begin_s
@@ -210,6 +215,17 @@ def num_requests(traffic: Traffic, rounds: int = ROUNDS) -> int:
     clients = traffic.concurrency
     affordable = MOST_TOKENS // (clients * traffic.output_tokens)
     return clients * max(LEAST_ROUNDS, min(rounds, affordable), -(-LEAST_REQUESTS // clients))
+
+
+def unit_of(deployment: Deployment, traffic: Traffic, count: int) -> int:
+    """Tokens that count as one in the simulation of so many requests."""
+    block_tokens = deployment.request.engine.kv.block_tokens
+    mean_length = traffic.prompt_tokens + traffic.output_tokens / 2
+    by_kv = max(1.0, deployment.num_kv_blocks * block_tokens / mean_length)
+    running = min(traffic.concurrency, most_running(deployment), by_kv)
+    tokens = count * traffic.output_tokens
+    wanted = max(1.0, tokens / running / MOST_STEPS, tokens / MOST_SEQUENCES)
+    return int(max(1, min(ceil(wanted), traffic.output_tokens // LEAST_UNITS)))
 
 
 def warm_up(deployment: Deployment, clock: EngineClock) -> None:
