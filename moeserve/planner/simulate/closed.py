@@ -29,7 +29,8 @@ Seconds = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Steps:
-    """What ran. batches: of every step, without their blocks. requests, emitted: as in
+    """What ran. batches: of every step, without their blocks, from the token where they start; as
+    many units as they compute. requests, emitted: as in
     `SimulationResult`, but times are counts of steps. running: sequences in each step. kv_use:
     share of the pool that they hold. unit: tokens for which one stands; the first of an answer
     stands for one alone, so on average it is tokens_each. batch_tokens: of a step of the engine, at
@@ -57,9 +58,7 @@ class Steps:
     def _stretched_s(self, clock: StepClock, batch: ScheduledBatch) -> tuple[float, float]:
         """Until the prompts of a step of units are through, and all of it."""
         unit = self.unit
-        decodes = [
-            replace(chunk, start=chunk.start * unit) for chunk in batch.chunks if _decodes(chunk)
-        ]
+        decodes = [chunk for chunk in batch.chunks if _decodes(chunk)]
         prompts = [chunk for chunk in batch.chunks if not _decodes(chunk)]
         num_prompt = unit * sum(chunk.num_tokens for chunk in prompts)
         room = max(1, self.batch_tokens - len(decodes))
@@ -69,7 +68,6 @@ class Steps:
             parts = [
                 replace(
                     chunk,
-                    start=chunk.start * unit,
                     num_tokens=max(1, chunk.num_tokens * unit // with_prompts),
                 )
                 for chunk in prompts
@@ -136,9 +134,10 @@ class Timed:
 
 
 class _Recorder:
-    """A clock on which every step takes one."""
+    """A clock on which every step takes one. unit: what places in a sequence are told in."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
         self.batches: list[ScheduledBatch] = []
         self.running: list[int] = []
         self.held: list[int] = []
@@ -147,7 +146,9 @@ class _Recorder:
     def seconds(self, batch: ScheduledBatch) -> float:
         assert self.simulation is not None
         chunks = [
-            ScheduledChunk(chunk.sequence, chunk.start, chunk.num_tokens, (), chunk.samples)
+            ScheduledChunk(
+                chunk.sequence, chunk.start * self._unit, chunk.num_tokens, (), chunk.samples
+            )
             for chunk in batch.chunks
         ]
         self.batches.append(ScheduledBatch(tuple(chunks), batch.step))
@@ -187,7 +188,7 @@ def _steps_of(
     tokens_each: float,
 ) -> Steps:
     """Kept: most of the deployments that advice compares run the same steps."""
-    recorder = _Recorder()
+    recorder = _Recorder(unit)
     simulation = Simulation(
         scheduler, num_blocks, block_tokens, recorder, prefix_reuse=prefix_reuse
     )

@@ -46,7 +46,7 @@ MOST_TOKENS = 40_000
 LEAST_REQUESTS = 8
 #: steps of the request scheduler, and sequences in all of them together, that are simulated before
 #: several tokens count as one; units in an answer, at least
-MOST_STEPS, MOST_SEQUENCES, LEAST_UNITS = 2_000, 60_000, 16
+MOST_STEPS, MOST_SEQUENCES, LEAST_UNITS = 2_000, 40_000, 16
 #: clients that are simulated, for each that may run at once: then one always waits to take over,
 #: and what more of them do is wait longer
 ENOUGH_CLIENTS = 2
