@@ -107,7 +107,7 @@ class ExpandedProduct {
   static constexpr int kRows = Tiles<Tile>::kManyRows;
   // Widening writes what was not in the first-level cache, which few rows feel; sums come by for
   // each block, which many do.
-  static constexpr int kFewRows = 32;
+  static constexpr int kFewRows = 20;
   static constexpr int kFewInputs = 256;
   static constexpr int kManyInputs = 512;
   using Codes = std::uint8_t[kManyInputs * kPanelOutputs];
