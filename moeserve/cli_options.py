@@ -175,7 +175,8 @@ class _Append(argparse.Action):
     def __call__(
         self, _: argparse.ArgumentParser, args: argparse.Namespace, value: Any, __: Any = None
     ) -> None:
-        setattr(args, self.dest, (*getattr(args, self.dest), value))
+        before = getattr(args, self.dest, None) or ()  # a namespace may be without defaults
+        setattr(args, self.dest, (*before, value))
 
 
 def _number_or_word(text: str) -> int | str:

@@ -22,3 +22,9 @@ def test_unknown_words_get_a_hint(
 ) -> None:
     assert main(words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_repeated_flag_keeps_all_its_values(capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the whole command line, which is read a second time for what was given."""
+    assert main(["serve", "--worker", "ipc:///a", "--worker", "nonsense"]) == 2
+    assert "workers: 'nonsense' is neither" in capsys.readouterr().err
