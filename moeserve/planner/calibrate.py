@@ -87,7 +87,7 @@ def calibrate(wishes: Wishes, report: Callable[[str], None]) -> Profile:
         device = measure_device(plan, hardware.gpu, memory_bytes, report)
         link = measure_link(plan, report)
     scratch = wishes.disk_dir or Path(tempfile.gettempdir())
-    figures = Repeats(limit_s=0.1 if wishes.quick else 0.2)
+    figures = Repeats(limit_s=0.1 if wishes.quick else 0.15)
     report("memory of an engine's process")
     process_bytes = measure_process_bytes()
     steps = measure_steps(NativeRuntime(hardware.num_cores), scratch, figures, report)
@@ -116,7 +116,7 @@ def _cpu_plan(wishes: Wishes, num_threads: int) -> CpuPlan:
         shapes=tuple(dict.fromkeys(shapes)),
         rows=QUICK_ROWS if wishes.quick else ROWS,
         threads=(counts[0], counts[-1]) if wishes.quick else counts,
-        repeats=Repeats(limit_s=0.15 if wishes.quick else 0.25),
+        repeats=Repeats(limit_s=0.15 if wishes.quick else 0.2),
         pool_bytes=pool_bytes_here(2 * len(shapes)),
     )
 
@@ -128,7 +128,7 @@ def _disk_plan(quick: bool, directory: Path) -> DiskPlan:
         block_bytes=QUICK_DISK_BLOCKS if quick else DISK_BLOCKS,
         queue_depths=QUICK_QUEUE_DEPTHS if quick else QUEUE_DEPTHS,
         sample_bytes=64 << 20,
-        repeats=Repeats(limit_s=0.3 if quick else 0.6),
+        repeats=Repeats(limit_s=0.3 if quick else 0.5),
     )
 
 

@@ -32,6 +32,7 @@ from moeserve.planner.plan_types import (
     StepLoad,
     Traffic,
 )
+from moeserve.planner.simulate import traffic
 from moeserve.planner.simulate.closed import requests_of
 from moeserve.planner.simulate.over_disk import DiskClock
 from moeserve.planner.simulate.routing import recorded
@@ -254,6 +255,15 @@ def test_a_device_and_a_dense_model(tmp_path: Path, shape: ModelShape) -> None:
 def workload(gap_s: float, count: int = 12) -> Workload:
     requests = (WorkloadRequest(gap_s * rank, 20 + rank, 5 + rank % 3) for rank in range(count))
     return Workload("made", tuple(requests))
+
+
+def test_the_ends_are_the_same_in_a_process_of_their_own(
+    shape: ModelShape, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment, slo = deploy(shape, profile), SloTargets(ttft_s=0.1, tpot_s=0.1)
+    here = simulate_traffic(deployment, workload(1e-3, 30), slo)
+    monkeypatch.setattr(traffic, "APART_TOKENS", 1)
+    assert simulate_traffic(deployment, workload(1e-3, 30), slo) == here
 
 
 def test_traffic_that_comes_slowly_is_served_at_once(shape: ModelShape, profile: Profile) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +18,7 @@ from moeserve.engine.simulation import Arrival, Simulation
 from moeserve.planner.deployment import kv_blocks_of
 from moeserve.planner.plan_types import Deployment, Limit, ModelShape, PlanRequest
 from moeserve.planner.simulate.clock import EngineClock
+from moeserve.planner.simulate.routing import SimulatedRouting
 from moeserve.planner.simulate.system import (
     choose_routing,
     error_basis,
@@ -22,6 +28,9 @@ from moeserve.planner.simulate.system import (
 )
 from moeserve.planner.workload import Workload
 from moeserve.planner.workload_outcome import Answer, Outcome, SloTargets
+
+#: tokens of all requests from which a process is worth the two seconds that it takes to start
+APART_TOKENS = 200_000
 
 
 @dataclass(frozen=True)
@@ -70,14 +79,10 @@ def simulate_traffic(
     error, confidence = error_of(deployment.profile)
     clock = make_clock(deployment, routings.mid)
     warm_up(deployment, clock)
-    answers = _play(deployment, workload, clock, 1.0)
-    # The ends are as far off as the error says: one clock that knows kinds of steps serves both.
-    rough = make_clock(deployment, routings.mid, quickly=True)
-    warm_up(deployment, rough)
-    low, high = (
-        Outcome.of(_play(deployment, workload, rough, factor), slo)
-        for factor in (1 + error, 1 / (1 + error))
-    )
+    with ExitStack() as stack:
+        ends = _begin_ends(stack, deployment, workload, slo, routings.mid, error)
+        answers = _play(deployment, workload, clock, 1.0)
+        low, high = ends()
     return TrafficEstimate(
         mid=Outcome.of(answers, slo),
         low=low,
@@ -88,6 +93,44 @@ def simulate_traffic(
         basis=f"{routings.basis}; {error_basis(deployment.profile, error)}",
         most_at_once=most_at_once(answers),
     )
+
+
+Ends = tuple[Outcome, Outcome]
+
+
+def _begin_ends(
+    stack: ExitStack,
+    deployment: Deployment,
+    workload: Workload,
+    slo: SloTargets,
+    routing: SimulatedRouting | None,
+    error: float,
+) -> Callable[[], Ends]:
+    """What waits for the slowest and the fastest engine. Much traffic has a process of its own for
+    them, until the stack is unwound: they are two of three simulations."""
+    simulated = partial(_ends, deployment, workload, slo, routing, error)
+    num_tokens = sum(request.num_prompt + request.num_output for request in workload.requests)
+    if num_tokens < APART_TOKENS or len(os.sched_getaffinity(0)) < 2:
+        return simulated
+    context = multiprocessing.get_context("spawn")
+    return stack.enter_context(ProcessPoolExecutor(1, context)).submit(simulated).result
+
+
+def _ends(
+    deployment: Deployment,
+    workload: Workload,
+    slo: SloTargets,
+    routing: SimulatedRouting | None,
+    error: float,
+) -> Ends:
+    # They are as far off as the error says: one clock that knows kinds of steps serves both.
+    clock = make_clock(deployment, routing, quickly=True)
+    warm_up(deployment, clock)
+    low, high = (
+        Outcome.of(_play(deployment, workload, clock, factor), slo)
+        for factor in (1 + error, 1 / (1 + error))
+    )
+    return low, high
 
 
 def most_at_once(answers: Sequence[Answer]) -> int:
