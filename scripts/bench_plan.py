@@ -83,6 +83,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.case is not None:
         return run_child(args)
+    if args.out is not None:  # before half an hour of measuring
+        args.out.mkdir(parents=True, exist_ok=True)
     profile = find_hardware(args.profile, args.foreign)
     args.state.mkdir(parents=True, exist_ok=True)
     rows = list(all_rows(args, profile, chosen(args.configs, args.only)))
