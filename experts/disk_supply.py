@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from copy import copy
 
 from moeserve.cache.expert_cache import ExpertCache
 from moeserve.cache.record_copy import Urgency
@@ -225,7 +226,8 @@ class DiskSupply(ExpertSupply):
             ready = [e for e in missing if self._state(layer, e) is ExpertState.READY]
             for expert in missing:
                 if self._state(layer, expert) is ExpertState.ABSENT:
-                    raise self._failed[ExpertKey(layer, expert)]
+                    # A copy: what is kept would hold the frames that it was raised through.
+                    raise copy(self._failed[ExpertKey(layer, expert)])
             if ready:
                 missing = [e for e in missing if e not in ready]
                 yield tuple(ready)

@@ -90,15 +90,10 @@ class Outcome:
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def run_job(job: Job) -> Outcome:
-    """Raises MoeserveError for a trace that is none."""
-    (outcome,) = run_jobs([job])
-    return outcome
-
-
 def run_jobs(jobs: Sequence[Job]) -> list[Outcome]:
     """Jobs that differ in their steps and slots alone: what policies have seen before is learnt
-    once and copied for each, as it takes longer than most replays. Raises as `run_job`."""
+    once and copied for each, as it takes longer than most replays. Raises MoeserveError for a trace
+    that is none."""
     first = jobs[0]
     assert all(job.past == first.past for job in jobs), "each has a past of its own"
     trace = load_trace(first.path, first.num_experts)

@@ -71,6 +71,6 @@ def mean_traffic(workload: Workload, concurrency: int) -> Traffic:
     count = len(workload.requests)
     return Traffic(
         concurrency=concurrency,
-        prompt_tokens=max(1, sum(r.num_prompt for r in workload.requests) // count),
-        output_tokens=max(1, sum(r.num_output for r in workload.requests) // count),
+        prompt_tokens=max(1, workload.prompt_tokens // count),
+        output_tokens=max(1, workload.output_tokens // count),
     )

@@ -86,19 +86,27 @@ class Workload:
         """Prompt and output of the longest request, in tokens."""
         return max(request.num_prompt + request.num_output for request in self.requests)
 
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(request.num_prompt for request in self.requests)
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(request.num_output for request in self.requests)
+
     def as_json(self) -> dict[str, Any]:
         """What tells it from the same file with other flags."""
         return {
             "name": self.name,
             "span_s": self.span_s,
-            "prompt_tokens": sum(request.num_prompt for request in self.requests),
-            "output_tokens": sum(request.num_output for request in self.requests),
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
             "dropped": self.num_dropped,
         }
 
     @property
     def in_words(self) -> str:
-        """How many requests in what time, and what was left out."""
+        """How many requests there are, and how many were left out."""
         dropped = f" ({self.num_dropped} without a prompt or an answer left out)"
         return f"{len(self.requests)} requests{dropped if self.num_dropped else ''}"
 

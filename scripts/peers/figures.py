@@ -126,7 +126,8 @@ class Figures:
                     if (bound := self._bound(result, width, metric)) is not None
                 ]
                 found = statistics.median(shares) if shares else None
-                ratios.append(Ratio(title, unit, least, found, "" if shares else self.reason(name)))
+                why = "no limits beside its rates" if self.rounds(name) else self.reason(name)
+                ratios.append(Ratio(title, unit, least, found, "" if shares else why))
         return ratios
 
     def missed_parts(self) -> Iterator[tuple[str, dict[str, tuple[float, float | None]]]]:
@@ -138,8 +139,8 @@ class Figures:
         shares = {ratio.name: ratio for ratio in self.limit_ratios()}
         for width in DOT_TYPES:
             for metric in LIMIT_TARGETS:
-                of, name = (width, metric), f"moeserve {width}"
-                if shares[f"{METRICS[metric]}, {width}"].reached or self.bound(*of) is None:
+                name, share = f"moeserve {width}", shares[f"{METRICS[metric]}, {width}"]
+                if share.found is None or share.reached:
                     continue
                 ideal_s = self._ideal_s(width, metric)
                 parts = self.rounds(name)[0].get("parts", {}).get(metric, {})

@@ -11,7 +11,7 @@ import pytest
 from support.routing_samples import topical_trace
 
 from moeserve.bench.cache_report import below_lru, markdown
-from moeserve.bench.cache_suite import POLICIES, Job, run_job, run_jobs, whole_requests
+from moeserve.bench.cache_suite import POLICIES, Job, Outcome, run_jobs, whole_requests
 from moeserve.cache.routing_trace import Request
 from moeserve.cli import main
 from moeserve.core import ConfigError
@@ -25,6 +25,11 @@ def trace(tmp_path: Path) -> Path:
     lens = np.full(8, 20)
     np.savez(path, ids=made.ids.astype(np.uint8), probs=made.weights.astype(np.float16), lens=lens)
     return path
+
+
+def run_job(job: Job) -> Outcome:
+    (outcome,) = run_jobs([job])
+    return outcome
 
 
 def test_last_line_is_the_result(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import shutil
+import traceback
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,10 @@ def test_a_record_that_was_changed_ends_its_requests_and_nothing_else(
         assert deltas[0].error_code is ErrorCode.UNAVAILABLE
         assert "checksum" in str(deltas[0].error)
         assert "pack the model again" in str(deltas[0].error)
+        kept = supply_of(engine).trouble
+        assert kept is not None
+        raised_through = [frame.name for frame in traceback.extract_tb(kept.__traceback__)]
+        assert "_as_they_arrive" not in raised_through, "a step's tensors live as long as it does"
         engine.check_integrity()
         assert "checksum" in str(engine.trouble)
         engine.retry_failed_reads(60)

@@ -162,7 +162,7 @@ def leaves_experts_on_disk(deployment: Deployment) -> bool:
 
 @dataclass(frozen=True)
 class Steady:
-    """What clients see while all of them are busy. waiting: share of them that wait for kv."""
+    """What clients see while all of them are busy."""
 
     ttft_s: float
     tpot_s: float
@@ -225,7 +225,7 @@ def unit_of(deployment: Deployment, traffic: Traffic, count: int) -> int:
     running = min(traffic.concurrency, most_running(deployment), by_kv)
     tokens = count * traffic.output_tokens
     wanted = max(1.0, tokens / running / MOST_STEPS, tokens / MOST_SEQUENCES)
-    return int(max(1, min(ceil(wanted), traffic.output_tokens // LEAST_UNITS)))
+    return max(1, min(ceil(wanted), traffic.output_tokens // LEAST_UNITS))
 
 
 def warm_up(deployment: Deployment, clock: EngineClock) -> None:

@@ -109,7 +109,7 @@ def _begin_ends(
     """What waits for the slowest and the fastest engine. Much traffic has a process of its own for
     them, until the stack is unwound: they are two of three simulations."""
     simulated = partial(_ends, deployment, workload, slo, routing, error)
-    num_tokens = sum(request.num_prompt + request.num_output for request in workload.requests)
+    num_tokens = workload.prompt_tokens + workload.output_tokens
     if num_tokens < APART_TOKENS or len(os.sched_getaffinity(0)) < 2:
         return simulated
     context = multiprocessing.get_context("spawn")
