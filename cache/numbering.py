@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from moeserve.core import ExpertKey
 
 Numbers = NDArray[np.int64]
+#: runs of layers whose numbers are kept
+MOST_KEPT = 4096
 
 
 class ExpertNumbers:
@@ -29,6 +31,22 @@ class ExpertNumbers:
         }
         # [N] which layer a number belongs to, as its place in `layers`
         self.rank = np.repeat(np.arange(len(self.layers)), self.sizes)
+
+        self._of_layers: dict[tuple[int, ...], Numbers] = {}
+
+    def of_layers(self, layers: Sequence[int]) -> Numbers:
+        """Numbers of all experts of some layers, one layer after the other; not to be changed.
+
+        Kept by what was asked for: a layer asks for the same ones in every step.
+        """
+        key = tuple(layers)
+        found = self._of_layers.get(key)
+        if found is None:
+            spans = [self.span_of[layer] for layer in key]
+            found = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+            if len(self._of_layers) < MOST_KEPT:
+                self._of_layers[key] = found
+        return found
 
     def number(self, key: ExpertKey) -> int:
         """IndexError for an expert that the layer has not, KeyError for a layer that is none."""

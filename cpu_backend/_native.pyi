@@ -5,6 +5,7 @@ raises ValueError, naming the argument, where one does not fit. TypeError: not a
 that must be written to and is read-only.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -194,6 +195,25 @@ class PackedExperts:
         out: _Array,
     ) -> Ticket:
         """As run, but returns at once. All arrays and self must live until it is done."""
+
+class ExpertParts:
+    """One job after another, in parts; see expert_parts.h."""
+
+    def __init__(self) -> None: ...
+    def begin(self, x: _Array, ids: _Array) -> None:
+        """A job: x [T, H], ids [T, K], which must live and stay as they are until `total`."""
+
+    def add(self, runtime: Runtime, packed: PackedExperts, experts: Sequence[int]) -> None:
+        """Computes these experts, which no part had before."""
+
+    def put(self, pairs: _Array, results: _Array) -> None:
+        """What was computed elsewhere: results [P, H] of pairs [P], numbered t * K + k."""
+
+    def total(self, runtime: Runtime, weights: _Array, out: _Array) -> None:
+        """out [T, H] = the weighted sums; what no part gave adds nothing."""
+
+    def rows(self) -> npt.NDArray[np.float32]:
+        """[T * K, H], of which parts have written their rows."""
 
 def sum_pairs(runtime: Runtime, pairs: _Array, ids: _Array, weights: _Array, out: _Array) -> None:
     """out [T, H]: the bits that `PackedExperts.run` gives, from the outputs of its pairs.
@@ -387,6 +407,13 @@ def prepare_latent(
     rotated [T, heads, dim] is turned in place. norm_weight: [rank] float32.
     """
 
+def likely_absent(
+    chances: npt.NDArray[np.float32], absent: npt.NDArray[np.bool_], sizes: Sequence[int]
+) -> list[tuple[int, float, int, list[int], list[float]]]:
+    """Of the experts of layers, one after the other, those that are absent and likelier than one
+    taken at random, likeliest first: (place of the layer, sum of its chances, absent ones among as
+    many likeliest as that sum says, experts, chances) of every layer that has any."""
+
 class LookaheadPredictor:
     """The gates of the next layers on this layer's input; see predictor.h."""
 
@@ -410,6 +437,36 @@ class LookaheadPredictor:
     def predict(self, runtime: Runtime, place: int, x: _Array, ids: _Array) -> bool:
         """Fills the view's out for x [T, H]; learns from ids [T, K]. False where nothing is
         said."""
+
+class MarkovModel:
+    """Experts follow experts; see markov_model.h."""
+
+    def __init__(
+        self,
+        sizes: list[int],
+        depth: int,
+        num_context: int,
+        steps: list[float],
+        bias_step: float,
+        most_logit: float,
+    ) -> None: ...
+    def set_out(self, place: int, out: _Array) -> None:
+        """out: of all experts of the layers ahead of `place`, where results go."""
+
+    def turn(self, rows: _Array, before: _Array, num_rows: int, top_k: int) -> None:
+        """A step begins: rows[i] of it goes on from before[i] of the last."""
+
+    def forget(self) -> None:
+        """Nothing is to be learnt from what was said so far."""
+
+    def see(self, place: int, ids: _Array) -> bool:
+        """ids [T, K] were chosen. True where that is something to learn, once."""
+
+    def learn(self, runtime: Runtime) -> None:
+        """The oldest thing there is to learn."""
+
+    def say(self, runtime: Runtime, place: int) -> None:
+        """Fills the place's out: the chance that any row wants the expert."""
 
 class ResidualPredictor:
     """Trained views; see predictor.h."""

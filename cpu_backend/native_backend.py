@@ -11,7 +11,7 @@ from torch import Tensor
 from moeserve.core import ExpertSpec, ExpertWeights, ModelError
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.backend import CpuBackend, Demands, ExpertJob
-from moeserve.cpu_backend.native_parts import NativeParts, PartsMemory
+from moeserve.cpu_backend.native_parts import NativeParts
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, dense_format
 
@@ -51,7 +51,7 @@ class NativeBackend(CpuBackend):
         self.runtime = runtime
         self._layers: dict[int, PackedExperts] = {}
         self._pending: deque[NativeTicket] = deque()  # in their order, which is that of their ends
-        self._parts_memory: list[PartsMemory] = []  # that no job uses now
+        self._parts_memory: list[_native.ExpertParts] = []  # that no job uses now
 
     def add_layer(
         self, layer: int, spec: ExpertSpec, weights: ExpertWeights | PackedExperts

@@ -205,6 +205,8 @@ class DiskSupply(ExpertSupply):
         """What of `rest` can have a slot beside `now`, and what must wait for a later wave."""
         present = tuple(e for e in rest if self._state(layer, e) is not ExpertState.ABSENT)
         absent = tuple(e for e in rest if e not in present)
+        if not absent:
+            return present, ()
         kept = Placement(layer, fetch_first=present, on_cpu=now)
         if self.cache.num_obtainable(kept) < len(absent):
             for load in self.transfers.cancel_prefetches():  # of other layers: these are promoted

@@ -17,7 +17,6 @@ from moeserve.experts.remote import RemoteExecutor
 from moeserve.experts.router import Router, RouterSpec, RouterWeights
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
-from moeserve.predictors.base import NOTHING
 
 AnyExecutor: TypeAlias = Executor | HybridExecutor | RemoteExecutor
 
@@ -80,7 +79,8 @@ class MoELayer:
             self.timeline.lap("acquire", layer=self.layer)
             # Reads for later layers begin behind this layer's own, and beside its work.
             wanted = self.inter.looks_ahead(self.layer)
-            ahead = self.predictor.predict(self.layer, x, routing) if wanted else NOTHING
+            ask = self.predictor.predict if wanted else self.predictor.look_on
+            ahead = ask(self.layer, x, routing)
             self.inter.prefetch(ahead, protect=placement)
             self.timeline.lap("predict and prefetch", layer=self.layer)
             return self.executor.run(x, routing, placement, supplied)

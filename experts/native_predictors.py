@@ -1,4 +1,4 @@
-"""Gate predictors on the native kernels: one call per layer, weights in int8.
+"""Predictors on the native kernels: one call or two per layer, weights of gates in int8.
 
 A call of numpy or torch costs more than what it computes of a few rows, and a step has many
 layers; so all of a layer is one call (`csrc/predictor.h`), which writes into tensors that are there
@@ -7,7 +7,8 @@ from the start. Rounding the weights changes less than what predictions are wron
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,16 +27,22 @@ from moeserve.predictors.calibration import Calibration
 from moeserve.predictors.gate_lookahead import CALIBRATE_EVERY, GateLookahead, gates_ahead
 from moeserve.predictors.gates import LayerGate, MakeProduct, RowProduct, check_gates
 from moeserve.predictors.layers import LayerRing
-from moeserve.predictors.registry import GatePredictors
+from moeserve.predictors.log_linear import BIAS_STEP, MOST_LOGIT, STEPS, Floats, Ids
+from moeserve.predictors.markov import MarkovPredictor, MarkovShape
+from moeserve.predictors.registry import Implementations
 from moeserve.predictors.residual_weights import ResidualWeights, TrainedPredictor
+from moeserve.predictors.row_links import RowLinks
 
 FORMAT = PackFormat("int8")
 #: numbers of outputs, ranks and units are padded to multiples of it (csrc/packed.h)
 PANEL_OUTPUTS = 16
 
 
-def native_gates(native: NativeRuntime) -> GatePredictors:
-    """Gate predictors of a model that the native backend computes."""
+def native_implementations(native: NativeRuntime) -> Implementations:
+    """Predictors for a model that the native backend computes."""
+
+    def markov(num_experts: Mapping[int, int], depth: int) -> Predictor:
+        return MarkovPredictor(num_experts, depth, partial(NativeMarkovModel, native))
 
     def lookahead(gates: Sequence[LayerGate], depth: int) -> Predictor:
         if all(gate.ranking is None for gate in gates):
@@ -45,7 +52,7 @@ def native_gates(native: NativeRuntime) -> GatePredictors:
     def residual(trained: TrainedPredictor, gates: Sequence[LayerGate], depth: int) -> Predictor:
         return NativeResidual(native, trained, gates, depth)
 
-    return GatePredictors(lookahead, residual)
+    return Implementations(markov, lookahead, residual)
 
 
 def native_products(native: NativeRuntime) -> MakeProduct:
@@ -62,6 +69,39 @@ def pack_product(native: NativeRuntime, weight: Tensor, bias: Tensor | None) -> 
     packed = PackedWeight(native.handle, tuple(weight.shape), FORMAT)
     packed.put(torch.arange(len(weight)), weight.float())
     return NativeLinear(packed, bias, torch.float32)
+
+
+class NativeMarkovModel:
+    """`predictors.markov.MarkovModel` in one native call for what is seen, one for what is said and
+    one for what is learnt (`csrc/markov_model.h`)."""
+
+    def __init__(self, native: NativeRuntime, shape: MarkovShape, out: list[Floats]) -> None:
+        self._runtime = native.handle
+        self._model = _native.MarkovModel(
+            sizes=list(shape.sizes),
+            depth=shape.depth,
+            num_context=shape.num_context,
+            steps=STEPS.tolist(),
+            bias_step=BIAS_STEP,
+            most_logit=MOST_LOGIT,
+        )
+        for place, chances in enumerate(out):
+            self._model.set_out(place, chances)
+
+    def turn(self, links: RowLinks, num_rows: int, top_k: int) -> None:
+        self._model.turn(links.rows, links.before, num_rows, top_k)
+
+    def forget(self) -> None:
+        self._model.forget()
+
+    def see(self, place: int, ids: Ids) -> bool:
+        return self._model.see(place, ids)
+
+    def learn(self) -> None:
+        self._model.learn(self._runtime)
+
+    def say(self, place: int) -> None:
+        self._model.say(self._runtime, place)
 
 
 class _Results:

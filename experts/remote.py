@@ -67,6 +67,9 @@ class LocalPredictor(Predictor):
     def foresee(self, recent: NDArray[np.int64]) -> Prediction:
         return self._without_held(self._predictor.foresee(recent))
 
+    def look_on(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
+        return self._predictor.look_on(layer, x, routing)
+
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         return self._without_held(self._predictor.predict(layer, x, routing))
 

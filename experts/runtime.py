@@ -25,7 +25,7 @@ from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import DiskTier, build_disk_tier
 from moeserve.experts.layer_use import CountUse, count_use, nobody_looks
-from moeserve.experts.native_predictors import native_gates
+from moeserve.experts.native_predictors import native_implementations
 from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.remote import LocalPredictor, LocalUse, UsedPlacement
 from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
@@ -39,7 +39,7 @@ from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.gates import LayerGate
 from moeserve.predictors.none import NonePredictor
-from moeserve.predictors.registry import PLAIN_GATES, TRAINED_FILES, make_predictor
+from moeserve.predictors.registry import PLAIN, TRAINED_FILES, make_predictor
 from moeserve.stats import ExpertStats
 from moeserve.worker_messages import WorkerIdentity
 
@@ -103,7 +103,7 @@ class ExpertRuntime:
             gates,
             self.config.predictor_file or beside,
             config_sha256(),
-            PLAIN_GATES if self.native is None else native_gates(self.native),
+            PLAIN if self.native is None else native_implementations(self.native),
         )
         if self.disk is not None:
             predictor.put_off = self.disk.supply.chores.put_off

@@ -68,6 +68,12 @@ class Predictor(ABC):
         """
         return NOTHING
 
+    def look_on(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
+        """In place of `predict` where nobody wants a prediction, as none has paid of late: says
+        nothing. One that learns may look now and then (`LookingOn`), else it would be as wrong at
+        the next try; it must cost next to nothing."""
+        return NOTHING
+
     @abstractmethod
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         """What follows after `layer`, whose input was x [T, H]. May learn from `routing`."""

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from moeserve.core import Routing
-from moeserve.predictors.base import Chances, Prediction, Predictor
+from moeserve.predictors.base import NOTHING, Chances, Prediction, Predictor
 from moeserve.predictors.layers import LayerRing
+from moeserve.predictors.looking_on import LookingOn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,12 @@ class FrequencyPredictor(Predictor):
             layer: Frequency(count, half_life_tokens)
             for layer, count in self._ring.num_experts.items()
         }
+        self._looking_on = LookingOn()
+
+    def look_on(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
+        if self._looking_on.looks(layer) and len(routing.ids):
+            self._of[layer].add(routing.ids.cpu().numpy())
+        return NOTHING
 
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         """As the base class. The layers after the last one are those of the next token."""

@@ -7,10 +7,11 @@ comes next. For every layer there is a `LogLinear` from these experts to those o
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from moeserve.core import Routing
 from moeserve.predictors.base import NOTHING, Prediction, Predictor, any_row
 from moeserve.predictors.layers import LayerRing
 from moeserve.predictors.log_linear import Floats, Ids, LogLinear
+from moeserve.predictors.looking_on import LookingOn
 from moeserve.predictors.row_links import RowLinks
 
 if TYPE_CHECKING:
@@ -35,6 +37,77 @@ MOST_ROWS_PUT_OFF = 32
 UNKNOWN = -(1 << 32)
 
 
+@dataclass(frozen=True)
+class MarkovShape:
+    """What every layer looks at and speaks of.
+
+    sizes: experts of each layer, by place. depth: layers that it speaks of. num_context: layers
+    that it looks at: those that it speaks of, where the token before is the last that was seen,
+    then its own and those behind it, around the end.
+    """
+
+    sizes: tuple[int, ...]
+    depth: int
+    num_context: int
+
+    @staticmethod
+    def fitting(sizes: tuple[int, ...], depth: int) -> MarkovShape:
+        """What MAX_WEIGHT_BYTES suffice for: fewer layers ahead where they are not enough for those
+        and one layer behind, else fewer behind."""
+        num_layers = MAX_WEIGHT_BYTES // (4 * max(sizes) ** 2 * len(sizes))  # depth times context
+        while depth > 1 and depth * (depth + 1) > num_layers:
+            depth -= 1
+        behind = max(1, num_layers // depth - depth)
+        return MarkovShape(sizes, depth, min(len(sizes), behind + depth))
+
+    @property
+    def widest(self) -> int:
+        return max(self.sizes)
+
+    @cached_property
+    def ahead(self) -> Ids:
+        """[L, depth] places, nearest first."""
+        places = np.arange(len(self.sizes))[:, None] + 1 + np.arange(self.depth)
+        ahead: Ids = places % len(self.sizes)
+        return ahead
+
+    @cached_property
+    def context(self) -> Ids:
+        """[L, C] places."""
+        places = np.arange(len(self.sizes))[:, None] + self.depth - np.arange(self.num_context)
+        context: Ids = places % len(self.sizes)
+        return context
+
+    @cached_property
+    def sizes_ahead(self) -> list[list[int]]:
+        """[L][depth]: of the experts of the layers ahead, which are a place's outcomes."""
+        sizes: list[list[int]] = np.array(self.sizes)[self.ahead].tolist()
+        return sizes
+
+
+class MarkovModel(Protocol):
+    """The weights of all layers, and what they have said of late."""
+
+    def turn(self, links: RowLinks, num_rows: int, top_k: int) -> None:
+        """A step begins: what was seen goes to the rows that go on from it."""
+
+    def forget(self) -> None:
+        """Layers were not seen: nothing is to be learnt from what was said so far."""
+
+    def see(self, place: int, ids: Ids) -> bool:
+        """ids: [T, K], what the rows chose there. True: `learn` has one thing more to do."""
+
+    def learn(self) -> None:
+        """The oldest thing there is to learn; once for each `see` that was true."""
+
+    def say(self, place: int) -> None:
+        """The chance of every outcome of the place that any row wants it, into its `out`."""
+
+
+#: from the shape and from each place's `out`, [outcomes]
+MakeMarkovModel = Callable[[MarkovShape, list[Floats]], MarkovModel]
+
+
 @dataclass(eq=False)
 class _Said:
     """What a layer said of the next ones, until the last of these has run.
@@ -43,7 +116,7 @@ class _Said:
     """
 
     features: Ids  # [T, C * K]
-    chances: Floats  # [T, depth * E]
+    chances: Floats  # [T, outcomes]
     rows: Ids | None = None
 
     def turn(self, links: RowLinks) -> None:
@@ -52,39 +125,98 @@ class _Said:
         self.rows = links.rows
 
 
+class NumpyMarkovModel:
+    """`MarkovModel` by numpy."""
+
+    def __init__(self, shape: MarkovShape, out: list[Floats]) -> None:
+        self._shape, self._out = shape, out
+        sizes = np.array(shape.sizes_ahead)
+        # where the experts of each layer ahead begin among the outcomes: [L, depth, 1]
+        self._starts: Ids = (np.cumsum(sizes, axis=1) - sizes)[:, :, None]
+        features = shape.num_context * shape.widest
+        self.models = [LogLinear(features, sum(of_layer)) for of_layer in shape.sizes_ahead]
+        self._offsets: Ids = shape.widest * np.arange(shape.num_context)[:, None]  # [C, 1]
+        self._chosen: Ids = np.zeros((0, len(shape.sizes), 0), np.int64)  # [T, L, K]
+        self._said: dict[int, _Said] = {}  # by place
+        self._to_learn: deque[tuple[int, _Said]] = deque()
+        self._has_bias = [False] * len(shape.sizes)
+
+    def turn(self, links: RowLinks, num_rows: int, top_k: int) -> None:
+        num_layers = len(self._shape.sizes)
+        chosen = np.full((num_rows, num_layers, top_k), UNKNOWN, np.int64)
+        if len(links.rows):
+            chosen[links.rows] = self._chosen[links.before]
+        self._chosen = chosen
+        first = num_layers - self._shape.depth  # that speaks of the next token
+        late = {p: said for p, said in self._said.items() if p >= first and said.rows is None}
+        for said in late.values():
+            said.turn(links)
+        self._said = late
+
+    def forget(self) -> None:
+        self._said.clear()
+
+    def see(self, place: int, ids: Ids) -> bool:
+        self._chosen[:, place] = ids
+        # whose furthest layer this one is: all that it spoke of has run
+        source = (place - self._shape.depth) % len(self._shape.sizes)
+        said = self._said.pop(source, None)
+        if said is None:
+            return False
+        came = self._chosen[:, self._shape.ahead[source]]  # [T, depth, K]
+        if said.rows is not None:
+            came = came[said.rows]
+        if not len(came) or came.min() < 0:
+            return False
+        errors = said.chances
+        first = errors.shape[1] * np.arange(len(came))[:, None, None]
+        errors.reshape(-1)[came + self._starts[source] + first] -= 1
+        self._to_learn.append((source, said))
+        return True
+
+    def learn(self) -> None:
+        source, said = self._to_learn.popleft()
+        self.models[source].correct(said.features, said.chances)
+
+    def say(self, place: int) -> None:
+        model, widest = self.models[place], self._shape.widest
+        chosen = self._chosen[:, self._shape.context[place]]  # [T, C, K]
+        chosen += self._offsets
+        features = chosen.reshape(len(chosen), -1)
+        if not self._has_bias[place]:  # as many as a token chooses, before anything is known
+            share = min(self._chosen.shape[2] / widest, 0.5)
+            model.bias[:] = np.log(share / (1 - share))
+            self._has_bias[place] = True
+        chances = model.chances(features)
+        self._said[place] = _Said(features, chances)
+        self._out[place][:] = any_row(chances)
+
+
 class MarkovPredictor(Predictor):
     """P(wanted) of the next layers from the experts of this token and of the token before."""
 
     name = "markov"
 
-    def __init__(self, num_experts: Mapping[int, int], depth: int) -> None:
+    def __init__(
+        self,
+        num_experts: Mapping[int, int],
+        depth: int,
+        make_model: MakeMarkovModel = NumpyMarkovModel,
+    ) -> None:
         """num_experts: by the MoE layer's index in the model. depth: layers to look ahead, fewer
         where MAX_WEIGHT_BYTES are not enough for them and one layer behind."""
-        count, self._widest = len(num_experts), max(num_experts.values())
-        num_layers = MAX_WEIGHT_BYTES // (4 * self._widest**2 * count)  # depth times context
-        while depth > 1 and depth * (depth + 1) > num_layers:
-            depth -= 1
-        self._ring = ring = LayerRing(num_experts, depth)
-        behind = max(1, num_layers // ring.depth - ring.depth)
-        self._num_context = min(count, behind + ring.depth)
-        # what a layer speaks of, one after the other: [L, depth] places, their sizes, where they
-        # begin among its outcomes
-        place, ahead = np.arange(count)[:, None], np.arange(ring.depth)
-        self._ahead: Ids = (place + 1 + ahead) % count
-        sizes = np.array(list(ring.num_experts.values()))[self._ahead]
-        self._starts: Ids = (np.cumsum(sizes, axis=1) - sizes)[:, :, None]  # [L, depth, 1]
-        self._sizes: list[list[int]] = sizes.tolist()
-        self._models = [
-            LogLinear(self._num_context * self._widest, sum(of_layer)) for of_layer in self._sizes
+        sizes = LayerRing(num_experts, depth).num_experts
+        self.shape = shape = MarkovShape.fitting(tuple(sizes.values()), min(depth, len(sizes)))
+        self._ring = ring = LayerRing(num_experts, shape.depth)
+        out = [torch.zeros(sum(of_layer)) for of_layer in shape.sizes_ahead]
+        self._predictions = [
+            Prediction(dict(zip(ring.ahead_around(layer), chances.split(of_layer), strict=True)))
+            for layer, chances, of_layer in zip(ring.layers, out, shape.sizes_ahead, strict=True)
         ]
-        # the layers ahead, where the token before is the last that was seen, then those behind
-        back = np.arange(self._num_context)
-        self._context: Ids = (place + ring.depth - back) % count  # [L, C] places
-        self._offsets: Ids = self._widest * back[:, None]  # [C, 1]
-        self._chosen: Ids = np.zeros((0, count, 0), np.int64)  # [T, L, K] last of every layer
-        self._said: dict[int, _Said] = {}  # by place
-        self._has_bias = [False] * count
+        self.model = make_model(shape, [chances.numpy() for chances in out])
         self._links = RowLinks()
+        self._looking_on = LookingOn()
+        self._num_rows = 0
         self._layer = sys.maxsize  # whatever layer comes first begins a step
         self._place = -1  # of the last layer that was asked for
 
@@ -92,64 +224,28 @@ class MarkovPredictor(Predictor):
         self._links.tell(previous_rows)
         self._layer = sys.maxsize  # whatever layer is asked for first
 
+    def look_on(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
+        if self._looking_on.looks(layer):
+            self.predict(layer, x, routing)
+        return NOTHING
+
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         """As the base class. The layers after the last one are those of the next token."""
         ids = routing.ids.cpu().numpy()
-        if len(ids) == 0:
+        num_rows, top_k = ids.shape
+        if not num_rows:
             return NOTHING
-        begins = layer <= self._layer or len(ids) != len(self._chosen)
+        begins = layer <= self._layer or num_rows != self._num_rows
         if begins:
-            self._turn(*ids.shape)
+            self._links.turn(num_rows)
+            self.model.turn(self._links, num_rows, top_k)
+            self._num_rows = num_rows
         place, expected = self._ring.place_of[layer], (self._place + 1) % len(self._ring.layers)
         if place != expected or begins != (place == 0):  # what came between was not seen
-            self._said.clear()
+            self.model.forget()
         self._layer, self._place = layer, place
-        self._chosen[:, place] = ids
-        self._learn(place)
-        return Prediction(self._say(place, ids.shape[1]))
-
-    def _turn(self, num_rows: int, top_k: int) -> None:
-        """A step begins: what was seen goes to the rows that go on from it."""
-        links = self._links
-        links.turn(num_rows)
-        chosen = np.full((num_rows, len(self._ring.layers), top_k), UNKNOWN, np.int64)
-        if len(links.rows):
-            chosen[links.rows] = self._chosen[links.before]
-        self._chosen = chosen
-        first = len(self._ring.layers) - self._ring.depth  # that speaks of the next token
-        late = {p: said for p, said in self._said.items() if p >= first and said.rows is None}
-        for said in late.values():
-            said.turn(links)
-        self._said = late
-
-    def _learn(self, place: int) -> None:
-        """The layer that spoke of this one as its furthest learns from what came since."""
-        source = (place - self._ring.depth) % len(self._ring.layers)
-        said = self._said.pop(source, None)
-        if said is None:
-            return
-        came = self._chosen[:, self._ahead[source]]  # [T, depth, K]
-        if said.rows is not None:
-            came = came[said.rows]
-        if not len(came) or came.min() < 0:
-            return
-        errors = said.chances
-        first = errors.shape[1] * np.arange(len(came))[:, None, None]
-        errors.reshape(-1)[came + self._starts[source] + first] -= 1
-        later = self.put_off if len(errors) <= MOST_ROWS_PUT_OFF else at_once
-        later(partial(self._models[source].correct, said.features, errors))
-
-    def _say(self, place: int, top_k: int) -> dict[int, Tensor]:
-        model, ring = self._models[place], self._ring
-        chosen = self._chosen[:, self._context[place]]  # [T, C, K]
-        chosen += self._offsets
-        features = chosen.reshape(len(chosen), -1)
-        if not self._has_bias[place]:  # as many as a token chooses, before anything is known
-            share = min(top_k / self._widest, 0.5)
-            model.bias[:] = np.log(share / (1 - share))
-            self._has_bias[place] = True
-        chances = model.chances(features)
-        self._said[place] = _Said(features, chances)
-        wanted = torch.from_numpy(any_row(chances).copy())  # the other one learns
-        aheads = ring.ahead_around(ring.layers[place])
-        return dict(zip(aheads, wanted.split(self._sizes[place]), strict=True))
+        if self.model.see(place, ids):
+            later = self.put_off if num_rows <= MOST_ROWS_PUT_OFF else at_once
+            later(self.model.learn)
+        self.model.say(place)
+        return self._predictions[place]

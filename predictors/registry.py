@@ -32,15 +32,17 @@ TRAINED_FILES: Mapping[str, str] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class GatePredictors:
-    """How gate predictors are made, from all MoE layers' gates and the depth."""
+class Implementations:
+    """How predictors are made that can be computed in more than one way: from the experts per MoE
+    layer, or all MoE layers' gates, and the depth."""
 
+    markov: Callable[[Mapping[int, int], int], Predictor]
     lookahead: Callable[[Sequence[LayerGate], int], Predictor]
     residual: Callable[[TrainedPredictor, Sequence[LayerGate], int], Predictor]
 
 
 #: by torch and numpy, wherever the model is
-PLAIN_GATES = GatePredictors(GateLookahead, GateResidual)
+PLAIN = Implementations(MarkovPredictor, GateLookahead, GateResidual)
 
 
 def make_predictor(
@@ -50,7 +52,7 @@ def make_predictor(
     gates: Sequence[LayerGate] = (),
     trained: Path | None = None,
     config_sha256: str = "",
-    gate_predictors: GatePredictors = PLAIN_GATES,
+    implementations: Implementations = PLAIN,
 ) -> Predictor:
     """num_experts: experts per MoE layer, by the layer's index. depth: layers to look ahead.
     gates: of all MoE layers, for predictors that look at them or were trained on them. trained: the
@@ -64,9 +66,9 @@ def make_predictor(
     if name == "frequency":
         return FrequencyPredictor(num_experts, depth)
     if name == "markov":
-        return MarkovPredictor(num_experts, depth)
+        return implementations.markov(num_experts, depth)
     if name == "gate_lookahead":
-        return gate_predictors.lookahead(gates, depth)
+        return implementations.lookahead(gates, depth)
     if name == "gate_residual":
         if trained is None:
             raise ConfigError(
@@ -75,7 +77,7 @@ def make_predictor(
                 hint="make a file with `moeserve predictors train`, or choose gate_lookahead",
             )
         found = load_trained(trained, config_sha256, {gate.layer: gate for gate in gates})
-        return gate_predictors.residual(found, gates, depth)
+        return implementations.residual(found, gates, depth)
     if name == "pregate":
         if trained is None:
             raise ConfigError(

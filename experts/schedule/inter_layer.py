@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TypeAlias
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moeserve.cache.expert_cache import ExpertCache, ExpertState, Load
 from moeserve.cache.numbering import Numbers
 from moeserve.core import ExpertKey, Placement
+from moeserve.cpu_backend import _native
 from moeserve.experts.schedule.intra_layer import SimulatedPlacement
 from moeserve.predictors.base import Prediction
 
@@ -171,36 +172,48 @@ class ImpactPrefetch(InterLayerScheduler):
 
         next_us: until the next layer. period_us: from there from one to the next.
         """
-        found = []
-        most = self._depth(layer)
+        most, count = self._depth(layer), len(self._rank)
+        laters, slacks_us, chances = [], [], []
         for later, probabilities in prediction.probabilities.items():
-            distance = (self._rank[later] - self._rank[layer]) % len(self._rank) or len(self._rank)
+            distance = (self._rank[later] - self._rank[layer]) % count or count
             if distance <= most:
-                chances = probabilities.numpy()
-                of_layer = self._of_layer(later, chances, next_us + (distance - 1) * period_us)
-                if of_layer:
-                    found.append(of_layer)
+                laters.append(later)
+                slacks_us.append(next_us + (distance - 1) * period_us)
+                chances.append(probabilities.numpy())
+        if not laters:
+            return []
+        absent = self._cache.which_absent(self._cache.numbers.of_layers(laters))
+        sizes = [len(each) for each in chances]
+        likely = _native.likely_absent(np.concatenate(chances), absent, sizes)
+        found = []
+        for place, total, num_absent, experts, their in likely:  # of few layers
+            at_random, num_wanted = total / sizes[place], max(1, round(total))
+            layer, slack_us = laters[place], slacks_us[place]
+            of_layer = self._gaining(
+                layer, zip(experts, their, strict=True), at_random, num_wanted, num_absent, slack_us
+            )
+            if of_layer:
+                found.append(of_layer)
         return found
 
-    def _of_layer(self, layer: int, chances: np.ndarray, slack_us: float) -> list[Candidate]:
-        """The likeliest experts, as many as will be wanted, stand for the layer to come."""
-        slots, chance_of = self._cache.slots(layer).slots, chances.tolist()
-        total = sum(chance_of)
-        at_random = total / len(slots)
-        if not any(s < 0 and c > at_random for s, c in zip(slots, chance_of, strict=True)):
-            return []  # as in most layers
-        num_wanted = max(1, round(total))
-        by_chance = (-chances).argsort(kind="stable").tolist()
-        wanted = by_chance[:num_wanted]
-        num_absent = sum(slots[e] < 0 for e in wanted)
-        in_source = self._can_begin(self._cache.numbers.of(layer, range(len(slots)))).tolist()
+    def _gaining(
+        self,
+        layer: int,
+        likely: Iterable[tuple[int, float]],
+        at_random: float,
+        num_wanted: int,
+        num_absent: int,
+        slack_us: float,
+    ) -> list[Candidate]:
+        """likely: absent experts of the layer and their chances, likeliest first. num_wanted: how
+        many experts will be wanted, num_absent: how many of the likeliest so many are absent; they
+        stand for the layer to come."""
+        entries = list(likely)
+        in_source = self._can_begin(self._cache.numbers.of(layer, [e for e, _ in entries]))
         rows = self._intra.rows_per_expert
         found: list[Candidate] = []
-        for expert in by_chance:
-            chance = chance_of[expert]
-            if chance <= at_random:
-                break
-            if slots[expert] >= 0 or not in_source[expert]:
+        for (expert, chance), is_there in zip(entries, in_source.tolist(), strict=True):
+            if not is_there:
                 continue
             # As if the likelier ones had been brought; beyond the wanted, as if it took the place
             # of one that is there.

@@ -15,7 +15,7 @@ from rich.table import Table
 from moeserve.cli_options import read_flags
 from moeserve.config import ExpertConfig, ModelConfig
 from moeserve.core import ConfigError
-from moeserve.experts.native_predictors import native_gates
+from moeserve.experts.native_predictors import native_implementations
 from moeserve.models.gates import model_gates
 from moeserve.models.packed_model import config_sha256
 from moeserve.models.registry import LoadedModel
@@ -31,7 +31,7 @@ from moeserve.predictor_tools.train_command import add_text_arguments, check_num
 from moeserve.predictor_tools.training import record_states
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.evaluate import BEFORE
-from moeserve.predictors.registry import PLAIN_GATES, PREDICTORS, TRAINED_FILES, make_predictor
+from moeserve.predictors.registry import PLAIN, PREDICTORS, TRAINED_FILES, make_predictor
 from moeserve.progress import LoadingBar
 from moeserve.text.tokenizer import Tokenizer
 from moeserve.text_windows import read_texts, token_windows
@@ -132,13 +132,13 @@ def _evaluate_all(
     spec = next(iter(loaded.spec.moe_layers.values())).experts
     expert_bytes = expert_bytes_of(spec, loaded.dtype)
     native = loaded.runtime.native
-    gate_predictors = PLAIN_GATES if native is None else native_gates(native)
+    implementations = PLAIN if native is None else native_implementations(native)
     results = []
     for name in args.predictors or _all_names(files):
 
         def make(name: str = name) -> Predictor:
             return make_predictor(
-                name, sizes, args.depth, gates, files.get(name), sha256, gate_predictors
+                name, sizes, args.depth, gates, files.get(name), sha256, implementations
             )
 
         def report(share: float, name: str = name) -> None:

@@ -7,14 +7,25 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from moeserve.core import ModelError, RequestError
 
 MAX_SHOWN_CHARS = 80
 TOKENIZER_FILE = "tokenizer.json"
 
 
+class _TokenizerFile(msgspec.Struct):
+    """What every tokenizer.json has; of the rest it need only be JSON."""
+
+    model: msgspec.Raw
+
+
 def check_tokenizer_file(directory: Path) -> Path:
-    """The tokenizer's file in a model directory. Raises ModelError where there is none."""
+    """The tokenizer's file in a model directory, without making a tokenizer of it.
+
+    Raises ModelError where there is none, or it was cut short or is something else.
+    """
     path = directory / TOKENIZER_FILE
     if not path.is_file():
         raise ModelError(
@@ -22,6 +33,14 @@ def check_tokenizer_file(directory: Path) -> Path:
             hint=f"a model directory needs {TOKENIZER_FILE}; "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it",
         )
+    try:
+        msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    except msgspec.DecodeError as error:
+        raise ModelError(
+            f"{path}: is not a tokenizer: {error}", hint="copy or download the file again"
+        ) from error
     return path
 
 

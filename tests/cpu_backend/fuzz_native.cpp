@@ -267,7 +267,7 @@ void run_round(std::uint64_t seed, const std::vector<std::string> &levels) {
         fuzz_linear,    fuzz_linear,   fuzz_linear,   fuzz_experts,        fuzz_experts,
         fuzz_experts,   fuzz_pool,     fuzz_rows,     fuzz_router,         fuzz_router,
         fuzz_pair_sum,  fuzz_ffn_half, fuzz_ffn_half, fuzz_attention_half, fuzz_attention_half,
-        fuzz_lookahead, fuzz_residual, fuzz_residual};
+        fuzz_lookahead, fuzz_residual, fuzz_residual, fuzz_markov};
     kRounds[pick(0, static_cast<int>(std::size(kRounds)) - 1)](runtime);
   }
 }

@@ -1,11 +1,12 @@
-// Gate predictors for the fuzz driver: chances within their range, and trained views beside the
-// formula in double.
+// Predictors for the fuzz driver: chances within their range, and trained views beside the formula
+// in double.
 #pragma once
 
 #include <memory>
 
 #include "fuzz_router.h"
 #include "lookahead_predictor.h"
+#include "markov_model.h"
 #include "residual_predictor.h"
 
 namespace fuzz {
@@ -59,6 +60,47 @@ inline void fuzz_lookahead(Runtime &runtime) {
       RandomRows given(rows, hidden, experts, top_k);
       if (rows > 0 && chance(0.1)) given.x.spoil(pick(0, rows - 1));
       predictor.predict(runtime, place, given.rows);
+      check_chances(outs[static_cast<std::size_t>(place)]);
+    }
+  }
+}
+
+inline void fuzz_markov(Runtime &runtime) {
+  const int layers = pick(1, 5), top_k = pick(1, 4);
+  std::vector<int> sizes;
+  for (int place = 0; place < layers; ++place) sizes.push_back(pick(1, 40));
+  const int depth = pick(1, layers), num_context = pick(1, layers);
+  context += ", markov, " + std::to_string(layers) + " layers, depth " + std::to_string(depth) +
+             ", context " + std::to_string(num_context) + ", top " + std::to_string(top_k);
+  MarkovModel model({sizes, depth, num_context}, {{0.1f, 0.05f, 0.02f}, 0.01f, 9.0f});
+  std::vector<Block<float>> outs;
+  for (int place = 0; place < layers; ++place) {
+    outs.emplace_back(static_cast<std::size_t>(model.num_outcomes(place)));
+    model.set_out(place, outs.back().data());
+  }
+  int rows = 0, to_learn = 0;
+  for (int step = 0; step < 12; ++step) {
+    const int last = rows;
+    rows = chance(0.5) ? 1 : pick(1, 30);
+    std::vector<std::int64_t> own, before;
+    for (int row = 0; row < rows; ++row) {
+      if (last > 0 && chance(0.8)) {
+        own.push_back(row);
+        before.push_back(pick(0, last - 1));
+      }
+    }
+    model.turn(own.data(), before.data(), static_cast<std::int64_t>(own.size()), rows, top_k);
+    for (int place = 0; place < layers; ++place) {
+      if (chance(0.1)) model.forget();
+      Block<std::int64_t> ids(static_cast<std::size_t>(rows * top_k));
+      for (std::size_t i = 0; i < ids.size(); ++i) {
+        ids[i] = pick(0, sizes[static_cast<std::size_t>(place)] - 1);  // also twice in a row
+      }
+      to_learn += model.see(place, ids.data()) ? 1 : 0;
+      if (chance(0.7)) {
+        for (; to_learn > 0; --to_learn) model.learn(runtime);
+      }
+      model.say(runtime, place);
       check_chances(outs[static_cast<std::size_t>(place)]);
     }
   }

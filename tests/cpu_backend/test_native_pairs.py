@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.native_experts import pack_layer, random_routing
@@ -82,6 +83,40 @@ def test_jobs_use_the_memory_of_those_before_them_and_see_nothing_of_it() -> Non
     open_parts.add(range(3, 6))
     assert torch.equal(open_parts.total(), backend.run(first))
     backend.close()
+
+
+def test_parts_refuse_what_does_not_fit() -> None:
+    _, generator = fresh_generators()
+    spec = ExpertSpec(num_experts=4, hidden_size=32, intermediate_size=32)
+    layer = pack_layer(FEW_KINDS[0], spec, generator).native
+    own = runtime(TEST_LEVELS[-1])
+    parts = native.ExpertParts()
+    x, ids = torch.randn(2, 32, generator=generator), torch.tensor([[0, 5], [1, 2]])
+    weights, out = torch.ones(2, 2), torch.empty(2, 32)
+    with pytest.raises(ValueError, match=r"ids: shape \[1, 2\]"):
+        parts.begin(x, ids[:1])
+    with pytest.raises(ValueError, match="ids: -1 is below 0"):
+        parts.begin(x, ids - 1)
+    parts.begin(x, ids)
+    with pytest.raises(ValueError, match=r"ids: 5 is not within 0\.\.3"):
+        parts.add(own, layer, [5])
+    with pytest.raises(ValueError, match="experts: -1 is below 0"):
+        parts.add(own, layer, [-1])
+    with pytest.raises(ValueError, match="pairs: 4 is not within the job"):
+        parts.put(np.array([4]), out[:1])
+    with pytest.raises(ValueError, match=r"results: shape \[2, 32\]"):
+        parts.put(np.array([0]), out)
+    with pytest.raises(ValueError, match=r"weights: shape \[1, 2\]"):
+        parts.total(own, weights[:1], out)
+    narrow = pack_layer(FEW_KINDS[0], replace(spec, hidden_size=64), generator).native
+    with pytest.raises(ValueError, match="packed: its width is not that of x"):
+        parts.add(own, narrow, [0])
+    parts.add(own, layer, [3, 17])  # which nobody chose
+    parts.add(own, layer, [0, 1, 2])
+    parts.put(np.array([1]), out[:1].fill_(2.0))
+    parts.total(own, weights, out)
+    assert parts.rows().shape == (4, 32)
+    torch.testing.assert_close(out, torch.from_numpy(parts.rows()).view(2, 2, 32).sum(1))
 
 
 def test_a_cleared_record_is_refused_until_it_is_set_again() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from support.randomness import fresh_seed
 from moeserve.cache.expert_cache import ExpertCache, ExpertState, Tier
 from moeserve.cache.policies.registry import build_policy
 from moeserve.core import ExpertKey, Placement
+from moeserve.cpu_backend import _native
 from moeserve.experts.schedule.inter_layer import Candidate, ImpactPrefetch, choose
 from moeserve.experts.schedule.intra_layer import FetchOrder, TimelinePlacement
 from moeserve.predictors.base import Prediction
@@ -198,3 +201,37 @@ def test_choose_takes_what_nets_most_when_it_moves_next() -> None:
             arrives_us = busy_us + (len(chosen) + 1) * 100.0
             assert all(o[0].net_us(arrives_us) <= 0 for o in left if o)
             assert price_us == 0
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_likely_absent_experts_are_those_that_sorting_gives(ties: bool) -> None:
+    rng = np.random.default_rng(fresh_seed())
+    for _ in range(200):
+        sizes = rng.integers(1, 20, rng.integers(1, 7)).tolist()
+        chances = rng.random(sum(sizes)).astype(np.float32) ** 3
+        if ties:
+            chances = np.round(chances, 1)
+        absent = rng.random(sum(sizes)) < rng.random()
+        expected = []
+        starts = np.cumsum([0, *sizes]).tolist()
+        for place, (start, stop) in enumerate(pairwise(starts)):
+            own, away = chances[start:stop].astype(np.float64), absent[start:stop]
+            order = np.argsort(-own, kind="stable")
+            likely = [
+                e for e in order.tolist() if away[e] and own[e] > sum(own.tolist()) / len(own)
+            ]
+            if likely:
+                wanted = order[: max(1, round(sum(own.tolist())))]
+                count = int(away[wanted].sum())
+                expected.append((place, sum(own.tolist()), count, likely, own[likely].tolist()))
+        assert _native.likely_absent(chances, absent, sizes) == expected
+
+
+def test_likely_absent_refuses_what_does_not_fit() -> None:
+    chances, absent = np.ones(3, np.float32), np.ones(3, np.bool_)
+    with pytest.raises(ValueError, match="sizes: 0 is below 1"):
+        _native.likely_absent(chances, absent, [3, 0])
+    with pytest.raises(ValueError, match=r"chances: shape \[3\], expected \[4\]"):
+        _native.likely_absent(chances, absent, [4])
+    with pytest.raises(ValueError, match="absent: must be bool"):
+        _native.likely_absent(chances, np.ones(3, np.uint8), [3])

@@ -1,4 +1,4 @@
-"""Native gate predictors beside those of numpy, which are slower and plainer."""
+"""Native predictors beside those of numpy, which are slower and plainer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ import pytest
 import torch
 from support.randomness import fresh_generators
 
+from moeserve.chores import Chores
 from moeserve.core import Routing
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.experts import native_predictors
-from moeserve.experts.native_predictors import NativeLookahead, NativeResidual, native_gates
+from moeserve.experts.native_predictors import (
+    NativeLookahead,
+    NativeResidual,
+    native_implementations,
+)
 from moeserve.predictors import gate_lookahead
 from moeserve.predictors.base import Prediction, Predictor
 from moeserve.predictors.gate_lookahead import GateLookahead
 from moeserve.predictors.gate_residual import GateResidual
 from moeserve.predictors.gates import LayerGate
+from moeserve.predictors.log_linear import STEPS
+from moeserve.predictors.markov import MarkovPredictor, NumpyMarkovModel
 from moeserve.predictors.residual_weights import (
     ResidualShape,
     ResidualWeights,
@@ -145,6 +152,85 @@ def test_residual_is_that_of_numpy(native: NativeRuntime) -> None:
     assert pair.worst < 0.2
 
 
+@pytest.mark.parametrize("most_waiting", [0, 3, 1000])
+def test_markov_is_that_of_numpy(native: NativeRuntime, most_waiting: int) -> None:
+    """Also where learning waits, rows come, go and change places, and layers are not asked about.
+    Both learn, so a difference would grow."""
+    rng, generator = fresh_generators()
+    sizes = {layer: rng.randint(4, 40) for layer in LAYERS}
+    top_k, depth = rng.randint(1, 4), rng.randint(1, 5)
+    print(f"{sizes=} {top_k=} {depth=}")
+    fast = native_implementations(native).markov(sizes, depth)
+    slow = MarkovPredictor(sizes, depth)
+    assert isinstance(fast, MarkovPredictor)
+    assert not isinstance(fast.model, NumpyMarkovModel)
+    chores = [Chores(most_waiting), Chores(most_waiting)]
+    fast.put_off, slow.put_off = (each.put_off for each in chores)
+    pair = Pair(fast, slow, top_k)
+    rows = 1
+    for _ in range(80):
+        before, rows = rows, rng.choice((1, 1, 1, 3, 9, 40))
+        if rng.random() < 0.6:
+            pair.begin_step(np.array([rng.randint(-1, before - 1) for _ in range(rows)]))
+        whole = rng.random() < 0.8
+        asked = LAYERS if whole else rng.choice((LAYERS[1:], LAYERS[:1] + LAYERS[2:], LAYERS[:1]))
+        for layer in asked:
+            routing = draw_routing(generator, rows, sizes[layer], top_k)
+            pair.predict(layer, torch.zeros(rows, 1), routing)
+            if rng.random() < 0.2:
+                for each in chores:
+                    each.do_while(lambda: True)
+    assert pair.worst < 1e-4
+
+
+def test_native_markov_learns_a_rule(native: NativeRuntime) -> None:
+    """Layer 1 always takes the experts of layer 0, moved by one."""
+    rng, _ = fresh_generators()
+    predictor = native_implementations(native).markov({0: 8, 1: 8}, 1)
+    right = 0
+    for number in range(600):
+        first = torch.tensor([rng.sample(range(8), 2)])
+        weights = torch.ones(1, 2)
+        found = predictor.predict(0, torch.zeros(1, 1), Routing(first, weights)).probabilities
+        second = (first + 1) % 8
+        predictor.predict(1, torch.zeros(1, 1), Routing(second, weights))
+        if number >= 500:
+            right += len(set(found[1].topk(2).indices.tolist()) & set(second[0].tolist()))
+    assert right >= 195
+
+
+def test_markov_refuses_what_does_not_fit(native: NativeRuntime) -> None:
+    def model(sizes: list[int], depth: int = 1, context: int = 1) -> _native.MarkovModel:
+        return _native.MarkovModel(sizes, depth, context, STEPS.tolist(), 0.01, 9.0)
+
+    for make, message in (
+        (lambda: model([]), "sizes: there is no layer"),
+        (lambda: model([4, 0]), "sizes: 0 is below 1"),
+        (lambda: model([4, 4], depth=3), "depth: 3; 1 to 2"),
+        (lambda: model([4, 4], context=0), "num_context: 0; 1 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    found = model([4, 5])
+    none = np.zeros(0, np.int64)
+    with pytest.raises(ValueError, match="no rows were seen"):
+        found.say(native.handle, 0)
+    with pytest.raises(ValueError, match="before: row 0 of 0"):
+        found.turn(np.zeros(1, np.int64), np.zeros(1, np.int64), 1, 2)
+    found.turn(none, none, 2, 2)
+    with pytest.raises(ValueError, match="rows: row 3 of 3"):
+        found.turn(np.array([3]), np.array([0]), 3, 2)
+    with pytest.raises(ValueError, match=r"ids: 4 is not within 0\.\.3"):
+        found.see(0, np.full((2, 2), 4))
+    with pytest.raises(ValueError, match=r"ids: shape \[1, 2\]"):
+        found.see(0, np.zeros((1, 2), np.int64))
+    with pytest.raises(ValueError, match="place: 2"):
+        found.say(native.handle, 2)
+    with pytest.raises(ValueError, match=r"out: shape \[4\], expected \[5\]"):
+        found.set_out(0, np.zeros(4, np.float32))
+    found.learn(native.handle)  # there is nothing to learn
+
+
 def test_a_prediction_holds_until_the_next_from_its_layer(native: NativeRuntime) -> None:
     _, generator = fresh_generators()
     gates = draw_gates(generator, 32, 8, 2, bias=False)
@@ -187,7 +273,7 @@ def test_rows_that_are_no_numbers_do_no_harm(native: NativeRuntime) -> None:
 def test_what_does_not_fit_is_refused(native: NativeRuntime) -> None:
     _, generator = fresh_generators()
     gates = draw_gates(generator, 32, 8, 2, bias=False)
-    predictor = native_gates(native).lookahead(gates, 2)
+    predictor = native_implementations(native).lookahead(gates, 2)
     x, routing = torch.zeros(1, 32), draw_routing(generator, 1, 8, 2)
     with pytest.raises(ValueError, match="ids: 8 is not within"):
         predictor.predict(LAYERS[0], x, Routing(torch.full((1, 2), 8), routing.weights))

@@ -153,19 +153,30 @@ def test_a_model_that_does_not_load_ends_the_server(tmp_path: Path) -> None:
     assert "perceptron" in ended.stderr
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "share", "message", "hint"),
+    [
+        (False, 0, "not found", "save_pretrained"),
+        (True, 0, "not found", "save_pretrained"),
+        (False, 0.9, "is not a tokenizer", "download the file again"),
+    ],
+)
 def test_a_model_without_a_tokenizer_ends_the_server_before_its_weights_are_read(
-    packed: bool, tmp_path: Path
+    packed: bool, share: float, message: str, hint: str, tmp_path: Path
 ) -> None:
-    """Which are not there: who looks for them first names them."""
+    """Which are not there: who looks for them first names them. share: of tokenizer.json that was
+    copied."""
     shutil.copy(BUNDLED_MODEL / "config.json", tmp_path)
     if packed:
         (tmp_path / MANIFEST).write_text("{}")
+    if share:
+        whole = (BUNDLED_MODEL / "tokenizer.json").read_bytes()
+        (tmp_path / "tokenizer.json").write_bytes(whole[: int(share * len(whole))])
     ended = serve(str(tmp_path), "--port", "0", "--runtime-dir", str(tmp_path / "run"))
     assert ended.returncode == 2
-    assert f"{tmp_path / 'tokenizer.json'}: not found" in ended.stderr
-    assert "save_pretrained" in ended.stderr
-    with pytest.raises(ModelError, match=r"tokenizer\.json: not found"):
+    assert f"{tmp_path / 'tokenizer.json'}: {message}" in ended.stderr
+    assert hint in ended.stderr
+    with pytest.raises(ModelError, match=rf"tokenizer\.json: {message}"):
         LLM(str(tmp_path))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +15,11 @@ from support.randomness import fresh_generators
 
 from moeserve.core import Routing
 from moeserve.predictors import log_linear
-from moeserve.predictors.markov import MAX_WEIGHT_BYTES, MarkovPredictor
+from moeserve.predictors.base import Predictor
+from moeserve.predictors.frequency import FrequencyPredictor
+from moeserve.predictors.log_linear import LogLinear
+from moeserve.predictors.looking_on import LookingOn
+from moeserve.predictors.markov import MAX_WEIGHT_BYTES, MarkovPredictor, NumpyMarkovModel
 from moeserve.predictors.row_links import RowLinks
 
 NO_HIDDEN_STATE = torch.zeros(0, 1)  # it looks at the routing alone
@@ -23,6 +28,11 @@ Ids = NDArray[np.int64]
 
 def routing(ids: Ids) -> Routing:
     return Routing(torch.from_numpy(ids), torch.ones(ids.shape))
+
+
+def models_of(predictor: MarkovPredictor) -> list[LogLinear]:
+    assert isinstance(predictor.model, NumpyMarkovModel)
+    return predictor.model.models
 
 
 def random_rows(rng: random.Random, rows: int, num_experts: int, top_k: int) -> Ids:
@@ -184,7 +194,7 @@ def test_many_experts_look_at_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("moeserve.predictors.markov.MAX_WEIGHT_BYTES", 4 * 8 * 8 * 2 * 6 * 3)
     sizes = dict.fromkeys(range(6), 8)
     predictor = MarkovPredictor(sizes, 2)
-    assert predictor._num_context == 3
+    assert predictor.shape.num_context == 3
     for _ in range(5):
         for layer in sizes:
             predictor.predict(layer, NO_HIDDEN_STATE, routing(random_rows(rng, 1, 8, 2)))
@@ -193,7 +203,7 @@ def test_many_experts_look_at_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_very_large_model_looks_fewer_layers_ahead() -> None:
     sizes = dict.fromkeys(range(48), 512)
     predictor = MarkovPredictor(sizes, 6)
-    weights = [model.weights for model in predictor._models]
+    weights = [model.weights for model in models_of(predictor)]
     assert sum(array.nbytes for array in weights) <= MAX_WEIGHT_BYTES
     found = predictor.predict(0, NO_HIDDEN_STATE, routing(np.array([[3, 7]])))
     assert list(found.probabilities) == [1]
@@ -207,13 +217,13 @@ def test_a_step_resumed_in_its_middle_sees_no_rows_of_the_step_before() -> None:
         predictor = MarkovPredictor(sizes, rng.randint(1, 2))
         for layer in (0, 1, 2, 3, 0, 1):
             predictor.predict(layer, NO_HIDDEN_STATE, routing(random_rows(rng, 3, 6, 2)))
-        before = [model.weights.copy() for model in predictor._models]
+        before = [model.weights.copy() for model in models_of(predictor)]
         if told:
             predictor.begin_step(np.full(rows_after, -1))
         for layer in (2, 3):
             ids = random_rows(rng, rows_after, 6, 2)
             assert predictor.predict(layer, NO_HIDDEN_STATE, routing(ids)).probabilities
-        for model, weights in zip(predictor._models[:2], before[:2], strict=True):
+        for model, weights in zip(models_of(predictor)[:2], before[:2], strict=True):
             assert np.array_equal(model.weights, weights), "learnt from rows of two steps"
 
 
@@ -223,10 +233,10 @@ def test_nothing_is_learnt_over_layers_that_nobody_asked_about() -> None:
     for _ in range(3):
         for layer in range(4):
             predictor.predict(layer, NO_HIDDEN_STATE, routing(random_rows(rng, 1, 6, 2)))
-    before = [model.weights.copy() for model in predictor._models]
+    before = [model.weights.copy() for model in models_of(predictor)]
     for layer in (1, 3):  # 3 said something of 0 and 1, 1 of 2 and 3
         predictor.predict(layer, NO_HIDDEN_STATE, routing(random_rows(rng, 1, 6, 2)))
-    for model, weights in zip(predictor._models, before, strict=True):
+    for model, weights in zip(models_of(predictor), before, strict=True):
         assert np.array_equal(model.weights, weights)
 
 
@@ -243,3 +253,27 @@ def test_rows_of_a_step_that_was_not_seen_lead_nowhere() -> None:
     assert links.rows.tolist() == links.before.tolist() == []
     links.turn(2)
     assert links.before.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("make", [MarkovPredictor, FrequencyPredictor])
+def test_it_learns_from_some_of_the_steps_that_nobody_asks_about(
+    make: Callable[[dict[int, int], int], Predictor],
+) -> None:
+    """Each layer has experts of its own, as one must know that was never asked before."""
+    rng, _ = fresh_generators()
+    predictor = make({0: 8, 1: 8, 2: 8}, 2)
+    marks = {layer: np.array([rng.sample(range(8), 2)]) for layer in range(3)}
+    for _ in range(400):
+        predictor.begin_step(np.array([0]))
+        for layer, ids in marks.items():
+            assert not predictor.look_on(layer, NO_HIDDEN_STATE, routing(ids)).probabilities
+    predictor.begin_step(np.array([0]))
+    found = predictor.predict(0, NO_HIDDEN_STATE, routing(marks[0])).probabilities
+    for layer in (1, 2):
+        assert sorted(found[layer].topk(2).indices.tolist()) == sorted(marks[layer][0].tolist())
+
+
+def test_it_looks_on_in_two_of_eight_steps_one_after_the_other() -> None:
+    looking_on = LookingOn()
+    steps = [[looking_on.looks(layer) for layer in (1, 4)] for _ in range(24)]
+    assert steps == ([[True, True]] * 2 + [[False, False]] * 6) * 3
