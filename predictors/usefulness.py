@@ -143,8 +143,8 @@ class PrefetchUsefulness:
 
     break_even: the share of prefetches that must be useful for them to pay, 0 to 1. It follows from
     costs: a useful one saves what its transfer took out of the step's way, a wasted one costs what
-    it delayed. On an idle link that is near 0; on one that demand keeps busy, a transfer delayed
-    for a transfer saved, 0.5. May be set at any time.
+    it delayed: nothing on an idle link, a transfer on a busy one where none yields to another. May
+    be set at any time.
     """
 
     def __init__(self, layers: Iterable[int], max_depth: int, break_even: float) -> None:

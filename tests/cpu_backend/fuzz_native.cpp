@@ -11,6 +11,7 @@
 #include <chrono>
 
 #include "dispatch.h"
+#include "expert_parts.h"
 #include "fuzz_halves.h"
 #include "fuzz_predictor.h"
 #include "fuzz_reference.h"
@@ -130,6 +131,25 @@ void add_expert(const Kernels &kernels, const Experts &experts, const Expert &ex
   }
 }
 
+// The job's experts some at a time, in any order.
+void run_in_parts(Runtime &runtime, const ExpertJob &job, int hidden) {
+  const ExpertChoice &choice = job.lists[0];
+  std::vector<int> left;
+  for (std::size_t e = 0; e < choice.experts->records.size(); ++e) {
+    if (choice.wanted == nullptr || choice.wanted[e] != 0) left.push_back(static_cast<int>(e));
+  }
+  std::shuffle(left.begin(), left.end(), random_bits);
+  ExpertParts parts;
+  parts.begin({job.dtype, job.x, job.num_tokens, job.x_stride, hidden, choice.ids, choice.top_k});
+  while (!left.empty()) {
+    const auto stays = static_cast<std::size_t>(pick(0, static_cast<int>(left.size()) - 1));
+    parts.select({left.begin() + static_cast<std::ptrdiff_t>(stays), left.end()});
+    left.resize(stays);
+    parts.add(runtime, *choice.experts);
+  }
+  parts.total(runtime, choice.weights, job.y_dtype, job.y);
+}
+
 void fuzz_experts(Runtime &runtime) {
   const Kind first = random_kind();
   const Kind second = chance(0.3) ? random_kind() : first;
@@ -184,10 +204,12 @@ void fuzz_experts(Runtime &runtime) {
   job.num_lists = 1;
   job.y_dtype = y.dtype;
   job.y = out.data();
-  if (chance(0.5)) {
+  if (chance(0.4)) {
     run_experts(runtime, job);
-  } else {
+  } else if (chance(0.5)) {
     runtime.pool.submit([&] { run_experts(runtime, job); })->wait();
+  } else {
+    run_in_parts(runtime, job, hidden);
   }
 
   for (int t = 0; t < tokens; ++t) {
