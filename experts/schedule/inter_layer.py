@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,18 @@ class ResidentPrefetch(InterLayerScheduler):
 
     def prefetch(self, prediction: Prediction, protect: Placement) -> None:
         """Nothing is absent, so no prediction can name anything to move."""
+
+
+class Likely(NamedTuple):
+    """What `likely_absent` says of one layer. place: of the layer among those that were asked
+    about. total: of its chances. num_absent: of as many likeliest experts as `total` says. experts:
+    absent, and likelier than one taken at random, likeliest first; chances: of these."""
+
+    place: int
+    total: float
+    num_absent: int
+    experts: list[int]
+    chances: list[float]
 
 
 @dataclass(frozen=True)
@@ -184,40 +196,29 @@ class ImpactPrefetch(InterLayerScheduler):
             return []
         absent = self._cache.which_absent(self._cache.numbers.of_layers(laters))
         sizes = [len(each) for each in chances]
-        likely = _native.likely_absent(np.concatenate(chances), absent, sizes)
         found = []
-        for place, total, num_absent, experts, their in likely:  # of few layers
-            at_random, num_wanted = total / sizes[place], max(1, round(total))
-            layer, slack_us = laters[place], slacks_us[place]
-            of_layer = self._gaining(
-                layer, zip(experts, their, strict=True), at_random, num_wanted, num_absent, slack_us
-            )
-            if of_layer:
-                found.append(of_layer)
+        for entry in _native.likely_absent(np.concatenate(chances), absent, sizes):
+            likely = Likely(*entry)
+            place = likely.place
+            candidates = self._gaining(laters[place], sizes[place], likely, slacks_us[place])
+            if candidates:
+                found.append(candidates)
         return found
 
     def _gaining(
-        self,
-        layer: int,
-        likely: Iterable[tuple[int, float]],
-        at_random: float,
-        num_wanted: int,
-        num_absent: int,
-        slack_us: float,
+        self, layer: int, num_experts: int, likely: Likely, slack_us: float
     ) -> list[Candidate]:
-        """likely: absent experts of the layer and their chances, likeliest first. num_wanted: how
-        many experts will be wanted, num_absent: how many of the likeliest so many are absent; they
-        stand for the layer to come."""
-        entries = list(likely)
-        in_source = self._can_begin(self._cache.numbers.of(layer, [e for e, _ in entries]))
+        """The likeliest experts, as many as will be wanted, stand for the layer to come."""
+        in_source = self._can_begin(self._cache.numbers.of(layer, likely.experts)).tolist()
+        at_random, num_wanted = likely.total / num_experts, max(1, round(likely.total))
         rows = self._intra.rows_per_expert
         found: list[Candidate] = []
-        for (expert, chance), is_there in zip(entries, in_source.tolist(), strict=True):
+        for expert, chance, is_there in zip(likely.experts, likely.chances, in_source, strict=True):
             if not is_there:
                 continue
             # As if the likelier ones had been brought; beyond the wanted, as if it took the place
             # of one that is there.
-            absent = max(1, num_absent - len(found))
+            absent = max(1, likely.num_absent - len(found))
             there = num_wanted - absent
             without_us = self._intra.layer_us(layer, there, absent, rows)
             with_us = self._intra.layer_us(layer, there + 1, absent - 1, rows)

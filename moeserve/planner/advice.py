@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from msgspec import structs
 
@@ -18,6 +24,8 @@ from moeserve.planner.step_costs import on_other_cpu
 TWICE = 2.0
 #: a factor this close to 1 is none
 NO_EFFECT = 0.02
+#: seconds of one estimate from which on a second process is worth its start
+LONG_S = 0.5
 Estimator = Callable[[Deployment], Estimate]
 
 
@@ -37,27 +45,57 @@ def advise(deployment: Deployment, estimate: Estimator) -> list[Advice]:
     """Every change that can be made, ranked by output tokens per second, the best first.
 
     A change that this model or machine cannot have is left out. Changes that do not fit are named
-    with what they would bring.
+    with what they would bring. estimate: where it takes long, a second process shares the work, so
+    it must be a function of a module.
     """
+    began_s = time.perf_counter()
     now = estimate(deployment).output_tokens_per_s.mid
-    found: list[Advice] = []
-    for trial in trials(deployment):
-        if trial.beyond is not None and any(
-            advice.change == trial.beyond and advice.factor < 1 + NO_EFFECT for advice in found
-        ):
-            continue  # what brings nothing brings nothing twice, and the most takes longest to plan
-        try:
-            shape = deployment.shape
-            if trial.request.engine.model != deployment.request.engine.model:
-                shape = find_shape(trial.request.engine)
-            changed = sized(trial.request, trial.profile, shape)
-            factor = 1.0
-            if not _is_alike(deployment, changed):
-                factor = estimate(changed).output_tokens_per_s.mid / now
-        except (ConfigError, ModelError):
-            continue  # not to be had here: no fallback, one line less
-        found.append(Advice(trial.words, trial.flags, factor, changed.memory.fits))
-    return sorted(found, key=lambda advice: (not advice.fits, -advice.factor))
+    takes_long = time.perf_counter() - began_s > LONG_S and len(os.sched_getaffinity(0)) > 1
+    try_one = partial(_tried, deployment, estimate, now)
+    every = list(trials(deployment))
+    found: dict[int, Advice | None] = {}
+    with ExitStack() as stack:
+        beside: dict[int, Future[Advice | None]] = {}
+        in_a_row = {trial.beyond for trial in every} - {None}
+        alone = [n for n, t in enumerate(every) if t.beyond is None and t.words not in in_a_row]
+        if takes_long:
+            context = multiprocessing.get_context("spawn")
+            executor = stack.enter_context(ProcessPoolExecutor(1, context))
+            beside = {n: executor.submit(try_one, every[n]) for n in alone}
+        for number, trial in enumerate(every):
+            if number in alone:
+                continue
+            if trial.beyond is not None and any(
+                advice is not None
+                and advice.change == trial.beyond
+                and advice.factor < 1 + NO_EFFECT
+                for advice in found.values()
+            ):
+                continue  # what brings nothing brings nothing twice, and takes longest to plan
+            found[number] = try_one(trial)
+        for number in reversed(alone):  # the other process comes from the front
+            future = beside.get(number)
+            if future is None or future.cancel():
+                found[number] = try_one(every[number])
+            else:
+                found[number] = future.result()
+    in_order = [advice for _, advice in sorted(found.items()) if advice is not None]
+    return sorted(in_order, key=lambda advice: (not advice.fits, -advice.factor))
+
+
+def _tried(deployment: Deployment, estimate: Estimator, now: float, trial: Trial) -> Advice | None:
+    """now: tokens per second without the change. None: it is not to be had here."""
+    try:
+        shape = deployment.shape
+        if trial.request.engine.model != deployment.request.engine.model:
+            shape = find_shape(trial.request.engine)
+        changed = sized(trial.request, trial.profile, shape)
+        factor = 1.0
+        if not _is_alike(deployment, changed):
+            factor = estimate(changed).output_tokens_per_s.mid / now
+    except (ConfigError, ModelError):
+        return None  # no fallback, one line less
+    return Advice(trial.words, trial.flags, factor, changed.memory.fits)
 
 
 def _is_alike(one: Deployment, other: Deployment) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from support.randomness import fresh_seed
 
 from moeserve.config import EngineConfig, KvConfig, SchedulerConfig
 from moeserve.engine.simulation import Simulation, StepCost
+from moeserve.planner import advice
 from moeserve.planner.advice import advise
 from moeserve.planner.deployment import sized
 from moeserve.planner.plan_types import Deployment, Estimate, PlanRequest, Traffic
@@ -60,7 +63,10 @@ def test_a_schedule_timed_is_what_the_simulation_of_that_clock_does(tmp_path: Pa
         assert found.mean_kv_use == pytest.approx(wanted.mean_kv_use)
 
 
-def test_routings_and_hardware_share_their_schedules(tmp_path: Path) -> None:
+def test_routings_and_hardware_share_their_schedules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advice, "LONG_S", math.inf)  # all here
     traffic = Traffic(concurrency=3, prompt_tokens=30, output_tokens=9)
     deployment = deploy(tmp_path, traffic, EngineConfig())
     closed._steps_of.cache_clear()
@@ -79,6 +85,20 @@ def test_routings_and_hardware_share_their_schedules(tmp_path: Path) -> None:
     made = closed._steps_of.cache_info().misses - 1
     assert made <= 5
     assert num_estimates >= made + 3
+
+
+def test_advice_of_two_processes_is_that_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = deploy(
+        tmp_path, Traffic(concurrency=3, prompt_tokens=30, output_tokens=9), EngineConfig()
+    )
+    monkeypatch.setattr(advice, "LONG_S", math.inf)
+    alone = advise(deployment, simulate_quickly)
+    monkeypatch.setattr(advice, "LONG_S", 0.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert advise(deployment, simulate_quickly) == alone
+    assert len(alone) > 4
 
 
 def test_no_more_clients_are_simulated_than_can_take_turns(tmp_path: Path) -> None:
