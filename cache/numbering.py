@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from moeserve.core import ExpertKey
 
 Numbers = NDArray[np.int64]
-#: runs of layers whose numbers are kept
-MOST_KEPT = 4096
 
 
 class ExpertNumbers:
@@ -31,22 +29,13 @@ class ExpertNumbers:
         }
         # [N] which layer a number belongs to, as its place in `layers`
         self.rank = np.repeat(np.arange(len(self.layers)), self.sizes)
+        self._all_of = {
+            layer: np.arange(span.start, span.stop) for layer, span in self.span_of.items()
+        }
 
-        self._of_layers: dict[tuple[int, ...], Numbers] = {}
-
-    def of_layers(self, layers: Sequence[int]) -> Numbers:
-        """Numbers of all experts of some layers, one layer after the other; not to be changed.
-
-        Kept by what was asked for: a layer asks for the same ones in every step.
-        """
-        key = tuple(layers)
-        found = self._of_layers.get(key)
-        if found is None:
-            spans = [self.span_of[layer] for layer in key]
-            found = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-            if len(self._of_layers) < MOST_KEPT:
-                self._of_layers[key] = found
-        return found
+    def of_layers(self, layers: Iterable[int]) -> Numbers:
+        """Numbers of all experts of some layers, one layer after the other."""
+        return np.concatenate([self._all_of[layer] for layer in layers])
 
     def number(self, key: ExpertKey) -> int:
         """IndexError for an expert that the layer has not, KeyError for a layer that is none."""

@@ -213,7 +213,7 @@ class ExpertParts:
         """out [T, H] = the weighted sums; what no part gave adds nothing."""
 
     def rows(self) -> npt.NDArray[np.float32]:
-        """[T * K, H], of which parts have written their rows."""
+        """[T * K, H], of which parts have written their rows; until the next `begin`."""
 
 def sum_pairs(runtime: Runtime, pairs: _Array, ids: _Array, weights: _Array, out: _Array) -> None:
     """out [T, H]: the bits that `PackedExperts.run` gives, from the outputs of its pairs.

@@ -27,7 +27,7 @@ from moeserve.predictors.calibration import Calibration
 from moeserve.predictors.gate_lookahead import CALIBRATE_EVERY, GateLookahead, gates_ahead
 from moeserve.predictors.gates import LayerGate, MakeProduct, RowProduct, check_gates
 from moeserve.predictors.layers import LayerRing
-from moeserve.predictors.log_linear import BIAS_STEP, MOST_LOGIT, STEPS, Floats, Ids
+from moeserve.predictors.log_linear import BIAS_STEP, MOST_LOGIT, STEPS, Ids
 from moeserve.predictors.markov import MarkovPredictor, MarkovShape
 from moeserve.predictors.registry import Implementations
 from moeserve.predictors.residual_weights import ResidualWeights, TrainedPredictor
@@ -75,7 +75,7 @@ class NativeMarkovModel:
     """`predictors.markov.MarkovModel` in one native call for what is seen, one for what is said and
     one for what is learnt (`csrc/markov_model.h`)."""
 
-    def __init__(self, native: NativeRuntime, shape: MarkovShape, out: list[Floats]) -> None:
+    def __init__(self, native: NativeRuntime, shape: MarkovShape, out: list[Tensor]) -> None:
         self._runtime = native.handle
         self._model = _native.MarkovModel(
             sizes=list(shape.sizes),
@@ -86,7 +86,7 @@ class NativeMarkovModel:
             most_logit=MOST_LOGIT,
         )
         for place, chances in enumerate(out):
-            self._model.set_out(place, chances)
+            self._model.set_out(place, chances.numpy())
 
     def turn(self, links: RowLinks, num_rows: int, top_k: int) -> None:
         self._model.turn(links.rows, links.before, num_rows, top_k)

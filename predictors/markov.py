@@ -104,8 +104,9 @@ class MarkovModel(Protocol):
         """The chance of every outcome of the place that any row wants it, into its `out`."""
 
 
-#: from the shape and from each place's `out`, [outcomes]
-MakeMarkovModel = Callable[[MarkovShape, list[Floats]], MarkovModel]
+#: from the shape and from each place's `out`, [outcomes] float32. Tensors, because predictions are
+#: views of them, and who copies a predictor (`copy.deepcopy`) must get views of the copy
+MakeMarkovModel = Callable[["MarkovShape", "list[Tensor]"], MarkovModel]
 
 
 @dataclass(eq=False)
@@ -128,7 +129,7 @@ class _Said:
 class NumpyMarkovModel:
     """`MarkovModel` by numpy."""
 
-    def __init__(self, shape: MarkovShape, out: list[Floats]) -> None:
+    def __init__(self, shape: MarkovShape, out: list[Tensor]) -> None:
         self._shape, self._out = shape, out
         sizes = np.array(shape.sizes_ahead)
         # where the experts of each layer ahead begin among the outcomes: [L, depth, 1]
@@ -189,7 +190,7 @@ class NumpyMarkovModel:
             self._has_bias[place] = True
         chances = model.chances(features)
         self._said[place] = _Said(features, chances)
-        self._out[place][:] = any_row(chances)
+        self._out[place].copy_(torch.from_numpy(any_row(chances)))
 
 
 class MarkovPredictor(Predictor):
@@ -213,7 +214,7 @@ class MarkovPredictor(Predictor):
             Prediction(dict(zip(ring.ahead_around(layer), chances.split(of_layer), strict=True)))
             for layer, chances, of_layer in zip(ring.layers, out, shape.sizes_ahead, strict=True)
         ]
-        self.model = make_model(shape, [chances.numpy() for chances in out])
+        self.model = make_model(shape, out)
         self._links = RowLinks()
         self._looking_on = LookingOn()
         self._num_rows = 0

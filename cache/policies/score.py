@@ -71,7 +71,7 @@ class ScorePolicy(RankedPolicy):
         """Of all layers at once: what numpy is called for costs more than what it computes."""
         if not self._predicted:
             return
-        numbers = self.numbers.of_layers(tuple(self._predicted))
+        numbers = self.numbers.of_layers(self._predicted)
         chances = np.concatenate(list(self._predicted.values()))
         later = np.exp(self._model.log_value[numbers])
         value = self._model.gamma * (chances + (1 - chances) * later)

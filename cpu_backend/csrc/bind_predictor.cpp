@@ -223,12 +223,7 @@ class Markov {
          float bias_step, float most_logit)
       : model_(checked(std::move(sizes), depth, num_context),
                {checked_steps(std::move(steps)), bias_step, most_logit}),
-        outs_(static_cast<std::size_t>(model_.num_layers())) {
-    for (int place = 0; place < model_.num_layers(); ++place) {
-      own_.emplace_back(static_cast<std::size_t>(model_.num_outcomes(place)));
-      model_.set_out(place, own_.back().data());
-    }
-  }
+        outs_(static_cast<std::size_t>(model_.num_layers())) {}
 
   void set_out(int place, Array out) {
     check_place(place, model_.num_layers());
@@ -264,14 +259,15 @@ class Markov {
   }
 
   void learn(Runtime &runtime) {
-    const PythonLockGivenUp without(model_.learn_is_brief());
+    const PythonLockGivenUp without(model_.rows_to_learn(), model_.row_bytes());
     model_.learn(runtime);
   }
 
   void say(Runtime &runtime, int place) {
     check_place(place, model_.num_layers());
     if (model_.num_rows() == 0) refuse("place", "no rows were seen there");
-    const PythonLockGivenUp without(model_.say_is_brief());
+    if (!model_.has_out(place)) refuse("place", "call set_out first");
+    const PythonLockGivenUp without(model_.num_rows(), model_.row_bytes());
     model_.say(runtime, place);
   }
 
@@ -313,7 +309,6 @@ class Markov {
   }
 
   MarkovModel model_;
-  std::vector<std::vector<float>> own_;  // where nobody has said where results go
   std::vector<Array> outs_;
 };
 

@@ -55,13 +55,9 @@ std::int32_t *MarkovModel::chosen(std::int64_t row, int place) {
              static_cast<std::size_t>(top_k_);
 }
 
-std::int64_t MarkovModel::bytes_of_row() const {
-  return std::int64_t{shape_.num_context} * top_k_ * shape_.depth * widest_ *
-         static_cast<std::int64_t>(sizeof(float));
-}
-
-bool MarkovModel::learn_is_brief() const {
-  return to_learn_.empty() || to_learn_.front().num_rows * bytes_of_row() < kBriefBytes;
+std::size_t MarkovModel::row_bytes() const {
+  const int read = shape_.num_context * top_k_ * shape_.depth * widest_;
+  return static_cast<std::size_t>(read) * sizeof(float);
 }
 
 void MarkovModel::turn(const std::int64_t *rows, const std::int64_t *before,

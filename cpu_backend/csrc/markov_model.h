@@ -39,8 +39,10 @@ class MarkovModel {
   int num_outcomes(int place) const { return places_[static_cast<std::size_t>(place)].outcomes; }
   std::int64_t num_rows() const { return num_rows_; }
   int top_k() const { return top_k_; }
-  // Where `say` writes: [num_outcomes], experts of the layers ahead one after the other.
+  // Where `say` writes, before it is called: [num_outcomes], experts of the layers ahead one after
+  // the other.
   void set_out(int place, float *out) { places_[static_cast<std::size_t>(place)].out = out; }
+  bool has_out(int place) const { return places_[static_cast<std::size_t>(place)].out != nullptr; }
 
   // A step of that many rows begins. Row rows[i] of it goes on from row before[i] of the last one.
   void turn(const std::int64_t *rows, const std::int64_t *before, std::int64_t num_linked,
@@ -53,12 +55,11 @@ class MarkovModel {
   void learn(Runtime &runtime);
   // The chance of every outcome that any row wants it, into the place's out.
   void say(Runtime &runtime, int place);
-  bool say_is_brief() const { return num_rows_ * bytes_of_row() < kBriefBytes; }
-  bool learn_is_brief() const;
+  // What a row of either reads, and how many rows `learn` has to look at.
+  std::size_t row_bytes() const;
+  std::int64_t rows_to_learn() const { return to_learn_.empty() ? 0 : to_learn_.front().num_rows; }
 
  private:
-  static constexpr std::int64_t kBriefBytes = 256 * 1024;
-
   // What a layer has said of the next ones, and from what.
   struct Said {
     int place = -1;
@@ -86,7 +87,6 @@ class MarkovModel {
     std::int32_t feature, row;
   };
 
-  std::int64_t bytes_of_row() const;
   std::int32_t *chosen(std::int64_t row, int place);
   void find_chances(const Place &place, const std::int32_t *features, float *chances) const;
   void correct(Place &place, const Said &said, std::size_t first, std::size_t stop, float *sum);

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +16,7 @@ from moeserve.experts.schedule.profile import Figure, Processor, Profile
 from moeserve.planner.deployment import sized
 from moeserve.planner.lookup import find_shape
 from moeserve.planner.plan_types import Advice, Deployment, Estimate, PlanRequest
+from moeserve.planner.second_process import second_process
 from moeserve.planner.step_costs import on_other_cpu
 
 #: of a change of hardware
@@ -50,7 +49,7 @@ def advise(deployment: Deployment, estimate: Estimator) -> list[Advice]:
     """
     began_s = time.perf_counter()
     now = estimate(deployment).output_tokens_per_s.mid
-    takes_long = time.perf_counter() - began_s > LONG_S and len(os.sched_getaffinity(0)) > 1
+    takes_long = time.perf_counter() - began_s > LONG_S
     try_one = partial(_tried, deployment, estimate, now)
     every = list(trials(deployment))
     found: dict[int, Advice | None] = {}
@@ -58,9 +57,7 @@ def advise(deployment: Deployment, estimate: Estimator) -> list[Advice]:
         beside: dict[int, Future[Advice | None]] = {}
         in_a_row = {trial.beyond for trial in every} - {None}
         alone = [n for n, t in enumerate(every) if t.beyond is None and t.words not in in_a_row]
-        if takes_long:
-            context = multiprocessing.get_context("spawn")
-            executor = stack.enter_context(ProcessPoolExecutor(1, context))
+        if takes_long and (executor := second_process(stack)) is not None:
             beside = {n: executor.submit(try_one, every[n]) for n in alone}
         for number, trial in enumerate(every):
             if number in alone:

@@ -228,6 +228,8 @@ def test_markov_refuses_what_does_not_fit(native: NativeRuntime) -> None:
         found.say(native.handle, 2)
     with pytest.raises(ValueError, match=r"out: shape \[4\], expected \[5\]"):
         found.set_out(0, np.zeros(4, np.float32))
+    with pytest.raises(ValueError, match="place: call set_out first"):
+        found.say(native.handle, 0)
     found.learn(native.handle)  # there is nothing to learn
 
 

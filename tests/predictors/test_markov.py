@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -277,3 +278,28 @@ def test_it_looks_on_in_two_of_eight_steps_one_after_the_other() -> None:
     looking_on = LookingOn()
     steps = [[looking_on.looks(layer) for layer in (1, 4)] for _ in range(24)]
     assert steps == ([[True, True]] * 2 + [[False, False]] * 6) * 3
+
+
+def test_a_copy_goes_on_as_the_predictor_does_and_by_itself() -> None:
+    rng, _ = fresh_generators()
+    sizes = dict.fromkeys(range(4), 6)
+    predictor = MarkovPredictor(sizes, 2)
+
+    def ask(of: MarkovPredictor, layer: int, ids: Ids) -> dict[int, torch.Tensor]:
+        found = of.predict(layer, NO_HIDDEN_STATE, routing(ids)).probabilities
+        return {ahead: chances.clone() for ahead, chances in found.items()}
+
+    for _ in range(20):
+        for layer in sizes:
+            ask(predictor, layer, random_rows(rng, 1, 6, 2))
+    other = deepcopy(predictor)
+    before = ask(predictor, 0, np.array([[0, 1]]))
+    for layer in sizes:
+        ids = np.array([[0, 1]]) if layer == 0 else random_rows(rng, 1, 6, 2)
+        expected = before if layer == 0 else ask(predictor, layer, ids)
+        found = ask(other, layer, ids)
+        for ahead, chances in expected.items():
+            assert torch.equal(found[ahead], chances)
+    assert not torch.equal(
+        ask(predictor, 0, np.array([[2, 3]]))[1], ask(other, 0, np.array([[4, 5]]))[1]
+    )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +14,7 @@ from moeserve.engine.batch import ScheduledBatch
 from moeserve.engine.simulation import Arrival, Simulation
 from moeserve.planner.deployment import kv_blocks_of
 from moeserve.planner.plan_types import Deployment, Limit, ModelShape, PlanRequest
+from moeserve.planner.second_process import second_process
 from moeserve.planner.simulate.clock import EngineClock
 from moeserve.planner.simulate.routing import SimulatedRouting
 from moeserve.planner.simulate.system import (
@@ -110,10 +108,8 @@ def _begin_ends(
     them, until the stack is unwound: they are two of three simulations."""
     simulated = partial(_ends, deployment, workload, slo, routing, error)
     num_tokens = workload.prompt_tokens + workload.output_tokens
-    if num_tokens < APART_TOKENS or len(os.sched_getaffinity(0)) < 2:
-        return simulated
-    context = multiprocessing.get_context("spawn")
-    return stack.enter_context(ProcessPoolExecutor(1, context)).submit(simulated).result
+    executor = None if num_tokens < APART_TOKENS else second_process(stack)
+    return simulated if executor is None else executor.submit(simulated).result
 
 
 def _ends(
