@@ -215,12 +215,6 @@ class ExpertParts:
     def rows(self) -> npt.NDArray[np.float32]:
         """[T * K, H], of which parts have written their rows; until the next `begin`."""
 
-def sum_pairs(runtime: Runtime, pairs: _Array, ids: _Array, weights: _Array, out: _Array) -> None:
-    """out [T, H]: the bits that `PackedExperts.run` gives, from the outputs of its pairs.
-
-    pairs: [T * K, H] float32, what each of ids [T, K] int64 gives for its token; weights [T, K].
-    """
-
 def rms_norm(runtime: Runtime, x: _Array, weight: _Array, eps: float, out: _Array) -> None:
     """out = x / sqrt(mean(x^2) + eps) * weight, row by row."""
 

@@ -9,7 +9,6 @@
 #include "decoder.h"
 #include "expert_parts.h"
 #include "packed_objects.h"
-#include "pair_sum.h"
 #include "python_lock.h"
 #include "tensor.h"
 
@@ -17,34 +16,6 @@ namespace nb = nanobind;
 
 namespace moeserve {
 namespace {
-
-void sum_expert_pairs(Runtime &runtime, const Tensor &pairs, const Tensor &ids,
-                      const Tensor &weights, const Tensor &out) {
-  PairSum sum = {};
-  check_dtype<std::int64_t>(ids, "ids", "int64");
-  check_contiguous(ids, "ids");
-  if (ids.ndim() != 2) refuse("ids", "must have two dimensions");
-  sum.num_tokens = static_cast<std::int64_t>(ids.shape(0));
-  sum.top_k = static_cast<int>(ids.shape(1));
-  sum.ids = static_cast<const std::int64_t *>(ids.data());
-  check_dtype<float>(weights, "weights", "float32");
-  check_contiguous(weights, "weights");
-  check_rows(weights, "weights", sum.num_tokens, sum.top_k);
-  sum.weights = static_cast<const float *>(weights.data());
-  if (out.ndim() != 2) refuse("out", "must have two dimensions");
-  sum.hidden = static_cast<std::int64_t>(out.shape(1));
-  sum.y_dtype = float_dtype(out, "out");
-  check_rows(out, "out", sum.num_tokens, sum.hidden);
-  check_contiguous(out, "out");
-  sum.y = out.written("out");
-  check_dtype<float>(pairs, "pairs", "float32");
-  check_contiguous(pairs, "pairs");
-  check_rows(pairs, "pairs", sum.num_tokens * sum.top_k, sum.hidden);
-  sum.pairs = static_cast<const float *>(pairs.data());
-  const auto pair_bytes = static_cast<std::size_t>(sum.hidden) * sizeof(float);
-  const PythonLockGivenUp without(sum.num_tokens * sum.top_k, pair_bytes);
-  if (sum.num_tokens > 0) sum_pairs(runtime, sum);
-}
 
 // ExpertParts for arrays that stay alive and unchanged from `begin` to `total`.
 class Parts {
@@ -58,10 +29,7 @@ class Parts {
     job.num_tokens = static_cast<std::int64_t>(x.shape(0));
     job.x = x.data();
     job.x_stride = job.num_tokens > 1 ? x.stride(0) : 0;
-    check_dtype<std::int64_t>(ids, "ids", "int64");
-    check_contiguous(ids, "ids");
-    job.top_k = ids.ndim() == 2 ? static_cast<int>(ids.shape(1)) : -1;
-    check_rows(ids, "ids", job.num_tokens, job.top_k);
+    job.top_k = check_choices(ids, job.num_tokens);
     job.ids = static_cast<const std::int64_t *>(ids.data());
     for (std::int64_t i = 0; i < job.num_pairs(); ++i) {
       if (job.ids[i] < 0) refuse("ids", std::to_string(job.ids[i]) + " is below 0");
@@ -187,9 +155,6 @@ void bind_products(nb::module_ &m) {
       .def("total", &Parts::total, nb::arg("runtime"), nb::arg("weights"), nb::arg("out"),
            "out [T, H] = the weighted sums; what no part gave adds nothing.")
       .def("rows", &Parts::rows, "[T * K, H] float32, of which parts have written their rows.");
-  m.def("sum_pairs", &sum_expert_pairs, nb::arg("runtime"), nb::arg("pairs"), nb::arg("ids"),
-        nb::arg("weights"), nb::arg("out"),
-        "out [T, H] = what `run` gives, from the pairs' outputs [T * K, H]; see pair_sum.h.");
   m.def("rms_norm", &norm_rows, nb::arg("runtime"), nb::arg("x"), nb::arg("weight"), nb::arg("eps"),
         nb::arg("out"), "out = x / sqrt(mean(x^2) + eps) * weight, row by row.");
 }

@@ -19,6 +19,7 @@ void bind_products(nanobind::module_ &m);
 void bind_attention(nanobind::module_ &m);
 void bind_decoder(nanobind::module_ &m);
 void bind_predictor(nanobind::module_ &m);
+void bind_markov(nanobind::module_ &m);
 void bind_huge_pages(nanobind::module_ &m);
 
 using Array = nanobind::ndarray<nanobind::device::cpu>;
@@ -26,6 +27,13 @@ using ConstArray = nanobind::ndarray<nanobind::ro, nanobind::device::cpu>;
 
 [[noreturn]] inline void refuse(const char *name, const std::string &problem) {
   throw std::invalid_argument(std::string(name) + ": " + problem);
+}
+
+// place: of a layer among the MoE layers.
+inline void check_place(int place, int num_layers) {
+  if (place < 0 || place >= num_layers) {
+    refuse("place", std::to_string(place) + " is not within 0.." + std::to_string(num_layers - 1));
+  }
 }
 
 template <class A>
@@ -91,6 +99,16 @@ void check_contiguous(const A &array, const char *name) {
     }
     step *= static_cast<std::int64_t>(array.shape(i));
   }
+}
+
+// What each of `rows` rows chose, ids [rows, K]: K.
+template <class A>
+int check_choices(const A &ids, std::int64_t rows) {
+  check_dtype<std::int64_t>(ids, "ids", "int64");
+  check_contiguous(ids, "ids");
+  const int top_k = ids.ndim() == 2 ? static_cast<int>(ids.shape(1)) : -1;
+  check_rows(ids, "ids", rows, top_k);
+  return top_k;
 }
 
 template <class A>

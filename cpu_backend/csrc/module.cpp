@@ -15,5 +15,6 @@ NB_MODULE(_native, m) {
   moeserve::bind_attention(m);
   moeserve::bind_decoder(m);
   moeserve::bind_predictor(m);
+  moeserve::bind_markov(m);
   moeserve::bind_huge_pages(m);
 }

@@ -128,13 +128,10 @@ class PackedExperts {
     job.num_tokens = static_cast<std::int64_t>(x.shape(0));
     job.x = x.data();
     job.x_stride = job.num_tokens > 1 ? x.stride(0) : 0;
-    check_dtype<std::int64_t>(ids, "ids", "int64");
-    check_contiguous(ids, "ids");
     ExpertChoice &choice = job.lists[0];
     job.num_lists = 1;
     choice.experts = &experts_;
-    choice.top_k = ids.ndim() == 2 ? static_cast<int>(ids.shape(1)) : -1;
-    check_rows(ids, "ids", job.num_tokens, choice.top_k);
+    choice.top_k = check_choices(ids, job.num_tokens);
     choice.ids = static_cast<const std::int64_t *>(ids.data());
     check_dtype<float>(weights, "weights", "float32");
     check_contiguous(weights, "weights");

@@ -41,15 +41,16 @@ def test_parts_in_any_order_give_the_bits_of_one_call(
 
     rows = x.repeat_interleave(top_k, dim=0)
     ids = routing.ids.reshape(-1, 1)
-    pairs = torch.full((num_tokens * top_k, hidden), torch.nan)
+    parts = native.ExpertParts()
+    parts.begin(x, routing.ids)
     for expert in rng.sample(range(8), 8):
         own = (ids[:, 0] == expert).nonzero()[:, 0]
         part = torch.empty(len(own), hidden)
         ones = torch.ones(len(own), 1)
         layer.native.run(runtime(isa, 2), rows[own], ids[own], ones, None, part)
-        pairs[own] = part
+        parts.put(own, part)
     summed = torch.empty_like(whole)
-    native.sum_pairs(runtime(isa, rng.randint(1, 3)), pairs, routing.ids, routing.weights, summed)
+    parts.total(runtime(isa, rng.randint(1, 3)), routing.weights, summed)
     assert torch.equal(summed, whole)
 
 
@@ -97,6 +98,10 @@ def test_parts_refuse_what_does_not_fit() -> None:
         parts.begin(x, ids[:1])
     with pytest.raises(ValueError, match="ids: -1 is below 0"):
         parts.begin(x, ids - 1)
+    with pytest.raises(ValueError, match="ids: must be int64"):
+        parts.begin(x, ids.int())
+    parts.begin(x[:0], ids[:0])  # no rows are a job, too
+    parts.total(own, weights[:0], out[:0])
     parts.begin(x, ids)
     with pytest.raises(ValueError, match=r"ids: 5 is not within 0\.\.3"):
         parts.add(own, layer, [5])
@@ -136,15 +141,3 @@ def test_a_cleared_record_is_refused_until_it_is_set_again() -> None:
     for expert in (-1, 4):
         with pytest.raises(ValueError, match="out of range"):
             layer.native.clear_record(expert)
-
-
-def test_sums_of_arrays_that_do_not_fit_are_refused() -> None:
-    handle = runtime("scalar")
-    ids, weights, out = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3), torch.empty(2, 20)
-    with pytest.raises(ValueError, match="pairs: shape"):
-        native.sum_pairs(handle, torch.zeros(5, 20), ids, weights, out)
-    with pytest.raises(ValueError, match="weights: shape"):
-        native.sum_pairs(handle, torch.zeros(6, 20), ids, torch.ones(2, 2), out)
-    with pytest.raises(ValueError, match="ids: must be int64"):
-        native.sum_pairs(handle, torch.zeros(6, 20), ids.int(), weights, out)
-    native.sum_pairs(handle, torch.zeros(0, 20), ids[:0], weights[:0], out[:0])
