@@ -21,7 +21,8 @@ from moeserve.bench.serve_replay import DEFAULT_VOCAB_SIZE, replay
 from moeserve.bench.serve_targets import HttpTarget, Target, ZmqTarget
 from moeserve.core import ConfigError
 from moeserve.environment import read_environment
-from moeserve.planner.workload import Workload, add_workload_flags, workload_of
+from moeserve.planner.workload import Workload
+from moeserve.planner.workload_flags import add_workload_flags, workload_of
 from moeserve.planner.workload_outcome import Answer, Outcome, SloTargets, outcome_rows
 
 

@@ -23,7 +23,7 @@ from moeserve.planner.plan_types import (
     check_predictor,
 )
 from moeserve.planner.printing import printing
-from moeserve.planner.workload import add_workload_flags, workload_if_any
+from moeserve.planner.workload_flags import add_workload_flags, workload_if_any
 from moeserve.planner.workload_outcome import SloTargets
 
 if TYPE_CHECKING:

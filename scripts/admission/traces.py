@@ -8,7 +8,8 @@ from pathlib import Path
 
 from moeserve.config import SchedulerConfig
 from moeserve.engine.simulation import Arrival
-from moeserve.planner.workload import MOONCAKE_BLOCK, WorkloadRequest, read_workload
+from moeserve.planner.workload import MOONCAKE_BLOCK, WorkloadRequest
+from moeserve.planner.workload_files import read_workload
 
 #: the first request of each window
 WINDOWS = {

@@ -14,7 +14,8 @@ from moeserve.bench.serve_replay import prompt_of, replay
 from moeserve.bench.serve_targets import HttpTarget, ZmqTarget
 from moeserve.cli import main
 from moeserve.core import ConfigError
-from moeserve.planner.workload import Workload, WorkloadRequest, read_workload
+from moeserve.planner.workload import Workload, WorkloadRequest
+from moeserve.planner.workload_files import read_workload
 from moeserve.planner.workload_outcome import Answer, Outcome, SloTargets
 
 REQUESTS = tuple(WorkloadRequest(0.01 * rank, 3 + rank, 2 + rank % 4) for rank in range(10))

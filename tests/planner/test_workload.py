@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from moeserve.core import ConfigError
-from moeserve.planner.workload import WorkloadRequest, read_workload
+from moeserve.planner.workload import WorkloadRequest
+from moeserve.planner.workload_files import read_workload
 
 AZURE = (
     "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
