@@ -25,7 +25,7 @@ from moeserve.core import (
 from moeserve.cpu_backend._native import usable_isa_extensions
 from moeserve.cpu_backend.threads import use_threads
 from moeserve.engine.batch import SampledToken, ScheduledBatch, StepResult
-from moeserve.engine.heap import trim_heap
+from moeserve.engine.heap import map_large_blocks, trim_heap
 from moeserve.engine.host_memory import HostMemory
 from moeserve.engine.kv_blocks import BlockManager
 from moeserve.engine.kv_sizes import kv_sizes
@@ -111,6 +111,7 @@ class Engine:
 
         Raises ModelError or ConfigError. progress gets (stage, 0..1). check: see `load_model`.
         """
+        map_large_blocks()
         threads = use_threads(config.experts.num_threads)
         loaded = load_model(config.model, config.experts, progress, check)
         loaded.notes["threads"] = f"{threads.num_threads} ({threads.reason})"
