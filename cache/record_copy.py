@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from moeserve.cache.tiers.source import RecordCheck, StoreError
+from moeserve.cache.tiers.source import RecordCheck, RecordMemory, StoreError
 from moeserve.cache.types import Load
 
 
@@ -28,7 +28,7 @@ class RecordCopy:
 
     load: Load
     urgency: Urgency
-    record: memoryview
+    record: RecordMemory
     check: RecordCheck
     begun_s: float
     given: int = 0

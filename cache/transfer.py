@@ -24,12 +24,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moeserve.cache.expert_cache import Load
 from moeserve.cache.record_copy import RecordCopy, Urgency
-from moeserve.cache.tiers.source import ExpertSource, StoreError
+from moeserve.cache.tiers.source import RecordSource, SlotMemory, StoreError
 from moeserve.cache.transfer_stats import TransferStats
 from moeserve.core import ExpertKey
 from moeserve.timeline import Timeline
@@ -57,8 +54,8 @@ class Transfers:
 
     def __init__(
         self,
-        source: ExpertSource,
-        slot: Callable[[int], NDArray[np.uint8]],
+        source: RecordSource,
+        slot: Callable[[int], SlotMemory],
         num_threads: int,
         chunk_bytes: int,
         timeline: Timeline | None = None,

@@ -163,6 +163,7 @@ class PackedExperts:
         self.gate_up_form = gate_up_form
         self.down_form = down_form = down_form or gate_up_form
         gate_up, down, self.native = _expert_layouts(spec, gate_up_form, down_form)
+        self.gate_up_layout, self.down_layout = gate_up, down
         self.record_bytes: int = self.native.record_bytes
         self._gate_up_rows = _interleaved_rows(spec.intermediate_size)
         shape = (spec.num_experts, self.record_bytes)

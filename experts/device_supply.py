@@ -10,7 +10,7 @@ import numpy as np
 from moeserve.cache.expert_cache import ExpertCache
 from moeserve.cache.types import CacheError, ExpertState, Load, Residency
 from moeserve.core import ExpertKey, LayerUse, Placement
-from moeserve.experts.device.emulated import EmulatedDevice
+from moeserve.experts.device.device import Device
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler
 from moeserve.experts.stats import cache_stats, link_stats
 from moeserve.experts.supply import ExpertSupply, Group, Supplied
@@ -25,7 +25,7 @@ class DeviceSupply(ExpertSupply):
     host tier. What loses its slot here just goes.
     """
 
-    def __init__(self, cache: ExpertCache, device: EmulatedDevice) -> None:
+    def __init__(self, cache: ExpertCache, device: Device) -> None:
         self.cache = cache
         self.device = device
         self.host = device.source
@@ -51,13 +51,11 @@ class DeviceSupply(ExpertSupply):
         lease = self.cache.acquire(placement)
         lease.until(device.is_idle)
         with lease as slots:
-            now_us = device.clock.now_us()
-            for expert in placement.fetch_first:
-                device.link.promote(ExpertKey(layer, expert), now_us)
+            device.promote([ExpertKey(layer, expert) for expert in placement.fetch_first])
             with closing(self._groups(placement, slots.loads)) as groups:
                 next(groups)
                 yield Supplied(slots, groups)
-        device.clock.end_layer()
+        device.end_layer()
         self.collect()
 
     def prefetch(self, loads: Sequence[Load]) -> None:
@@ -80,19 +78,15 @@ class DeviceSupply(ExpertSupply):
         """Calls off prefetches that have not begun, and lets go of what those are done with that
         are complete."""
         self._collect_copies()
-        for load in self.device.link.cancel_prefetches():
+        for load in self.device.cancel_prefetches():
             self.cache.abandon(load.key)
             self.host.unpin(load.key)
 
     def wait_for_copy(self) -> bool:
         """Until one more copy is complete; False where none is under way."""
-        clock = self.device.clock
-        end_us = self.device.link.next_end_us(clock.now_us())
-        if end_us is None:
-            return False
-        clock.wait_until(end_us)
+        found = self.device.wait_for_copy()
         self._collect_copies()
-        return True
+        return found
 
     def resize(self, num_slots: int) -> None:
         """More or fewer slots, at once as far as they are not in use, the rest when they are free.
@@ -109,19 +103,20 @@ class DeviceSupply(ExpertSupply):
             self.device.slots.give_back(slot)
 
     def stats(self) -> tuple[list[CacheStats], list[LinkStats]]:
-        """Times of the link are those of the emulated one."""
+        """Times of the link are by the device's clock."""
         caches, links = self.host.stats()
         return (
             [cache_stats(self.cache, self.device.slots.slot_bytes), *caches],
-            [link_stats(self.cache.tier, self.cache.numbers, self.device.link.stats), *links],
+            [link_stats(self.cache.tier, self.cache.numbers, self.device.link_stats()), *links],
         )
 
     def check_integrity(self) -> None:
         self.collect()
         self.cache.check_integrity()
-        self.host.check_integrity(self.device.link.keys())
+        self.host.check_integrity(self.device.copying())
 
     def close(self) -> None:
+        self.device.close()
         self.host.close()
 
     def _groups(self, placement: Placement, loads: Sequence[Load]) -> Generator[Group, None, None]:

@@ -1,4 +1,5 @@
-"""Sets up an emulated device tier over the host: slots, clock, costs, schedulers."""
+"""Sets up a device tier over the host: slots, costs, schedulers; and the clock of one that is
+emulated."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.experts.cpu_costs import measure_cpu
 from moeserve.experts.device.clock import EmulatedClock, ModelledClock, RealCpuClock
+from moeserve.experts.device.device import Device
 from moeserve.experts.device.emulated import EmulatedDevice
 from moeserve.experts.device.modelled_reads import ModelledReads
 from moeserve.experts.device_supply import DeviceSupply, FittingPlacement
@@ -67,9 +69,10 @@ def build_device_tier(
     below: DiskTier | None = None,
     workers: WorkerPool | None = None,
 ) -> DeviceTier:
-    """layers: the experts of each MoE layer. rest_bytes: weights of everything else, which would
-    stand on the device; shared_bytes: the shared experts among them. below: host memory over the
-    disk, where it does not hold all experts. workers: processes that compute some of them.
+    """An emulated device. layers: the experts of each MoE layer. rest_bytes: weights of everything
+    else, which would stand on the device; shared_bytes: the shared experts among them. below: host
+    memory over the disk, where it does not hold all experts. workers: processes that compute some
+    of them.
 
     Raises ConfigError where no slot fits, or the profile says nothing of a device.
     """
@@ -81,24 +84,47 @@ def build_device_tier(
         clock = ModelledClock(rest_us)
         shared_us = read_on_device_us(sheet, shared_bytes // len(layers))
         costs = {n: dataclasses.replace(each, shared_us=shared_us) for n, each in costs.items()}
-    policy = config.tier_policy
-    slot_bytes = max(experts.record_bytes for experts in layers.values())
-    num_experts = {layer: experts.spec.num_experts for layer, experts in layers.items()}
-    total = sum(num_experts.values())
-    num_slots = min(total, _num_slots(config, slot_bytes))
-    check_floor(config.layer_floor, len(num_experts), num_slots)
-    cache = ExpertCache(
-        Tier.DEVICE, num_experts, num_slots, build_policy(policy, num_experts), config.layer_floor
-    )
+    cache = device_cache(config, layers)
     host: HostSide = WholeHost(layers)
     if below is not None:
         host = HostOverDisk(below.supply, clock.now_us)
         if config.emulate_cpu:
             _read_by_model(below.supply, costs, clock, watch.timeline)
-        else:  # the disk's time is as real as the CPU's
-            disk = {layer: each.disk for layer, each in below.intra.costs.items()}
-            costs = {n: dataclasses.replace(each, disk=disk[n]) for n, each in costs.items()}
-    device = emulated_device(clock, layers, costs, num_slots, watch, host)
+        else:
+            costs = with_disk(costs, below)
+    device = emulated_device(clock, layers, costs, cache.num_slots, watch, host)
+    cpu_time = "its CPU's time, too" if config.emulate_cpu else "the CPU's time is real"
+    what = f"emulated: {_device_name(sheet)} by {config.device_profile}; {cpu_time}"
+    return assemble(config, cache, device, costs, what, below, workers)
+
+
+def device_cache(config: ExpertConfig, layers: Mapping[int, PackedExperts]) -> ExpertCache:
+    """The books of the slots that the config asks for; no more than there are experts."""
+    slot_bytes = max(experts.record_bytes for experts in layers.values())
+    num_experts = {layer: experts.spec.num_experts for layer, experts in layers.items()}
+    num_slots = min(sum(num_experts.values()), _num_slots(config, slot_bytes))
+    check_floor(config.layer_floor, len(num_experts), num_slots)
+    policy = build_policy(config.tier_policy, num_experts)
+    return ExpertCache(Tier.DEVICE, num_experts, num_slots, policy, config.layer_floor)
+
+
+def with_disk(costs: Mapping[int, CostModel], below: DiskTier) -> dict[int, CostModel]:
+    """With the times of reads from a disk that is there."""
+    disk = {layer: each.disk for layer, each in below.intra.costs.items()}
+    return {n: dataclasses.replace(each, disk=disk[n]) for n, each in costs.items()}
+
+
+def assemble(
+    config: ExpertConfig,
+    cache: ExpertCache,
+    device: Device,
+    costs: Mapping[int, CostModel],
+    what: str,
+    below: DiskTier | None = None,
+    workers: WorkerPool | None = None,
+) -> DeviceTier:
+    """The schedulers of a device over host memory, or over that and the disk. what: the device, in
+    words."""
     supply = DeviceSupply(cache, device)
     depth = config.layers_ahead
     may_copy = whatever if workers is None else not_held(workers, cache.numbers)
@@ -109,15 +135,15 @@ def build_device_tier(
         intra = over_disk = PlacementOverDisk(costs, below.cache.residency, device.loading_us)
         to_device = prefetch_to_device(supply, intra, depth, may_copy)
         inter = TieredPrefetch(
-            to_device, _prefetch_to_host(below.supply, over_disk, clock, depth), cache
+            to_device, _prefetch_to_host(below.supply, over_disk, device, depth), cache
         )
-    cpu_time = "its CPU's time, too" if config.emulate_cpu else "the CPU's time is real"
     others = "all are in host memory" if below is None else "copies of what host memory holds"
+    num_slots, total = cache.num_slots, cache.numbers.total
     notes = {
-        "device": f"emulated: {_device_name(sheet)} by {config.device_profile}; {cpu_time}",
+        "device": what,
         "device_experts": f"{num_slots} of {total} ({num_slots / total:.0%}) have room,"
-        f" {slot_bytes} bytes each; {others}",
-        "device_policy": policy,
+        f" {device.slots.slot_bytes} bytes each; {others}",
+        "device_policy": config.tier_policy,
     }
     return DeviceTier(cache, supply, FittingPlacement(intra, cache), inter, notes)
 
@@ -146,16 +172,16 @@ def prefetch_to_device(
         supply.cache,
         intra,
         supply.prefetch,
-        lambda: device.link.stats.busy_s,
+        device.link_busy_s,
         depth,
-        lambda: device.clock.now_us() / 1e6,
+        lambda: device.now_us() / 1e6,
         lambda numbers: supply.host.which_ready(numbers) & may_copy(numbers),
         device.link_left_us,
     )
 
 
 def _prefetch_to_host(
-    disk: DiskSupply, intra: PlacementOverDisk, clock: EmulatedClock, depth: int
+    disk: DiskSupply, intra: PlacementOverDisk, device: Device, depth: int
 ) -> WatchedPrefetch:
     """From disk, of what does not stand on the device."""
     return WatchedPrefetch(
@@ -164,7 +190,7 @@ def _prefetch_to_host(
         disk.begin_prefetch,
         disk.busy_s,
         depth,
-        lambda: clock.now_us() / 1e6,
+        lambda: device.now_us() / 1e6,
     )
 
 
@@ -177,12 +203,12 @@ def _costs(
     _device_name(sheet)  # there is one
     profile = sheet
     if not config.emulate_cpu:
-        cpu = measure_cpu(native, _copies_of_some(native, next(iter(layers.values()))))
+        cpu = measure_cpu(native, copies_of_some(native, next(iter(layers.values()))))
         profile = with_emulated_device(replace(sheet, cpu=cpu), sheet)
     return {layer: costs_of(profile, experts) for layer, experts in layers.items()}
 
 
-def _copies_of_some(native: NativeRuntime, experts: PackedExperts) -> PackedExperts:
+def copies_of_some(native: NativeRuntime, experts: PackedExperts) -> PackedExperts:
     """Enough of a layer's experts to measure with, read from wherever they are."""
     count = min(experts.spec.num_experts, NUM_MEASURED)
     spec = dataclasses.replace(experts.spec, num_experts=count)

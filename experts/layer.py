@@ -9,7 +9,10 @@ from torch import Tensor
 from moeserve.core import ExpertSpec, ExpertWeights, Routing
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.experts.device.emulated import EmulatedDevice
+from moeserve.experts.device.torch_device import TorchDevice
 from moeserve.experts.device.torch_grouped import GroupedExperts
+from moeserve.experts.device_executor import DeviceExecutor, HostRouting
 from moeserve.experts.device_supply import DeviceSupply
 from moeserve.experts.executor import Executor
 from moeserve.experts.hybrid_executor import HybridExecutor
@@ -18,7 +21,7 @@ from moeserve.experts.router import Router, RouterSpec, RouterWeights
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
 
-AnyExecutor: TypeAlias = Executor | HybridExecutor | RemoteExecutor
+AnyExecutor: TypeAlias = Executor | HybridExecutor | DeviceExecutor | RemoteExecutor
 
 
 class Routes(Protocol):
@@ -37,12 +40,12 @@ class MoELayer:
     def __init__(
         self,
         layer: int,
-        router: Router,
+        router: Routes,
         executor: AnyExecutor,
         runtime: ExpertRuntime,
     ) -> None:
         self.layer = layer
-        self.router: Routes = router
+        self.router = router
         self.executor = executor
         self.cache = runtime.cache
         self.supply = runtime.supply
@@ -94,20 +97,22 @@ def build_moe_layer(
     expert_weights: ExpertWeights | PackedExperts,
     runtime: ExpertRuntime,
 ) -> MoELayer:
-    """One MoE layer on tensors that are on `runtime.device` already; it copies none of them.
+    """One MoE layer on tensors that are on `runtime.device` already, where packed experts may be in
+    host memory; it copies none of them.
 
     Raises ModelError where tensors and specs do not fit each other.
     """
     check_expert_weights(expert_spec, expert_weights, layer)
-    router = Router(router_spec, router_weights)
-    if runtime.device.type != "cpu":
-        assert isinstance(expert_weights, ExpertWeights), "packed weights are for the CPU"
+    router: Routes = Router(router_spec, router_weights)
+    if runtime.device.type != "cpu" and isinstance(expert_weights, ExpertWeights):
         first_slot = min(runtime.cache.slots(layer).slots)
         device = GroupedExperts(expert_spec, expert_weights, first_slot)
         return MoELayer(layer, router, Executor(runtime.backend, device, runtime.watch), runtime)
     runtime.backend.add_layer(layer, expert_spec, expert_weights)
     if isinstance(expert_weights, PackedExperts):
         runtime.add_layer(layer, expert_weights)
+    if isinstance(runtime.supply, DeviceSupply) and isinstance(runtime.supply.device, TorchDevice):
+        router = HostRouting(router)
     return MoELayer(layer, router, _executor(runtime), runtime)
 
 
@@ -116,7 +121,10 @@ def _executor(runtime: ExpertRuntime) -> AnyExecutor:
     backend, supply, watch = runtime.backend, runtime.supply, runtime.watch
     local: Executor | HybridExecutor = Executor(backend, None, watch)
     if isinstance(supply, DeviceSupply):
-        assert isinstance(backend, NativeBackend), "device and CPU share the native kernels"
+        assert isinstance(backend, NativeBackend), "device and CPU read the same packed records"
+        if isinstance(supply.device, TorchDevice):
+            return DeviceExecutor(backend, supply.device, watch)
+        assert isinstance(supply.device, EmulatedDevice)
         local = HybridExecutor(backend, supply.device, watch)
     if runtime.workers is None:
         return local

@@ -21,6 +21,7 @@ from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.cpu_backend.torch_backend import TorchBackend
 from moeserve.cpu_backend.worker_pool import WorkerPool
+from moeserve.experts.device_executor import HostPredictor
 from moeserve.experts.device_tier import build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import DiskTier, build_disk_tier
@@ -35,6 +36,7 @@ from moeserve.experts.schedule.intra_layer import (
     SimulatedPlacement,
 )
 from moeserve.experts.supply import ExpertSupply, ResidentSupply
+from moeserve.experts.torch_tier import build_torch_tier
 from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.gates import LayerGate
@@ -168,6 +170,34 @@ class ExpertRuntime:
             count_use=count_use if self.workers is None else self.count_use,
             notes=self.notes | tier.notes,
         )
+
+    def beside(
+        self, layers: Mapping[int, PackedExperts], device: torch.device, dtype: torch.dtype
+    ) -> ExpertRuntime:
+        """The runtime with slots on a device that torch has, over host memory and maybe the disk.
+
+        layers, dtype: as of `build_torch_tier`. Raises ConfigError.
+        """
+        assert self.native is not None, "what the device has no slot for runs on native kernels"
+        tier = build_torch_tier(
+            self.config, layers, self.native, device, dtype, self.watch, self.disk
+        )
+        return replace(
+            self,
+            cache=tier.cache,
+            supply=tier.supply,
+            intra=tier.intra,
+            inter=tier.inter,
+            count_use=count_use,
+            notes=self.notes | tier.notes,
+        )
+
+    def on(self, device: torch.device) -> ExpertRuntime:
+        """The runtime for layers whose rows are on a device, with all weights but those of experts.
+
+        The predictor stays on the host, where routing is known.
+        """
+        return replace(self, device=device, native=None, predictor=HostPredictor(self.predictor))
 
     def with_workers(self, identity: WorkerIdentity) -> ExpertRuntime:
         """The runtime with the workers that its config names, all of which are there; as it is

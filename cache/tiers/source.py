@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, Protocol
 
 from moeserve.core import ErrorCode, ExpertKey, MoeserveError
 
@@ -12,6 +13,21 @@ class StoreError(MoeserveError):
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message, code=ErrorCode.UNAVAILABLE, hint=hint)
+
+
+class RecordMemory(Protocol):
+    """Where the bytes of a record are put: a memoryview, or what a device has in its place."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
+class SlotMemory(Protocol):
+    """The memory of a slot: an array of bytes, here or on a device."""
+
+    @property
+    def data(self) -> RecordMemory: ...
 
 
 class RecordCheck(ABC):
@@ -24,6 +40,19 @@ class RecordCheck(ABC):
     @abstractmethod
     def finish(self) -> None:
         """StoreError unless these were the bytes that were stored."""
+
+
+class RecordSource(Protocol):
+    """What a transfer asks of where it reads. Called from several threads at once."""
+
+    def num_bytes(self, key: ExpertKey) -> int:
+        """Length of the expert's record."""
+
+    def read(self, key: ExpertKey, start: int, into: Any) -> None:
+        """As of an ExpertSource. into: a part of the slot's memory."""
+
+    def begin_check(self, key: ExpertKey) -> RecordCheck:
+        """To be told the record's bytes as they arrive."""
 
 
 class ExpertSource(ABC):

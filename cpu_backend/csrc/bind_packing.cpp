@@ -105,6 +105,10 @@ void bind_packing(nb::module_ &m) {
       .def_ro("num_panels", &PackedLayout::num_panels)
       .def_ro("num_groups", &PackedLayout::num_groups)
       .def_ro("panel_bytes", &PackedLayout::panel_bytes)
+      .def_ro("padded_cols", &PackedLayout::padded_cols)
+      .def_ro("scale_offset", &PackedLayout::scale_offset)
+      .def_ro("factor_offset", &PackedLayout::factor_offset)
+      .def_ro("zero_offset", &PackedLayout::zero_offset)
       .def_prop_ro("format",
                    [](const PackedLayout &layout) { return static_cast<int>(layout.format); })
       .def_prop_ro("num_bytes", &PackedLayout::bytes);

@@ -6,19 +6,21 @@ the slots' bytes; so tokens are bit for bit those of the CPU alone. Only time is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.cache.tiers.host_slots import HostSlots
+from moeserve.cache.transfer_stats import TransferStats
 from moeserve.cache.types import LayerSlots, Load
 from moeserve.core import ExpertKey
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_parts import NativeParts
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.clock import EmulatedClock
+from moeserve.experts.device.device import Device
 from moeserve.experts.device.emulated_link import EMULATED, EmulatedLink
 from moeserve.experts.device.slot_guard import SlotGuard
 from moeserve.experts.host_side import HostSide
@@ -35,8 +37,8 @@ class _Layer:
     costs: CostModel
 
 
-class EmulatedDevice:
-    """Work submitted to it runs one after another, copies beside it. For one thread."""
+class EmulatedDevice(Device):
+    """Work submitted to it runs one after another, copies beside it."""
 
     def __init__(
         self,
@@ -47,14 +49,25 @@ class EmulatedDevice:
     ) -> None:
         """source: host memory, which copies are made from. watch: gets the emulated times."""
         self.clock = clock
-        self.slots = slots
-        self.source = source
+        self._slots = slots
+        self._source = source
         self.guard = SlotGuard()
         self.watch = watch or Watch()
         self.link = EmulatedLink(self._write_begins, self._write_ends, self.watch.timeline)
         self.busy_us = 0.0
         self._layers: dict[int, _Layer] = {}
         self._free_us = 0.0
+
+    @property
+    def slots(self) -> HostSlots:
+        return self._slots
+
+    @property
+    def source(self) -> HostSide:
+        return self._source
+
+    def now_us(self) -> float:
+        return self.clock.now_us()
 
     def add_layer(self, layer: int, experts: PackedExperts, costs: CostModel) -> None:
         """costs: of the experts of this layer, with device and link."""
@@ -69,22 +82,44 @@ class EmulatedDevice:
             self.link.prefetch(load, *self._copy(load.key))
 
     def demand(self, loads: Sequence[Load]) -> None:
-        """Begins to copy what a step waits for, in that order, before any prefetch."""
         for load in loads:
             self.link.demand(load, *self._copy(load.key), self.clock.now_us())
 
+    def promote(self, keys: Iterable[ExpertKey]) -> None:
+        now_us = self.clock.now_us()
+        for key in keys:
+            self.link.promote(key, now_us)
+
+    def cancel_prefetches(self) -> list[Load]:
+        return self.link.cancel_prefetches()
+
     def finished(self) -> list[Load]:
-        """What has been copied meanwhile."""
         return self.link.finished(self.clock.now_us())
 
+    def wait_for_copy(self) -> bool:
+        end_us = self.link.next_end_us(self.clock.now_us())
+        if end_us is not None:
+            self.clock.wait_until(end_us)
+        return end_us is not None
+
+    def copying(self) -> set[ExpertKey]:
+        return self.link.keys()
+
     def loading_us(self, layer: int) -> dict[int, float]:
-        """What of a layer is being prefetched, and what is left of each copy."""
         self.link.advance(self.clock.now_us())
         return self.link.left_us(layer)
 
     def link_left_us(self) -> float:
-        """Until the link has made all copies that it was asked for."""
         return self.link.all_left_us(self.clock.now_us())
+
+    def link_busy_s(self) -> float:
+        return self.link.stats.busy_s
+
+    def link_stats(self) -> TransferStats:
+        return self.link.stats
+
+    def end_layer(self) -> None:
+        self.clock.end_layer()
 
     def begin_layer(self, layer: int) -> None:
         """Submits its shared experts: their time alone, for who runs them is not the executor."""
@@ -131,7 +166,6 @@ class EmulatedDevice:
         self.clock.wait_until(self._free_us)
 
     def is_idle(self) -> bool:
-        """Nothing that was submitted is still to be done."""
         return self.clock.now_us() >= self._free_us
 
     def _reckon(

@@ -23,23 +23,30 @@ class EngineConfig:
 
 
 def check_device(model: ModelConfig, experts: ExpertConfig) -> None:
-    """ConfigError for settings of an emulated device without one, or one without settings."""
-    if model.device == "emulated" and not experts.has_device_slots:
+    """ConfigError for settings of slots on a device without one, or a device without settings."""
+    stand_in = model.device in ("emulated", "dry-run")
+    if stand_in and not experts.has_device_slots:
         raise ConfigError(
-            "device: emulated: how many experts have room there?",
+            f"device: {model.device}: how many experts have room there?",
             field="device",
             hint="give --device-memory or --device-slots",
         )
-    if model.device == "emulated" and experts.cpu_backend not in ("auto", "native"):
+    if experts.has_device_slots and model.device == "cpu":
+        given = "device_slots" if experts.device_slots is not None else "device_memory_bytes"
         raise ConfigError(
-            f"cpu_backend: {experts.cpu_backend}: an emulated device computes with native kernels",
+            f"{given}: it is for a device beside the CPU, and device is cpu",
+            field=given,
+            hint="give --device cuda or emulated, or leave it out",
+        )
+    if experts.has_device_slots and experts.cpu_backend not in ("auto", "native"):
+        raise ConfigError(
+            f"cpu_backend: {experts.cpu_backend}: experts that stand on a device, too, are packed"
+            " for the native kernels",
             field="cpu_backend",
             hint="choose --cpu-backend native",
         )
     if model.device != "emulated":
         for name, default in (
-            ("device_memory_bytes", None),
-            ("device_slots", None),
             ("device_profile", ExpertConfig.device_profile),
             ("emulate_cpu", False),
         ):
@@ -49,3 +56,10 @@ def check_device(model: ModelConfig, experts: ExpertConfig) -> None:
                     field=name,
                     hint="give --device emulated, or leave it out",
                 )
+    if model.device.startswith("cuda") and experts.is_tiered and not experts.has_device_slots:
+        raise ConfigError(
+            "host_memory: with --device cuda all experts stand on the device, unless it has slots"
+            " for some",
+            field="host_memory_bytes",
+            hint="give --device-memory, too",
+        )

@@ -91,7 +91,9 @@ class ExpertConfig:
         None, "threads that read experts from disk; default: as many as read fastest, measured"
     )
     device_memory_bytes: int | None = setting(
-        None, "--device emulated: memory for experts there; the others run on the CPU or are copied"
+        None,
+        "with --device cuda or emulated: memory for experts there; the others run on the CPU or "
+        "are copied as they are wanted; default: with cuda all stand there",
     )
     device_slots: int | None = setting(
         None, "exact number of experts on the device, instead of device_memory_bytes"

@@ -25,7 +25,8 @@ class ModelConfig:
     dtype: str = setting("auto", "auto (what config.json says), float32, bfloat16, float16")
     device: str = setting(
         "cpu",
-        "cpu, cuda or cuda:N; emulated: experts as on a device that is not there, at its speed",
+        "cpu, cuda or cuda:N; emulated: experts as on a device that is not there, at its speed; "
+        "dry-run: what runs on a GPU, by torch on the CPU",
     )
     quantize: str = setting(
         "none", "none, int8 or int4: the weights of products on the CPU, rounded as they are read"
@@ -73,10 +74,10 @@ class ModelConfig:
                     hint="leave it out, or give --quantize int4",
                 )
         index = self.device.removeprefix("cuda:")
-        known = self.device in ("cpu", "cuda", "emulated")
+        known = self.device in ("cpu", "cuda", "emulated", "dry-run")
         if not known and not (index != self.device and index.isdigit()):
             raise ConfigError(
-                f"device: {self.device!r} is not one of cpu, cuda, cuda:N, emulated",
+                f"device: {self.device!r} is not one of cpu, cuda, cuda:N, emulated, dry-run",
                 field="device",
             )
         if self.context_tokens is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from moeserve.models.builder import (
     shared_bytes,
 )
 from moeserve.models.checkpoint import Checkpoint, read_generation_config, read_model_config
+from moeserve.models.device_weights import on_device
 from moeserve.models.families import FAMILIES
 from moeserve.models.hub import resolve_model
 from moeserve.models.packed_model import (
@@ -49,6 +51,8 @@ from moeserve.models.transformer import Transformer
 
 Progress = Callable[[str, float], None]
 CheckDirectory = Callable[[Path], object]
+#: what torch calls devices that have another name here
+TORCH_NAMES: Mapping[str, str] = MappingProxyType({"emulated": "cpu", "dry-run": "cpu"})
 
 
 @dataclass(frozen=True)
@@ -110,17 +114,24 @@ def load_model(
     if why is not None:
         found.notes["predictor_choice"] = why
     context_tokens = _context_tokens(config, spec)
-    emulated = config.device == "emulated"
-    device = _device("cpu" if emulated else config.device)
-    if emulated:  # the native kernels compute what the device would
+    device = _device(TORCH_NAMES.get(config.device, config.device))
+    beside = expert_config.has_device_slots  # some experts have copies there, all are for the CPU
+    place = torch.device("cpu") if beside else device  # where weights are read to
+    if beside:
         expert_config = replace(expert_config, cpu_backend="native")
     experts = {i: ffn.experts for i, ffn in spec.moe_layers.items()}
+    if beside and not experts:
+        raise ConfigError(
+            f"device_slots: {config.model} has no experts that could stand in slots",
+            field="device_slots",
+            hint="leave out --device-slots and --device-memory",
+        )
     resident_bytes = 0
     mapped: tuple[MappedFile, ...] = ()
     if expert_config.workers:
         _check_workers(config, expert_config.emulate_cpu, is_packed(found.path))
     if is_packed(found.path):
-        check_packed_settings(config, device)
+        check_packed_settings(config, place)
         tiered = expert_config.is_tiered
         if tiered and not experts:
             raise ConfigError(
@@ -133,7 +144,7 @@ def load_model(
             dtype = DTYPES[packed.manifest.dtype]
             memory: PackedModel | ResidentPart = ResidentPart(packed) if tiered else packed
             on_disk = memory.records if isinstance(memory, ResidentPart) else None
-            runtime = build_expert_runtime(expert_config, experts, device, dtype, True, on_disk)
+            runtime = build_expert_runtime(expert_config, experts, place, dtype, True, on_disk)
             read = read_packed(packed, memory, found, config, runtime.native)
             if runtime.native is not None:
                 integers, isa = config.quantize_activations, runtime.native.isa
@@ -150,24 +161,30 @@ def load_model(
         with closing(Checkpoint.open(found.path)) as checkpoint:
             dtype, found.notes["dtype"] = choose_dtype(config.dtype, found.raw, checkpoint)
             quantized = config.quantize != "none"
-            runtime = build_expert_runtime(expert_config, experts, device, dtype, quantized)
+            runtime = build_expert_runtime(expert_config, experts, place, dtype, quantized)
             native = runtime.native
             read = read_checkpoint(
-                checkpoint, found, config, dtype, device, native, HeapMemory(), progress
+                checkpoint, found, config, dtype, place, native, HeapMemory(), progress
             )
+    emulated, weights = config.device == "emulated", read.weights
     if emulated:
         runtime = runtime.with_device(
-            routed_experts(spec, read.weights), rest_bytes(read.weights), shared_bytes(read.weights)
+            routed_experts(spec, weights), rest_bytes(weights), shared_bytes(weights)
         )
+    elif beside:
+        runtime = runtime.beside(routed_experts(spec, weights), device, dtype)
     runtime = runtime.with_predictor(
-        lambda: expert_gates(spec, read.weights),
+        lambda: expert_gates(spec, read.weights),  # on the host
         found.path,
         lambda: config_sha256(found.path),
     )
+    if beside and not emulated:
+        weights = on_device(weights, dtype, device, spec.tie_word_embeddings)
+        runtime = runtime.on(device)
     notes = runtime.notes | found.notes | read.notes
     generation = read_generation_config(found.path)
     return LoadedModel(
-        model=build_transformer(spec, read.weights, runtime),
+        model=build_transformer(spec, weights, runtime),
         spec=spec,
         path=found.path,
         eos_token_ids=_eos_token_ids(found.raw, generation, spec, notes),

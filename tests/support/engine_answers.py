@@ -15,11 +15,15 @@ Answers = dict[str, list[tuple[int, float]]]
 
 
 def make_engine(
-    path: Path, max_batch_tokens: int = 24, device: str = "cpu", **experts: Any
+    path: Path,
+    max_batch_tokens: int = 24,
+    device: str = "cpu",
+    dtype: str = "auto",
+    **experts: Any,
 ) -> Engine:
     return Engine.from_config(
         EngineConfig(
-            model=ModelConfig(model=str(path), device=device),
+            model=ModelConfig(model=str(path), device=device, dtype=dtype),
             kv=KvConfig(num_blocks=128),
             scheduler=SchedulerConfig(max_batch_tokens=max_batch_tokens),
             experts=ExpertConfig(cpu_backend="native", num_threads=2, **experts),

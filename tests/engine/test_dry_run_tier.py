@@ -1,0 +1,92 @@
+"""What runs with slots on a GPU, by torch on the CPU: fresh models, settings and requests."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from support.engine_answers import make_engine
+from support.randomness import fresh_seed
+
+# The families' models are those of the parity tests.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
+
+from support.device_tier_checks import (
+    DENSE,
+    MOE_FAMILIES,
+    check_engine,
+    check_family,
+    supply_of,
+)
+
+from moeserve.config import BUNDLED_MODEL, EngineConfig, ExpertConfig, ModelConfig
+from moeserve.core import ConfigError
+from moeserve.engine.engine import Engine
+from moeserve.models.pack import pack_model
+
+
+@pytest.mark.parametrize("model_type", MOE_FAMILIES)
+def test_families_are_transformers(model_type: str, tmp_path: Path) -> None:
+    check_family(model_type, "dry-run", random.Random(fresh_seed()), tmp_path)
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"device_slots: .* has no experts that could stand"):
+        check_family(DENSE[0], "dry-run", random.Random(fresh_seed()), tmp_path)
+
+
+@pytest.fixture(scope="module", params=["none", "int8", "int4"])
+def floats(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, packed to compute in float32 on either side."""
+    config = ModelConfig(
+        model=str(BUNDLED_MODEL),
+        dtype="float32",
+        quantize=request.param,
+        quantize_activations=None if request.param == "none" else False,
+    )
+    return pack_model(config, tmp_path_factory.mktemp("floats") / "tiny").path
+
+
+def test_a_checkpoint_says_what_the_cpu_says() -> None:
+    check_engine("dry-run", random.Random(fresh_seed()), BUNDLED_MODEL)
+
+
+def test_a_packed_model_says_what_the_cpu_says(floats: Path) -> None:
+    check_engine("dry-run", random.Random(fresh_seed()), floats)
+
+
+def test_three_tiers_say_what_the_cpu_says(floats: Path) -> None:
+    rng = random.Random(fresh_seed())
+    for host_slots in (2, rng.randint(3, 40)):
+        check_engine("dry-run", rng, floats, host_slots=host_slots)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantised_experts_stand_there_as_they_are(quantize: str) -> None:
+    config = EngineConfig(
+        model=ModelConfig(model=str(BUNDLED_MODEL), device="dry-run", quantize=quantize),
+        experts=ExpertConfig(device_slots=5),
+    )
+    engine = Engine.from_config(config)
+    device = supply_of(engine.loaded).device
+    assert quantize in engine.info.notes["weights"]
+    assert device.slots.slot_bytes == max(
+        costs.expert_bytes for costs in map(device.costs, engine.loaded.spec.moe_layers)
+    )
+    assert "5 of " in engine.info.notes["device_experts"]
+    engine.close()
+
+
+def test_what_makes_no_sense_is_refused(packed: Path) -> None:
+    with pytest.raises(ConfigError, match="dry-run: how many experts have room there"):
+        make_engine(packed, device="dry-run")
+    with pytest.raises(ConfigError, match="device_slots: it is for a device beside the CPU"):
+        make_engine(packed, device_slots=3)
+    with pytest.raises(ConfigError, match="emulate_cpu: it is for an emulated device"):
+        make_engine(packed, device="dry-run", device_slots=3, emulate_cpu=True)
+    with pytest.raises(ConfigError, match="device_memory: 1 bytes hold no expert"):
+        make_engine(packed, device="dry-run", device_memory_bytes=1)
+    with pytest.raises(ConfigError, match="workers: they are for --device cpu"):
+        make_engine(packed, device="dry-run", device_slots=3, workers=("ipc:///nowhere",))
