@@ -15,11 +15,14 @@ from moeserve.models.targets import EMBEDDING, HEAD, Weight
 
 
 def on_device(
-    weights: Mapping[str, Weight], dtype: torch.dtype, device: torch.device, tied_head: bool
+    weights: Mapping[str, Weight],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+    tied_head: bool,
 ) -> dict[str, Weight]:
     """All but the routed experts as plain tensors on the device, the experts as they are.
 
-    dtype: of those that were packed in fewer bits than float32. tied_head: the embedding is the
+    dtypes: that those which were packed get there, by name. tied_head: the embedding is the
     head, too; one tensor is both, unless the head was rounded to fewer bits, so that the same model
     says the same there. Raises ModelError where the device has no room.
     """
@@ -34,7 +37,7 @@ def on_device(
         if shared and name == HEAD:
             continue
         try:
-            found[name] = _tensor(name, weight, dtype, device)
+            found[name] = _tensor(name, weight, dtypes[name], device)
         except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on the CPU
             raise ModelError(
                 f"{name}: no memory on {device}: {error}",
@@ -49,9 +52,8 @@ def _tensor(name: str, weight: Weight, dtype: torch.dtype, device: torch.device)
     if isinstance(weight, Tensor):
         return weight.to(device)
     if isinstance(weight, PackedWeight):
-        whole = dtype if weight.form.name != "float32" else torch.float32
         matrix = PackedMatrices(weight.layout, 0, weight.layout.rows)
-        return _numbers(matrix, weight.data, whole, device).view(weight.shape)
+        return _numbers(matrix, weight.data, dtype, device).view(weight.shape)
     return _of_ffn(name, weight, dtype, device)
 
 
@@ -63,8 +65,7 @@ def _of_ffn(name: str, ffn: PackedExperts, dtype: torch.dtype, device: torch.dev
     matrix = gate_up if first else down
     (record,) = ffn.records
     if kind == "weight":
-        whole = dtype if ffn.gate_up_form.name != "float32" else torch.float32
-        return _numbers(matrix, record, whole, device)
+        return _numbers(matrix, record, dtype, device)
     start = ffn.native.gate_up_bias_offset if first else ffn.native.down_bias_offset
     rows = ffn.gate_up_layout.rows if first else ffn.spec.hidden_size
     numbers = torch.from_numpy(np.array(record[start : start + 4 * rows])).view(torch.float32)

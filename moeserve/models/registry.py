@@ -47,6 +47,7 @@ from moeserve.models.resident_part import ResidentPart
 from moeserve.models.safetensors_file import MappedFile
 from moeserve.models.spec import ModelSpec
 from moeserve.models.stores import HeapMemory
+from moeserve.models.targets import HEAD
 from moeserve.models.transformer import Transformer
 
 Progress = Callable[[str, float], None]
@@ -179,7 +180,9 @@ def load_model(
         lambda: config_sha256(found.path),
     )
     if beside and not emulated:
-        weights = on_device(weights, dtype, device, spec.tie_word_embeddings)
+        rules = found.family.weight_rules(spec, (), dtype)
+        dtypes = {HEAD: dtype} | {rule.target: rule.dtype or dtype for rule in rules}
+        weights = on_device(weights, dtypes, device, spec.tie_word_embeddings)
         runtime = runtime.on(device)
     notes = runtime.notes | found.notes | read.notes
     generation = read_generation_config(found.path)

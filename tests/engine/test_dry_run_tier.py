@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.engine_answers import make_engine
+from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 
 # The families' models are those of the parity tests.
@@ -61,6 +61,30 @@ def test_three_tiers_say_what_the_cpu_says(floats: Path) -> None:
     rng = random.Random(fresh_seed())
     for host_slots in (2, rng.randint(3, 40)):
         check_engine("dry-run", rng, floats, host_slots=host_slots)
+
+
+def test_bfloat16_is_near(tmp_path: Path) -> None:
+    """Both sides round, each in its own places; first tokens have the prompt alone behind them."""
+    rng = random.Random(fresh_seed())
+    half = ModelConfig(model=str(BUNDLED_MODEL), dtype="bfloat16", quantize="int4")
+    for path in (BUNDLED_MODEL, pack_model(half, tmp_path / "half").path):
+        dtype = "bfloat16" if path == BUNDLED_MODEL else "auto"
+        plain = make_engine(path, dtype=dtype)
+        requests = make_requests(rng, plain.info.vocab_size)
+        expected = answers(plain, requests)
+        plain.close()
+        slots = rng.randint(1, 60)
+        engine = make_engine(path, device="dry-run", dtype=dtype, device_slots=slots)
+        assert engine.info.dtype == "bfloat16"
+        found = answers(engine, requests)
+        engine.close()
+        off = [
+            abs(found[name][0][1] - tokens[0][1])
+            for name, tokens in expected.items()
+            if found[name][0][0] == tokens[0][0]
+        ]
+        assert len(off) >= 3
+        assert max(off) < 0.5
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
