@@ -81,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
     }
     report["parity"] = parity(args, ends_s)
     report["benchmarks"] = benchmarks(args, ends_s)
+    report["slots"] = slots_speed(args, left_s(ends_s))
     report["total_s"] = round(time.monotonic() - started_s + args.install_s, 1)
     report["ok"] = bool(report["parity"]["ok"] and all(b["ok"] for b in report["benchmarks"]))
+    report["ok"] = report["ok"] and report["slots"]["ok"]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
     text = markdown(report)
@@ -269,6 +271,22 @@ def random_model_speed(args: argparse.Namespace, ends_s: float) -> dict[str, Any
     return found
 
 
+def slots_speed(args: argparse.Namespace, timeout_s: float) -> dict[str, Any]:
+    """What scripts/bench_device_slots.py measures, on the random model."""
+    dry = args.device == "cpu"
+    command = [
+        sys.executable, str(ROOT / "scripts" / "bench_device_slots.py"),
+        str(args.work / "random-model"), "--device", "dry-run" if dry else args.device,
+        *(("--repeats", "1", "--tokens", "4", "--shares", "50") if dry else ()),
+    ]  # fmt: skip
+    said, problem = run_step(command, args, timeout_s)
+    if problem:
+        return {"ok": False, "problem": problem}
+    lines = said.strip().splitlines()
+    table = "\n".join(line for line in lines if line.startswith("|"))
+    return {"ok": True, "problem": "", "table": table, **json.loads(lines[-1])}
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
     facts = report["machine"]
@@ -297,6 +315,9 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [f"## Speed (tokens per second, medians of {repeats} after one warm-up)", ""]
     for result in report["benchmarks"]:
         lines += benchmark_table(result)
+    slots = report["slots"]
+    lines += ["### Experts in slots of the device, the others on the CPU, int4", ""]
+    lines += [slots["table"], ""] if slots["ok"] else ["```", slots["problem"], "```", ""]
     return "\n".join(lines) + "\n"
 
 
