@@ -66,22 +66,22 @@ def markdown(record: dict[str, Any]) -> str:
         " times are those of clients that wait for their answers, all busy; a case is a process"
         f" of its own. {record['output_tokens']} output tokens each.",
         "",
-        "The disk was looked at again beside each case that reads from it, and predictions are made"
-        " from that; the last three lines are a plan's own, with the disk as it was calibrated.",
+        "The first three lines are what `moeserve plan` says. The disk was looked at again beside"
+        " each case that reads from it; the last three lines are of predictions made from that.",
         "",
         "| what | mean accuracy | worst | of |",
         "| --- | --- | --- | --- |",
-        *(_summary_line(NAMES[part], summary[part]) for part in PARTS),
+        *(_summary_line(NAMES[part], summary[f"{part}_{CALIBRATED_DISK}"]) for part in PARTS),
         *(
-            _summary_line(f"{NAMES[part]}, calibrated disk", summary[f"{part}_{CALIBRATED_DISK}"])
+            _summary_line(f"{NAMES[part]}, disk as beside the case", summary[part])
             for part in PARTS
         ),
         "",
         f"Memory: {summary['memory']['mean_error']:.1%} off on average, at most"
         f" {summary['memory']['worst_error']:.1%} ({summary['memory']['worst']})."
-        f" {summary['inside_the_range']:.0%} of the measured throughputs lie in the predicted"
-        f" range, {summary[f'inside_the_range_{CALIBRATED_DISK}']:.0%} with the disk as it was"
-        " calibrated.",
+        f" {summary[f'inside_the_range_{CALIBRATED_DISK}']:.0%} of the measured throughputs lie in"
+        f" the range of `moeserve plan`, {summary['inside_the_range']:.0%} in that with the disk as"
+        " beside the case.",
         "",
         "| model | streams | context | share | tokens/s measured (slowest, fastest) | predicted |"
         " accuracy | with the calibrated disk | TTFT, s | predicted | TPOT, ms | predicted | hits |"
