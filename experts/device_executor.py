@@ -57,10 +57,13 @@ class HostPredictor(Predictor):
         return self._predictor.foresee(recent)
 
     def look_on(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
-        return self._predictor.look_on(layer, x.cpu(), routing)
+        return self._predictor.look_on(layer, self._rows(x), routing)
 
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
-        return self._predictor.predict(layer, x.cpu(), routing)
+        return self._predictor.predict(layer, self._rows(x), routing)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.cpu() if self._predictor.reads_rows else x
 
 
 class DeviceExecutor:
@@ -83,13 +86,15 @@ class DeviceExecutor:
         layer = placement.layer
         work = self._device.begin(layer, x, routing)
         on_cpu = frozenset(placement.on_cpu)
+        # Brought before the device gets its share, behind which a copy would wait.
+        here_x = x.cpu() if on_cpu else x
         parts: ExpertParts | None = None
         for group in supplied.groups:
             here = [e for e in group if e in on_cpu]
             work.submit([e for e in group if e not in on_cpu], supplied.slots)
             if here:
                 if parts is None:
-                    parts = self._backend.in_parts(ExpertJob(layer, x.cpu(), routing))
+                    parts = self._backend.in_parts(ExpertJob(layer, here_x, routing))
                 with self._watch.computing(layer, here):
                     parts.add(here)
         total = work.total()

@@ -46,7 +46,8 @@ def build_torch_tier(
     """
     cache = device_cache(config, layers)
     first = next(iter(layers))
-    check_room(device, cache.num_slots * layers[first].record_bytes)
+    record_bytes = max(experts.record_bytes for experts in layers.values())
+    check_room(device, cache.num_slots * record_bytes)
     host: HostSide = WholeHost(layers)
     if below is not None:
         host = HostOverDisk(below.supply, wall_us)
@@ -57,7 +58,15 @@ def build_torch_tier(
             f"device_memory: {error}", field="device_memory_bytes", hint="lower --device-memory"
         ) from error
     cpu = measure_cpu(native, copies_of_some(native, layers[first]))
-    measured = measure_device(tier, first, layers[first].spec.hidden_size, dtype)
+    try:
+        measured = measure_device(tier, first, layers[first].spec.hidden_size, dtype)
+    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on the CPU
+        tier.close()
+        raise ConfigError(
+            f"device_memory: nothing can be computed beside {cache.num_slots} slots: {error}",
+            field="device_memory_bytes",
+            hint="lower --device-memory",
+        ) from error
     costs = {layer: _costs(cpu, measured, experts) for layer, experts in layers.items()}
     if below is not None:
         costs = with_disk(costs, below)

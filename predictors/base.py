@@ -43,11 +43,14 @@ class Predictor(ABC):
     recent_tokens: how many of the last tokens of each row `foresee` wants, the row's own included;
     0 for a predictor that does not look at tokens.
 
+    reads_rows: whether it looks at hidden states, which may be elsewhere.
+
     put_off: for what a predictor learns from a routing, if that takes time.
     """
 
     name: str
     recent_tokens: int = 0
+    reads_rows: bool = True
     put_off: PutOff = staticmethod(at_once)
 
     def begin_step(self, previous_rows: NDArray[np.int64]) -> None:  # noqa: B027 - optional

@@ -52,6 +52,7 @@ class FrequencyPredictor(Predictor):
     """P(wanted) of the next layers from their own past alone."""
 
     name = "frequency"
+    reads_rows = False
 
     def __init__(
         self,

@@ -197,6 +197,7 @@ class MarkovPredictor(Predictor):
     """P(wanted) of the next layers from the experts of this token and of the token before."""
 
     name = "markov"
+    reads_rows = False
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ class NonePredictor(Predictor):
     """Says nothing about any layer."""
 
     name = "none"
+    reads_rows = False
 
     def predict(self, layer: int, x: Tensor, routing: Routing) -> Prediction:
         return NOTHING

@@ -107,6 +107,7 @@ class PregatePredictor(Predictor):
     """P(wanted) of all layers of a step, computed once, before its first layer."""
 
     name = "pregate"
+    reads_rows = False
 
     def __init__(self, weights: PregateWeights, layers: Sequence[int], depth: int) -> None:
         """layers: the MoE layers, in rising order. depth: layers to say something about at once,

@@ -17,6 +17,7 @@ object.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -106,6 +107,10 @@ def measure(args: argparse.Namespace, model: Path, share: int | None) -> dict[st
     row["cpu_busy_s"] = sum(stats.cpu_busy_s)
     row["device_busy_s"] = sum(stats.device_busy_s or [])
     engine.close()
+    del engine
+    gc.collect()
+    if torch.cuda.is_available():  # what torch keeps counts as used for the next engine
+        torch.cuda.empty_cache()
     return row
 
 

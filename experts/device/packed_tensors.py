@@ -40,6 +40,7 @@ class PackedMatrices:
         self._rows = rows
         self._turns = 2 if interleaved else 1
         self._format = FORMATS[layout.format]
+        self._table: Tensor | None = None
 
     def unpack(self, records: Tensor, dtype: torch.dtype) -> Unpacked:
         """records: [n, bytes] uint8."""
@@ -80,8 +81,7 @@ class PackedMatrices:
             return self._times(values, self._scales(panels, torch.float32)).to(dtype)
         nibbles = self._nibbles(body)
         if self._format == "mxfp4":
-            table = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], device=body.device)
-            values = table[nibbles.int()]
+            values = self._fp4_table(body.device)[nibbles.int()]
             return self._times(values, self._scales(panels, torch.bfloat16).float()).to(dtype)
         codes = nibbles.to(torch.int8)
         layout = self._layout
@@ -94,6 +94,13 @@ class PackedMatrices:
         scales = self._scales(panels, torch.bfloat16).float()
         numbers: Tensor = (values * scales.unsqueeze(-1)).flatten(-2).to(dtype)
         return numbers
+
+    def _fp4_table(self, device: torch.device) -> Tensor:
+        """[16], brought to the device once: each time would wait for all that it has to do."""
+        if self._table is None or self._table.device != device:
+            values = [*FP4_VALUES, *(-value for value in FP4_VALUES)]
+            self._table = torch.tensor(values, device=device)
+        return self._table
 
     def _output_scales(self, panels: Tensor) -> Tensor | None:
         """[n, P, 16], where a format has one scale for all inputs of an output."""

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moeserve.cache.tiers.source import RecordCheck
+from moeserve.cache.tiers.source import RecordCheck, StoreError
 from moeserve.core import ConfigError, ExpertKey
 
 #: what one thread copies at a time: a demand waits for that much of a prefetch. A third of a
@@ -49,7 +49,8 @@ class TorchSlots:
             return
         shape = (more, self.slot_bytes)
         try:
-            region = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            with torch.inference_mode(False):  # transfer threads write them outside of it
+                region = torch.empty(shape, dtype=torch.uint8, device=self._device)
         except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on the CPU
             raise MemoryError(
                 f"no {more * self.slot_bytes} bytes on {self._device} for slots of experts"
@@ -109,7 +110,16 @@ class HostRecords:
         self.copy(self._records[key][start : start + len(into)], into)
 
     def copy(self, piece: NDArray[np.uint8], into: Tensor) -> None:
-        """Through the calling thread's pinned memory, where there is such a thing."""
+        """Through the calling thread's pinned memory, where there is such a thing.
+
+        Raises StoreError where the device reports an error: a thread must not end of it unheard.
+        """
+        try:
+            self._copy(piece, into)
+        except RuntimeError as error:
+            raise StoreError(f"a copy to {self._device} has failed: {error}") from error
+
+    def _copy(self, piece: NDArray[np.uint8], into: Tensor) -> None:
         if self._device.type != "cuda":
             np.copyto(into.numpy(), piece)
             return

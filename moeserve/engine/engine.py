@@ -65,6 +65,7 @@ class Engine:
             sizes,
             config.experts.min_host_slots,
             shares=budget_bytes is not None,
+            kv_elsewhere=loaded.kv_elsewhere,
         )
         self.blocks = BlockManager(
             sizes.num_blocks, block_tokens, config.kv.prefix_reuse, self.memory
@@ -115,7 +116,7 @@ class Engine:
         threads = use_threads(config.experts.num_threads)
         loaded = load_model(config.model, config.experts, progress, check)
         loaded.notes["threads"] = f"{threads.num_threads} ({threads.reason})"
-        if loaded.runtime.native is not None:
+        if loaded.runtime.backend.name == "native":
             # The native threads compute; torch's, spinning between its small parts, would only
             # take the cores from them.
             torch.set_num_threads(1)

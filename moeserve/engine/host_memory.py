@@ -68,9 +68,12 @@ class HostMemory:
         sizes: KvSizes,
         min_slots: int,
         shares: bool = False,
+        kv_elsewhere: bool = False,
     ) -> None:
-        """shares: a budget will be set before anything runs; kv begins with nothing."""
-        self.extent = 0 if shares else sizes.num_blocks
+        """shares: a budget will be set before anything runs; kv begins with nothing. kv_elsewhere:
+        it is on a device, all of it from the start, and costs no memory of the host's."""
+        self.extent = 0 if shares and not kv_elsewhere else sizes.num_blocks
+        self._block_bytes = 0 if kv_elsewhere else sizes.block_bytes
         self.budget_bytes: int | None = None
         self._experts = experts
         self._weights_bytes = weights_bytes
@@ -85,8 +88,8 @@ class HostMemory:
 
     @property
     def limit_bytes(self) -> int:
-        """Of all blocks that there may ever be."""
-        return self.sizes.num_blocks * self.sizes.block_bytes
+        """Of all blocks that there may ever be, in host memory."""
+        return self.sizes.num_blocks * self._block_bytes
 
     def set_budget(self, budget_bytes: int) -> None:
         """Between two steps; `shrink` comes next, to what kv should have of it, if only to what it
@@ -120,7 +123,7 @@ class HostMemory:
 
     def grow(self, needed: int, preferred: int) -> None:
         """See KvRoom. Waits until experts have left the memory."""
-        if self.budget_bytes is None:
+        if self.budget_bytes is None or not self._block_bytes:
             return
         num_idle = preferred - needed
         if self._is_short(preferred):
@@ -134,7 +137,7 @@ class HostMemory:
     def fitting_extent(self, num_held: int, num_idle: int) -> int:
         """The extent that kv should have now. One chunk more than is used stays, so that a sequence
         that ends and one that begins do not move memory to and fro."""
-        if self.budget_bytes is None or not self._is_short(self.extent):
+        if self.budget_bytes is None or not self._block_bytes or not self._is_short(self.extent):
             return self.extent
         misses = self._experts.num_misses
         if misses != self._misses_seen:
@@ -151,7 +154,7 @@ class HostMemory:
         """None where nothing is shared."""
         if self.budget_bytes is None:
             return None
-        kv_bytes = self.extent * self.sizes.block_bytes
+        kv_bytes = self.extent * self._block_bytes
         return MemoryStats(
             budget_bytes=self.budget_bytes,
             weights_bytes=self._weights_bytes,
@@ -166,7 +169,7 @@ class HostMemory:
 
     def _resize(self, extent: int) -> None:
         self.extent = extent
-        self._experts.resize_host_memory(self._shared_bytes() - extent * self.sizes.block_bytes)
+        self._experts.resize_host_memory(self._shared_bytes() - extent * self._block_bytes)
 
     def _shared_bytes(self) -> int:
         """For kv and experts."""
@@ -177,7 +180,7 @@ class HostMemory:
         return int(IDLE_SHARE * self._shared_bytes()) // self.sizes.block_bytes
 
     def _num_slots(self, extent: int) -> int:
-        left = self._shared_bytes() - extent * self.sizes.block_bytes
+        left = self._shared_bytes() - extent * self._block_bytes
         return min(left // self._slot_bytes, self._experts.num_experts)
 
     def _is_short(self, extent: int) -> bool:

@@ -10,11 +10,17 @@ DEFAULT_BYTES = 1 << 30
 
 
 def num_kv_blocks(
-    config: EngineConfig, block_bytes: int, rest_bytes: int, slot_bytes: int, context_tokens: int
+    config: EngineConfig,
+    block_bytes: int,
+    rest_bytes: int,
+    slot_bytes: int,
+    context_tokens: int,
+    in_budget: bool = True,
 ) -> int:
     """As asked, else for full contexts, up to 1 GiB, to half of what a budget leaves beside
     `rest_bytes`, the weights of every token, and to what the least number of experts, of
-    `slot_bytes` each, leaves of that. Raises ConfigError for less than a block."""
+    `slot_bytes` each, leaves of that. in_budget: kv is in the host's memory. Raises ConfigError for
+    less than a block."""
     kv = config.kv
     if kv.num_blocks is not None:
         return kv.num_blocks
@@ -27,7 +33,7 @@ def num_kv_blocks(
             )
         return kv.kv_bytes // block_bytes
     affordable = DEFAULT_BYTES
-    if (budget_bytes := config.experts.host_memory_bytes) is not None:
+    if in_budget and (budget_bytes := config.experts.host_memory_bytes) is not None:
         shared_bytes = budget_bytes - rest_bytes
         least_bytes = config.experts.min_host_slots * slot_bytes
         affordable = min(affordable, shared_bytes // 2, shared_bytes - least_bytes)

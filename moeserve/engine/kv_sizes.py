@@ -15,6 +15,11 @@ def kv_sizes(config: EngineConfig, loaded: LoadedModel) -> KvSizes:
     block_bytes = KvPool.bytes_per_block(spec, block_tokens, dtype)
     slot_bytes = loaded.runtime.host_slot_bytes or 0
     num_blocks = num_kv_blocks(
-        config, block_bytes, loaded.resident_bytes, slot_bytes, loaded.context_tokens
+        config,
+        block_bytes,
+        loaded.resident_bytes,
+        slot_bytes,
+        loaded.context_tokens,
+        in_budget=not loaded.kv_elsewhere,
     )
     return KvSizes(num_blocks, block_bytes, KvPool.page_blocks(spec, block_tokens, dtype))

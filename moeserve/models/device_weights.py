@@ -41,7 +41,7 @@ def on_device(
         except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on the CPU
             raise ModelError(
                 f"{name}: no memory on {device}: {error}",
-                hint="use a smaller model, a device with more memory, or --device cpu",
+                hint="lower --device-memory, whose slots are there already",
             ) from error
     if shared:
         found[HEAD] = found[EMBEDDING]

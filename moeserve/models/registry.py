@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moeserve.config import ExpertConfig, ModelConfig
+from moeserve.config import ExpertConfig, ModelConfig, check_device
 from moeserve.core import ConfigError, ModelError
 from moeserve.environment import read_environment
 from moeserve.experts.predictor_choice import choose_predictor
@@ -63,6 +63,7 @@ class LoadedModel:
     context_tokens: the longest sequence it may be given. notes: what was chosen, and why.
     resident_bytes: weights that every token needs, where experts' memory is limited.
     mapped: the files that weights are used from where they lie in the page cache.
+    kv_elsewhere: kv and the weights of every token are on a device, and none of a limit's business.
     """
 
     model: Transformer
@@ -77,6 +78,7 @@ class LoadedModel:
     runtime: ExpertRuntime
     resident_bytes: int = 0
     mapped: tuple[MappedFile, ...] = ()
+    kv_elsewhere: bool = False
 
     def check_files(self) -> None:
         """Raises ModelError if a file that weights are mapped from was written to meanwhile."""
@@ -107,6 +109,7 @@ def load_model(
 
     Raises ModelError for a model that cannot be served, ConfigError for settings that do not fit.
     """
+    check_device(config, expert_config)
     found = find_model(config)
     if check is not None:
         check(found.path)
@@ -179,7 +182,8 @@ def load_model(
         found.path,
         lambda: config_sha256(found.path),
     )
-    if beside and not emulated:
+    moved = beside and not emulated
+    if moved:
         rules = found.family.weight_rules(spec, (), dtype)
         dtypes = {HEAD: dtype} | {rule.target: rule.dtype or dtype for rule in rules}
         weights = on_device(weights, dtypes, device, spec.tie_word_embeddings)
@@ -197,8 +201,9 @@ def load_model(
         device=device,
         notes=notes,
         runtime=runtime,
-        resident_bytes=resident_bytes,
+        resident_bytes=0 if moved else resident_bytes,
         mapped=mapped,
+        kv_elsewhere=moved,
     )
 
 

@@ -95,5 +95,6 @@ class TensorTargets:
         except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on the CPU
             raise ModelError(
                 f"{rule.target}: no memory on {self.device} for {list(rule.shape)}: {error}",
-                hint="use a smaller dtype, a smaller model or a device with more memory",
+                hint="use a smaller dtype, a smaller model, a device with more memory, or"
+                " --device-memory for some of the experts there and the others on the CPU",
             ) from error

@@ -29,7 +29,7 @@ def find_shape(engine: EngineConfig) -> ModelShape:
         path = resolve_model(engine.model, read_environment())
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
         _refuse_gguf(path)
-    native = engine.model.device == "cpu" or engine.model.device == "emulated"
+    native = engine.model.device == "cpu" or engine.experts.has_device_slots
     native = native and engine.experts.cpu_backend in ("auto", "native")
     return read_shape(engine.model, path, native)
 

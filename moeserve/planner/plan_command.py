@@ -279,6 +279,11 @@ def notes_of(deployment: Deployment) -> list[str]:
             notes.append("drawn tokens foresee little: name a recorded routing with --trace")
     if deployment.device_slots is not None and deployment.shape.num_experts:
         notes.append("slots on a device are those of --device emulated, on a real one")
+        if engine.model.device.startswith("cuda") and engine.model.quantize != "none":
+            notes.append(
+                f"a GPU has the weights of every token in {deployment.shape.dtype}, which is more"
+                f" than their {engine.model.quantize} that is listed"
+            )
     notes.append(
         f"memory is the engine's: the gateway of `serve` is a process of about {GATEWAY_MIB} MiB"
         " beside it"

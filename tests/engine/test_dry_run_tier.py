@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.engine_answers import answers, make_engine, make_requests
 from support.randomness import fresh_seed
 
@@ -16,15 +17,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 from support.device_tier_checks import (
     DENSE,
     MOE_FAMILIES,
+    PREDICTORS,
     check_engine,
     check_family,
     supply_of,
 )
 
+from moeserve.cache.types import Load
 from moeserve.config import BUNDLED_MODEL, EngineConfig, ExpertConfig, ModelConfig
-from moeserve.core import ConfigError
+from moeserve.core import ConfigError, ExpertKey, Routing
 from moeserve.engine.engine import Engine
+from moeserve.experts.device.torch_device import TorchDevice
+from moeserve.experts.device.torch_link import HostRecords
 from moeserve.models.pack import pack_model
+from moeserve.models.registry import load_model
 
 
 @pytest.mark.parametrize("model_type", MOE_FAMILIES)
@@ -61,6 +67,65 @@ def test_three_tiers_say_what_the_cpu_says(floats: Path) -> None:
     rng = random.Random(fresh_seed())
     for host_slots in (2, rng.randint(3, 40)):
         check_engine("dry-run", rng, floats, host_slots=host_slots)
+
+
+def test_a_budget_of_host_memory_is_for_experts_alone(floats: Path) -> None:
+    """Kv and the weights of every token are on the device: a limit that would be too small for them
+    holds as many experts as it has room for, while kv comes and goes."""
+    rng = random.Random(fresh_seed())
+    probe = make_engine(floats, host_slots=2)
+    slot_bytes = probe.loaded.runtime.host_slot_bytes
+    probe.close()
+    assert slot_bytes is not None
+    host_slots = rng.randint(2, 40)
+    check_engine("dry-run", rng, floats, host_memory_bytes=host_slots * slot_bytes)
+    engine = make_engine(
+        floats, device="dry-run", device_slots=3, host_memory_bytes=host_slots * slot_bytes
+    )
+    disk = engine.loaded.runtime.disk
+    assert disk is not None
+    assert disk.cache.num_slots == host_slots
+    memory = engine.stats().memory
+    assert memory is not None
+    assert memory.kv_bytes == memory.kv_limit_bytes == memory.weights_bytes == 0
+    engine.close()
+
+
+def test_a_copy_that_fails_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not waited for without an end."""
+    engine = make_engine(BUNDLED_MODEL, device="dry-run", device_slots=96)
+    device = supply_of(engine.loaded).device
+    assert isinstance(device, TorchDevice)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(HostRecords, "_copy", broken)
+    load = Load(ExpertKey(engine.loaded.runtime.cache.numbers.layers[0], 0), 0)
+    device.demand([load])
+    with pytest.raises(RuntimeError, match="a copy to cpu has failed: CUDA error"):
+        device.wait_for_copy()
+    engine.close()
+
+
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_hidden_states_are_brought_to_predictors_that_read_them(name: str) -> None:
+    engine = make_engine(BUNDLED_MODEL, device="dry-run", device_slots=5, predictor=name)
+    predictor = engine.loaded.runtime.predictor
+    asked: list[str] = []
+
+    class Rows(torch.Tensor):
+        def cpu(self, *args: object, **kwargs: object) -> torch.Tensor:
+            asked.append(name)
+            return self.as_subclass(torch.Tensor)
+
+    layer = engine.loaded.runtime.cache.numbers.layers[0]
+    ffn = engine.loaded.spec.moe_layers[layer]
+    x = torch.zeros(1, ffn.experts.hidden_size)
+    routing = Routing(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    predictor.predict(layer, x.as_subclass(Rows), routing)
+    assert bool(asked) == name.startswith("gate")
+    engine.close()
 
 
 def test_bfloat16_is_near(tmp_path: Path) -> None:
@@ -112,5 +177,7 @@ def test_what_makes_no_sense_is_refused(packed: Path) -> None:
         make_engine(packed, device="dry-run", device_slots=3, emulate_cpu=True)
     with pytest.raises(ConfigError, match="device_memory: 1 bytes hold no expert"):
         make_engine(packed, device="dry-run", device_memory_bytes=1)
+    with pytest.raises(ConfigError, match="dry-run: how many experts have room there"):
+        load_model(ModelConfig(model=str(packed), device="dry-run"), ExpertConfig())
     with pytest.raises(ConfigError, match="workers: they are for --device cpu"):
         make_engine(packed, device="dry-run", device_slots=3, workers=("ipc:///nowhere",))

@@ -193,6 +193,7 @@ def test_kv_pool_is_sized_as_the_engine_does(tmp_path: Path) -> None:
             dtype=torch.bfloat16,
             context_tokens=context or spec.context_tokens,
             resident_bytes=shape.rest_bytes,
+            kv_elsewhere=False,
             runtime=SimpleNamespace(host_slot_bytes=budget and slot_bytes(shape)),
         )
         expected = kv_sizes(config, cast(Any, loaded)).num_blocks

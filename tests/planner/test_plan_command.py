@@ -301,3 +301,15 @@ def test_our_engine_is_never_beyond_the_bound(
         assert bound[name]["mid"] <= system[name]["low"] <= system[name]["mid"], name
     for name in ("output_tokens_per_s", "prompt_tokens_per_s"):
         assert bound[name]["mid"] >= system[name]["high"] >= system[name]["mid"], name
+
+
+def test_slots_on_a_gpu_are_planned_as_on_an_emulated_device(
+    mixtral: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (mixtral, "--hardware", SHEET, "--device-slots", "64", "--quantize", "int4")
+    flags += ("--bound-only",)
+    emulated = plan(capsys, *flags, "--device", "emulated")
+    there = plan(capsys, *flags, "--device", "cuda")
+    assert there["memory"] == emulated["memory"]
+    assert bound_of(there) == bound_of(emulated)
+    assert any("a GPU has the weights of every token in bfloat16" in n for n in there["notes"])

@@ -246,7 +246,7 @@ def test_a_tier_over_a_disk_that_is_not_known(capsys: pytest.CaptureFixture[str]
     ("flags", "message"),
     [
         (["--device", "cuda", "--quantize", "int4"], "quantize: int4 needs the native CPU backend"),
-        (["--device", "cuda", "--host-slots", "9"], "are packed for the native CPU backend"),
+        (["--device", "cuda", "--host-slots", "9"], "all experts stand on the device, unless"),
         (["--device", "cpu", "--dtype", "float16", "--host-slots", "9"], "are packed for the"),
         (["--device", "emulated", "--dtype", "float16"], "keeps no float16 weights"),
     ],
