@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from msgspec import structs
+
 from moeserve import __version__
 from moeserve.config import EngineConfig
 from moeserve.core import ConfigError, ModelError
@@ -83,4 +85,16 @@ def find_hardware(name: str | None, foreign: bool = False) -> Profile:
             )
     if profile.source == "measured" and not foreign:
         check_profile(profile, this_hardware(), __version__, str(path))
+        return within_group(profile)
     return profile
+
+
+def within_group(profile: Profile, limit_bytes: int | None = None) -> Profile:
+    """The profile with no more memory than the control group of this process may take, in which
+    what is planned will run. limit_bytes: of the group; None for this process's."""
+    from moeserve.cpu_backend.cgroup import cgroup_memory_bytes
+
+    limit_bytes = cgroup_memory_bytes() if limit_bytes is None else limit_bytes
+    if limit_bytes is None or limit_bytes >= profile.cpu.memory_bytes:
+        return profile
+    return structs.replace(profile, cpu=structs.replace(profile.cpu, memory_bytes=limit_bytes))

@@ -13,7 +13,10 @@ from support.plan_command import SHEET, plan, refusal, write_profile_of_here
 
 from moeserve.cli import main
 from moeserve.config import BUNDLED_MODEL
+from moeserve.cpu_backend import cgroup
+from moeserve.experts.schedule.profile_file import shipped_profile
 from moeserve.planner import plan_plot
+from moeserve.planner.lookup import within_group
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +316,17 @@ def test_slots_on_a_gpu_are_planned_as_on_an_emulated_device(
     assert there["memory"] == emulated["memory"]
     assert bound_of(there) == bound_of(emulated)
     assert any("a GPU has the weights of every token in bfloat16" in n for n in there["notes"])
+
+
+def test_what_a_control_group_grants_is_the_memory_there_is(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this machine: in a container it is the container's that the engine will have."""
+    profile = shipped_profile(SHEET)
+    assert within_group(profile, 1 << 30).cpu.memory_bytes == 1 << 30
+    assert within_group(profile, profile.cpu.memory_bytes) is profile
+    monkeypatch.setattr(cgroup, "cgroup_memory_bytes", lambda: 2 << 30)
+    flags = (str(BUNDLED_MODEL), "--hardware", str(here), "--bound-only")
+    assert plan(capsys, *flags)["memory"]["tiers"]["host"]["limit_bytes"] == 2 << 30
+    sheet = plan(capsys, str(BUNDLED_MODEL), "--hardware", SHEET, "--device", "cpu", "--bound-only")
+    assert sheet["memory"]["tiers"]["host"]["limit_bytes"] == profile.cpu.memory_bytes
