@@ -6,6 +6,7 @@ Emerald Rapids half as many: there the level below is the faster one.
 
 from __future__ import annotations
 
+import time
 from functools import cache
 
 from moeserve.cpu_backend import _native
@@ -15,7 +16,9 @@ PAIRS_LEVEL = "avx512_bf16"
 #: half way between what processors do: half as many, as many, twice as many
 LEAST_GAIN = 0.75
 #: some 50 us each: in turns and so short that several are not interrupted, whatever else runs
-ROUNDS, TURNS = 4000, 20
+ROUNDS, TURNS = 4000, 40
+#: between turns: who else computes on the core may take the units of one kind alone for milliseconds
+PAUSE_S = 0.0005
 
 
 @cache
@@ -27,6 +30,7 @@ def pair_gain(name: str) -> float:
     runtime = _native.Runtime(name, 1)
     pairs, singles = [], []
     for _ in range(TURNS):
+        time.sleep(PAUSE_S)
         pairs.append(runtime.measure_dot_peak("bf16", 1, ROUNDS))
         singles.append(runtime.measure_dot_peak("f32", 1, ROUNDS))
     return max(pairs) / max(singles)
