@@ -17,7 +17,7 @@ PAIRS_LEVEL = "avx512_bf16"
 LEAST_GAIN = 0.75
 #: some 50 us each: in turns and so short that several are not interrupted, whatever else runs
 ROUNDS, TURNS = 4000, 40
-#: between turns: who else computes on the core may take the units of one kind alone for milliseconds
+#: between turns: who else uses the core may keep the units of one kind busy for milliseconds
 PAUSE_S = 0.0005
 
 
