@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import cycle
 from statistics import median
 
@@ -24,17 +25,7 @@ NUM_MORE = 4
 def measure_cpu(native: NativeRuntime, experts: PackedExperts) -> Processor:
     """experts: of a layer, all with their records. Takes a fraction of a second."""
     num_more = min(NUM_MORE, experts.spec.num_experts - 1)
-    jobs = _Jobs(native, experts)
-    us: list[Figure] = []
-    start_us = 0.0
-    for num_rows in ROWS:
-        one_us = jobs.median_us(1, num_rows)
-        more_us = one_us
-        if num_more:
-            more_us = max(0.0, jobs.median_us(1 + num_more, num_rows) - one_us) / num_more
-        if num_rows == 1:
-            start_us = max(0.0, one_us - more_us)
-        us.append(Figure(value=more_us))
+    start_us, more_us = start_and_more_us(_Jobs(native, experts).median_us, num_more)
     spec = experts.spec
     curve = ExpertCurve(
         weights=experts.gate_up_form.describe(),
@@ -42,7 +33,7 @@ def measure_cpu(native: NativeRuntime, experts: PackedExperts) -> Processor:
         intermediate_size=spec.intermediate_size,
         record_bytes=experts.record_bytes,
         rows=list(ROWS),
-        us=us,
+        us=[Figure(value=us) for us in more_us],
     )
     bandwidth = native.handle.measure_read_bandwidth(BANDWIDTH_BYTES)
     rate = ReadRate(
@@ -58,6 +49,23 @@ def measure_cpu(native: NativeRuntime, experts: PackedExperts) -> Processor:
         start_us=Figure(value=start_us),
         expert_curves=[curve],
     )
+
+
+def start_and_more_us(
+    job_us: Callable[[int, int], float], num_more: int
+) -> tuple[float, tuple[float, ...]]:
+    """What the first expert of a job costs beyond a further one, and what a further one costs for
+    each of ROWS. job_us: of so many experts, with so many rows each. num_more: experts of a job
+    beyond the first; 0 where there is but one, whose cost is then all of the job's."""
+    start_us, more_us = 0.0, []
+    for num_rows in ROWS:
+        one_us = each_us = job_us(1, num_rows)
+        if num_more:
+            each_us = max(0.0, job_us(1 + num_more, num_rows) - one_us) / num_more
+        if num_rows == 1:
+            start_us = max(0.0, one_us - each_us)
+        more_us.append(each_us)
+    return start_us, tuple(more_us)
 
 
 class _Jobs:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -12,24 +10,17 @@ from moeserve.core import Placement, Routing
 from moeserve.cpu_backend.backend import ExpertJob, ExpertParts
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.experts.device.torch_device import TorchDevice
-from moeserve.experts.router import RouterSpec
+from moeserve.experts.router import RouterSpec, Routes
 from moeserve.experts.supply import Supplied
 from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Prediction, Predictor
-
-
-class _Router(Protocol):
-    @property
-    def spec(self) -> RouterSpec: ...
-
-    def __call__(self, x: Tensor) -> Routing: ...
 
 
 class HostRouting:
     """A router on a device whose routing the host is told: it decides who computes what, so it
     waits for the device here, once in a layer."""
 
-    def __init__(self, router: _Router) -> None:
+    def __init__(self, router: Routes) -> None:
         self._router = router
 
     @property

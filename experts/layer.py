@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
-from moeserve.core import ExpertSpec, ExpertWeights, Routing
+from moeserve.core import ExpertSpec, ExpertWeights
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.experts.device.emulated import EmulatedDevice
@@ -17,21 +17,11 @@ from moeserve.experts.device_supply import DeviceSupply
 from moeserve.experts.executor import Executor
 from moeserve.experts.hybrid_executor import HybridExecutor
 from moeserve.experts.remote import RemoteExecutor
-from moeserve.experts.router import Router, RouterSpec, RouterWeights
+from moeserve.experts.router import Router, RouterSpec, RouterWeights, Routes
 from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.weights import check_expert_weights
 
 AnyExecutor: TypeAlias = Executor | HybridExecutor | DeviceExecutor | RemoteExecutor
-
-
-class Routes(Protocol):
-    """What a layer needs of its router."""
-
-    @property
-    def spec(self) -> RouterSpec: ...
-
-    def __call__(self, x: Tensor) -> Routing:
-        """x [T, H] to each row's experts."""
 
 
 class MoELayer:

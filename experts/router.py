@@ -11,6 +11,7 @@ top-k of the logits, then softmax over those k: gpt-oss (2508.10925).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +103,16 @@ class RouterWeights:
     weight: Tensor | PackedWeight
     bias: Tensor | None = None
     correction_bias: Tensor | None = None
+
+
+class Routes(Protocol):
+    """What a layer needs of its router."""
+
+    @property
+    def spec(self) -> RouterSpec: ...
+
+    def __call__(self, x: Tensor) -> Routing:
+        """x [T, H] to each row's experts."""
 
 
 class Router:

@@ -22,7 +22,7 @@ from moeserve.cpu_backend.packing import PackedExperts
 from moeserve.cpu_backend.torch_backend import TorchBackend
 from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.experts.device_executor import HostPredictor
-from moeserve.experts.device_tier import build_device_tier
+from moeserve.experts.device_tier import DeviceTier, build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.disk_tier import DiskTier, build_disk_tier
 from moeserve.experts.layer_use import CountUse, count_use, nobody_looks
@@ -161,15 +161,7 @@ class ExpertRuntime:
             self.disk,
             self.workers,
         )
-        return replace(
-            self,
-            cache=tier.cache,
-            supply=tier.supply,
-            intra=tier.intra,
-            inter=tier.inter,
-            count_use=count_use if self.workers is None else self.count_use,
-            notes=self.notes | tier.notes,
-        )
+        return self._over(tier)
 
     def beside(
         self, layers: Mapping[int, PackedExperts], device: torch.device, dtype: torch.dtype
@@ -182,15 +174,7 @@ class ExpertRuntime:
         tier = build_torch_tier(
             self.config, layers, self.native, device, dtype, self.watch, self.disk
         )
-        return replace(
-            self,
-            cache=tier.cache,
-            supply=tier.supply,
-            intra=tier.intra,
-            inter=tier.inter,
-            count_use=count_use,
-            notes=self.notes | tier.notes,
-        )
+        return self._over(tier)
 
     def on(self, device: torch.device) -> ExpertRuntime:
         """The runtime for layers whose rows are on a device, with all weights but those of experts.
@@ -299,6 +283,18 @@ class ExpertRuntime:
         self.backend.close()
         if self.workers is not None:
             self.workers.close()
+
+    def _over(self, tier: DeviceTier) -> ExpertRuntime:
+        """The runtime with a device tier over what it has."""
+        return replace(
+            self,
+            cache=tier.cache,
+            supply=tier.supply,
+            intra=tier.intra,
+            inter=tier.inter,
+            count_use=count_use if self.workers is None else self.count_use,
+            notes=self.notes | tier.notes,
+        )
 
     def _host_slots(self, num_bytes: int) -> int:
         assert self.host_slot_bytes is not None

@@ -10,8 +10,8 @@ from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
-from moeserve.experts.cpu_costs import measure_cpu
-from moeserve.experts.device.device_costs import ROWS, DeviceCosts, measure_device
+from moeserve.experts.cpu_costs import ROWS, measure_cpu
+from moeserve.experts.device.device_costs import DeviceCosts, measure_device
 from moeserve.experts.device.torch_device import TorchDevice, wall_us
 from moeserve.experts.device.torch_link import check_room
 from moeserve.experts.device_tier import (

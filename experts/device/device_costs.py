@@ -11,10 +11,10 @@ from statistics import median
 import torch
 
 from moeserve.core import Routing
+from moeserve.experts.cpu_costs import start_and_more_us
 from moeserve.experts.device.torch_device import TorchDevice
 from moeserve.experts.device.torch_experts import PairSums
 
-ROWS = (1, 4, 16, 64)
 #: jobs per point, of which the median counts, after one that is not counted
 NUM_REPEATS = 5
 #: experts of a job beyond the first
@@ -35,22 +35,13 @@ class DeviceCosts:
 def measure_device(
     device: TorchDevice, layer: int, hidden_size: int, dtype: torch.dtype
 ) -> DeviceCosts:
-    """On experts of one layer, in slots that hold nothing yet. Takes a fraction of a second."""
+    """On experts of one layer, in slots that hold nothing yet. Takes a fraction of a second on a
+    GPU; where torch on the CPU stands in for one, as long as its products take."""
     num_slots = min(len(device.slots), 2 * (1 + NUM_MORE))
     jobs = _Jobs(device, layer, hidden_size, dtype, num_slots)
     copy_us = median(jobs.copy_us(slot % num_slots) for slot in range(NUM_REPEATS + num_slots))
-    num_more = min(NUM_MORE, num_slots - 1)
-    start_us, one_more_us = 0.0, []
-    for num_rows in ROWS:
-        one_us = jobs.median_us(1, num_rows)
-        more_us = one_us
-        if num_more:
-            more_us = max(0.0, jobs.median_us(1 + num_more, num_rows) - one_us) / num_more
-        if num_rows == 1:
-            start_us = max(0.0, one_us - more_us)
-        one_more_us.append(more_us)
-    record_bytes = device.layers[layer].record_bytes
-    return DeviceCosts(start_us, tuple(one_more_us), copy_us, record_bytes)
+    start_us, more_us = start_and_more_us(jobs.median_us, min(NUM_MORE, num_slots - 1))
+    return DeviceCosts(start_us, more_us, copy_us, device.layers[layer].record_bytes)
 
 
 class _Jobs:

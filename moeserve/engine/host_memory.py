@@ -123,7 +123,7 @@ class HostMemory:
 
     def grow(self, needed: int, preferred: int) -> None:
         """See KvRoom. Waits until experts have left the memory."""
-        if self.budget_bytes is None or not self._block_bytes:
+        if not self._shares_with_kv:
             return
         num_idle = preferred - needed
         if self._is_short(preferred):
@@ -137,7 +137,7 @@ class HostMemory:
     def fitting_extent(self, num_held: int, num_idle: int) -> int:
         """The extent that kv should have now. One chunk more than is used stays, so that a sequence
         that ends and one that begins do not move memory to and fro."""
-        if self.budget_bytes is None or not self._block_bytes or not self._is_short(self.extent):
+        if not self._shares_with_kv or not self._is_short(self.extent):
             return self.extent
         misses = self._experts.num_misses
         if misses != self._misses_seen:
@@ -170,6 +170,11 @@ class HostMemory:
     def _resize(self, extent: int) -> None:
         self.extent = extent
         self._experts.resize_host_memory(self._shared_bytes() - extent * self._block_bytes)
+
+    @property
+    def _shares_with_kv(self) -> bool:
+        """Whether what kv takes is taken from experts."""
+        return self.budget_bytes is not None and self._block_bytes > 0
 
     def _shared_bytes(self) -> int:
         """For kv and experts."""

@@ -18,8 +18,9 @@ from moeserve.core import ExpertKey, ExpertSpec, Placement, Routing
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
+from moeserve.experts.cpu_costs import ROWS
 from moeserve.experts.device import torch_experts
-from moeserve.experts.device.device_costs import ROWS, measure_device
+from moeserve.experts.device.device_costs import measure_device
 from moeserve.experts.device.torch_device import TorchDevice
 from moeserve.experts.device.torch_experts import PairRows
 from moeserve.experts.device_executor import DeviceExecutor

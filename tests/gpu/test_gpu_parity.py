@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from parity_cases import (
     save,
 )
 from support.model_runner import BlockSequence, Runner
-from support.settled import is_settled, reference_logits, relative_error
+from support.settled import reference_logits, relative_error, settled_prompt
 from transformers import PreTrainedModel
 
 from moeserve.config import EngineConfig, ExpertConfig, ModelConfig
@@ -50,15 +51,10 @@ def fixed_model(model_type: str, seed: int) -> PreTrainedModel:
     return make_reference(config, model_type, seed)
 
 
-def settled_prompt(model: PreTrainedModel, rng: random.Random) -> tuple[list[int], list[int]]:
-    """A prompt and its greedy answer, neither of which hangs on the rounding of float32."""
-    for _ in range(20):
-        prompt = [rng.randrange(VOCAB) for _ in range(PROMPT_TOKENS)]
-        answer = reference_greedy(model, prompt, NEW_TOKENS)
-        whole = prompt + answer
-        if is_settled(model, whole, reference_logits(model, whole)):
-            return prompt, answer
-    raise AssertionError("no prompt of 20 has an answer that rounding cannot change")
+def settled(model: PreTrainedModel, rng: random.Random) -> tuple[list[int], list[int]]:
+    """A prompt and its greedy answer."""
+    greedy = partial(reference_greedy, model, num_tokens=NEW_TOKENS)
+    return settled_prompt(model, rng, VOCAB, PROMPT_TOKENS, greedy)
 
 
 @pytest.mark.parametrize(("packed", "seed"), [(False, 1), (True, 2)], ids=["separate", "packed"])
@@ -73,7 +69,7 @@ def test_logits_and_greedy_tokens(
 ) -> None:
     model = fixed_model(model_type, seed)
     save(model, tmp_path, packed=packed, old_style=False)
-    prompt, answer = settled_prompt(model, random.Random(seed))
+    prompt, answer = settled(model, random.Random(seed))
     tokens = prompt + answer
     loaded = load(tmp_path, device)
     error = relative_error(Runner(loaded).logits(tokens), reference_logits(model, tokens))
@@ -94,7 +90,7 @@ def test_chunks_and_neighbours_change_nothing(
     model = fixed_model(model_type, seed)
     save(model, tmp_path, packed=True, old_style=False)
     runner = Runner(load(tmp_path, device))
-    prompt, _ = settled_prompt(model, rng)
+    prompt, _ = settled(model, rng)
     alone = reference_logits(model, prompt)
     sequence, neighbour = BlockSequence(list(prompt)), BlockSequence([rng.randrange(VOCAB)] * 30)
     runner.step([(neighbour, 13)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from parity_cases import DRAW, VOCAB, draw_config, make_reference, reference_greedy, save
 from support.engine_answers import Answers, answers, make_engine, make_requests
 from support.model_runner import Runner
-from support.settled import is_settled, reference_logits, relative_error
+from support.settled import reference_logits, relative_error, settled_prompt
 
 from moeserve.cache.policies.registry import POLICIES
 from moeserve.config import BUNDLED_MODEL, ExpertConfig, ModelConfig
@@ -55,7 +56,8 @@ def check_family(model_type: str, device: str, rng: random.Random, tmp_path: Pat
         ModelConfig(model=str(tmp_path), dtype="float32", device=device), ExpertConfig(**settings)
     )
     try:
-        prompt, answer = settled_answer(model, rng)
+        greedy = partial(reference_greedy, model, num_tokens=NEW_TOKENS)
+        prompt, answer = settled_prompt(model, rng, VOCAB, PROMPT_TOKENS, greedy)
         tokens = prompt + answer
         error = relative_error(Runner(loaded).logits(tokens), reference_logits(model, tokens))
         assert error <= TOLERANCE, error
@@ -64,16 +66,6 @@ def check_family(model_type: str, device: str, rng: random.Random, tmp_path: Pat
     finally:
         loaded.close()
     return error
-
-
-def settled_answer(model: Any, rng: random.Random) -> tuple[list[int], list[int]]:
-    for _ in range(20):
-        prompt = [rng.randrange(VOCAB) for _ in range(PROMPT_TOKENS)]
-        answer = reference_greedy(model, prompt, NEW_TOKENS)
-        whole = prompt + answer
-        if is_settled(model, whole, reference_logits(model, whole)):
-            return prompt, answer
-    raise AssertionError("no prompt of 20 has an answer that rounding cannot change")
 
 
 def check_engine(device: str, rng: random.Random, path: Path = BUNDLED_MODEL, **more: Any) -> None:

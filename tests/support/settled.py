@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,23 @@ def is_settled(model: PreTrainedModel, token_ids: Sequence[int], logits: Tensor)
     embedding.data.copy_(original)
     same = bool((disturbed.argmax(-1) == logits.argmax(-1)).all())
     return same and relative_error(disturbed, logits) < 1e-3
+
+
+def settled_prompt(
+    model: PreTrainedModel,
+    rng: random.Random,
+    vocab_size: int,
+    num_prompt: int,
+    answer: Callable[[list[int]], list[int]],
+) -> tuple[list[int], list[int]]:
+    """A prompt and its answer, neither of which hangs on the rounding of float32."""
+    for _ in range(20):
+        prompt = [rng.randrange(vocab_size) for _ in range(num_prompt)]
+        found = answer(prompt)
+        whole = prompt + found
+        if is_settled(model, whole, reference_logits(model, whole)):
+            return prompt, found
+    raise AssertionError("no prompt of 20 has an answer that rounding cannot change")
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
