@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +28,7 @@ from moeserve.cpu_backend.measurement import (
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.native_runtime import NativeRuntime, choose_isa
 from moeserve.cpu_backend.remembered import Machine, Measured, recall, remember
-from moeserve.cpu_backend.threads import affinity_cores, plan_threads
+from moeserve.cpu_backend.threads import affinity_cores, plan_threads, torch_threads
 from moeserve.cpu_backend.torch_backend import TorchBackend
 from moeserve.environment import read_environment
 
@@ -140,7 +139,7 @@ def _measure(
             unpinned = ExpertConfig(
                 num_threads=machine.num_threads, isa=machine.isa, spin_us=config.spin_us
             )
-            with _torch_threads(machine.num_threads):
+            with torch_threads(1 if name == "native" else machine.num_threads):
                 backend = make_backend(name, unpinned).backend
                 layer_ms[name] = measure_layer_ms(backend, weights)
                 backend.close()
@@ -148,13 +147,3 @@ def _measure(
             failed[name] = str(error)
     today = datetime.date.today().isoformat()
     return Measured(machine=machine, date=today, layer_ms=layer_ms, failed=failed)
-
-
-@contextmanager
-def _torch_threads(num_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -58,3 +60,19 @@ def use_threads(requested: int | None) -> ThreadPlan:
     threadpool_limits(limits=1, user_api="blas")
     logger.info("compute threads: %d (%s)", plan.num_threads, plan.reason)
     return plan
+
+
+@contextmanager
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """torch computes with so many threads meanwhile.
+
+    One where native threads compute, in an engine as in what is measured for one: after every
+    operation that torch has shared out, its own threads spin for milliseconds (GOMP_SPINCOUNT), on
+    the cores that the native ones need.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

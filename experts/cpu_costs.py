@@ -11,6 +11,7 @@ import torch
 
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.cpu_backend.threads import torch_threads
 from moeserve.experts.schedule.profile import ExpertCurve, Figure, Processor, ReadRate
 
 #: read to measure memory bandwidth: far more than any cache holds
@@ -25,7 +26,8 @@ NUM_MORE = 4
 def measure_cpu(native: NativeRuntime, experts: PackedExperts) -> Processor:
     """experts: of a layer, all with their records. Takes a fraction of a second."""
     num_more = min(NUM_MORE, experts.spec.num_experts - 1)
-    start_us, more_us = start_and_more_us(_Jobs(native, experts).median_us, num_more)
+    with torch_threads(1):
+        start_us, more_us = start_and_more_us(_Jobs(native, experts).median_us, num_more)
     spec = experts.spec
     curve = ExpertCurve(
         weights=experts.gate_up_form.describe(),

@@ -10,6 +10,7 @@ from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.cpu_backend.threads import torch_threads
 from moeserve.experts.cpu_costs import ROWS, measure_cpu
 from moeserve.experts.device.device_costs import DeviceCosts, measure_device
 from moeserve.experts.device.torch_device import TorchDevice, wall_us
@@ -59,7 +60,8 @@ def build_torch_tier(
         ) from error
     cpu = measure_cpu(native, copies_of_some(native, layers[first]))
     try:
-        measured = measure_device(tier, first, layers[first].spec.hidden_size, dtype)
+        with torch_threads(1):  # where the device is this CPU
+            measured = measure_device(tier, first, layers[first].spec.hidden_size, dtype)
     except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on the CPU
         tier.close()
         raise ConfigError(

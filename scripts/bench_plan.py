@@ -1,7 +1,7 @@
 """What `moeserve plan` predicts beside what the engine then does, over 36 configurations.
 
-    python scripts/bench_plan.py [--profile FILE] [--configs 36] [--out benchmarks/results]
-        [--state DIR] [--again]
+    python scripts/bench_plan.py [--profile FILE | --calibrate] [--configs 36]
+        [--out benchmarks/results] [--state DIR] [--again]
 
 Three shapes of models (plan_bench/cases.py) in three formats, each with all, three quarters, half
 and a quarter of its experts in memory, the others on disk; 1, 4 or 16 clients with prompts of 64,
@@ -13,6 +13,10 @@ experts of another size (2048 x 768) and another small model, none of these. Hit
 routing that is recorded of other prompts than the timed ones, as `moeserve trace` would.
 Measured: the engine in a process of its own, clients that send their next request when the last has
 ended; a round to warm up, then played until 5 s have passed; medians.
+
+A machine that others share computes a third faster or slower half an hour later (docs/log.md). With
+--calibrate it is calibrated anew right before each model's cases, for two minutes each time, so
+that both meet the same machine.
 
 The disk of a virtual machine may read half as much again a minute later, and no plan can know. So
 the disk is looked at again right before and right after a case that reads from it (records of
@@ -72,6 +76,7 @@ ENGINE_FILES = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--profile", help="default: this machine's own")
+    parser.add_argument("--calibrate", action="store_true", help="anew before each model's cases")
     parser.add_argument("--foreign", action="store_true", help="a profile that is not of here")
     parser.add_argument("--configs", type=int, help="only so many, spread over the models")
     parser.add_argument("--only", default="", help="cases whose names hold this")
@@ -85,17 +90,19 @@ def main() -> int:
         return run_child(args)
     if args.out is not None:  # before half an hour of measuring
         args.out.mkdir(parents=True, exist_ok=True)
-    profile = find_hardware(args.profile, args.foreign)
+    if args.calibrate and args.profile is not None:
+        raise SystemExit("--calibrate: contradicts --profile; give one")
     args.state.mkdir(parents=True, exist_ok=True)
-    rows = list(all_rows(args, profile, chosen(args.configs, args.only)))
+    known = None if args.calibrate else find_hardware(args.profile, args.foreign)
+    rows = list(all_rows(args, known, chosen(args.configs, args.only)))
     if not rows:
         raise SystemExit(f"--only {args.only}: no case has that in its name")
     record = {
         "benchmark": "plan",
         "date": date.today().isoformat(),
-        "command": "python scripts/bench_plan.py",
+        "command": "python scripts/bench_plan.py" + (" --calibrate" if args.calibrate else ""),
         "machine": {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))},
-        "profile_date": profile.date,
+        "profile_date": known.date if known else "the same hour",
         "output_tokens": OUTPUT_TOKENS,
         "summary": summarise(rows),
         "rows": rows,
@@ -119,20 +126,22 @@ def chosen(count: int | None, name: str) -> list[Case]:
 
 
 def all_rows(
-    args: argparse.Namespace, profile: Profile, cases: list[Case]
+    args: argparse.Namespace, known: Profile | None, cases: list[Case]
 ) -> Iterator[dict[str, Any]]:
-    of = {"profile": digest(profile), "engine": engine_digest()}
+    """known: the machine's profile, of all cases; None: each model's is measured beside them."""
     for name in dict.fromkeys(case.model for case in cases):
         own = [case for case in cases if case.model == name]
         model = args.state / name
-        known = {case: None if args.again else measured(args.state, case, of) for case in own}
         shutil.rmtree(model, ignore_errors=True)  # of a run that was stopped
         write_random_packed(write_config(own[0].shape, args.state), model, own[0].quantize)
+        profile = known or beside(args, name, own)
+        of = stamp(profile)
+        finds = {case: None if args.again else measured(args.state, case, of) for case in own}
         traces = {n: trace_of(args.state, name, n, of["engine"]) for n in prompts_of(own)}
         if lacking := to_record(traces, args.again):
             child(model, own[0], lacking)
         for case in own:
-            found = known[case]
+            found = finds[case]
             if found is None:
                 disk = disk_points(model, case)
                 found = child(model, case)
@@ -151,6 +160,23 @@ def all_rows(
             show(row)
             yield row
         shutil.rmtree(model)
+
+
+def beside(args: argparse.Namespace, name: str, cases: list[Case]) -> Profile:
+    """This machine as it is now, or as it was when all of a model's cases were measured."""
+    path: Path = args.state / f"{name}-profile.json"
+    if path.exists() and not args.again:
+        profile = find_hardware(str(path), False)
+        if all(measured(args.state, case, stamp(profile)) for case in cases):
+            return profile
+    command = [sys.executable, "-m", "moeserve.cli", "calibrate", "-o", str(path)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    return find_hardware(str(path), False)
+
+
+def stamp(profile: Profile) -> dict[str, str]:
+    """What a kept measurement belongs to."""
+    return {"profile": digest(profile), "engine": engine_digest()}
 
 
 def kept(state: Path, case: Case) -> Path:

@@ -16,6 +16,7 @@ from moeserve.config import ModelConfig
 from moeserve.core import ModelError
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import FormatName, PackFormat
+from moeserve.cpu_backend.threads import torch_threads
 from moeserve.experts.schedule.profile import DiskPoint, Profile, TransferPoint
 from moeserve.experts.schedule.profile_file import PROFILE_VERSION
 from moeserve.models.read_weights import DTYPES
@@ -69,6 +70,7 @@ class Wishes:
     model: ModelConfig | None = None
 
 
+@torch_threads(1)  # as in an engine, whose native threads compute
 def calibrate(wishes: Wishes, report: Callable[[str], None]) -> Profile:
     """report: called with what is being measured.
 

@@ -107,20 +107,14 @@ class PerHeadPool:
         return timed(partial(self.ps, num_rows))
 
     def ps(self, num_rows: int) -> float:
-        """Of both, on one thread of torch's as in the engine (`Engine.from_config`)."""
+        """Of both, on one thread of torch's (see `calibrate`)."""
         heads, key, latent = HEADS
         x = torch.randn(num_rows, heads, key).to(self._dtype)
         wide = torch.empty(num_rows, heads, latent, dtype=self._dtype)
         out = torch.empty_like(x)
         key_up, value_up = next(self._turns), next(self._turns)
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            started_s = time.perf_counter()
-            with torch.inference_mode():
-                per_head_into(wide, x, key_up)
-                per_head_into(out, wide, value_up)
-            taken_s = time.perf_counter() - started_s
-        finally:
-            torch.set_num_threads(num_threads)
-        return taken_s * 1e12 / (2 * key_up.numel())
+        started_s = time.perf_counter()
+        with torch.inference_mode():
+            per_head_into(wide, x, key_up)
+            per_head_into(out, wide, value_up)
+        return (time.perf_counter() - started_s) * 1e12 / (2 * key_up.numel())

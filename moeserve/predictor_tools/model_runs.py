@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeserve.config import ExpertConfig, ModelConfig
-from moeserve.cpu_backend.threads import use_threads
+from moeserve.cpu_backend.threads import torch_threads, use_threads
 from moeserve.experts.runtime import Observer
 from moeserve.models.inputs import ForwardBatch, Span
 from moeserve.models.kv_pool import KvPool
@@ -48,13 +48,9 @@ def observed(loaded: LoadedModel, observer: Observer) -> Iterator[None]:
 @contextmanager
 def engine_threads(loaded: LoadedModel) -> Iterator[None]:
     """Threads as in an engine: where native ones compute, torch's are in their way."""
-    threads = torch.get_num_threads()
-    if loaded.runtime.native is not None:
-        torch.set_num_threads(1)
-    try:
+    count = torch.get_num_threads() if loaded.runtime.native is None else 1
+    with torch_threads(count):
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class WindowRunner:

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moeserve.core import ConfigError
 from moeserve.cpu_backend.cgroup import cgroup_cores
-from moeserve.cpu_backend.threads import affinity_cores, plan_threads
+from moeserve.cpu_backend.threads import affinity_cores, plan_threads, torch_threads
 
 
 def write(path: Path, text: str) -> None:
@@ -97,3 +98,11 @@ def test_a_process_keeps_to_its_affinity(num_cores: int) -> None:
     quota = cgroup_cores()
     assert planned == torch_threads == plan_threads(None, num_cores, quota).num_threads
     assert set(blas_threads) == {1}
+
+
+def test_torch_gets_its_threads_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
