@@ -102,7 +102,13 @@ def test_a_process_keeps_to_its_affinity(num_cores: int) -> None:
 
 def test_torch_gets_its_threads_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), torch_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-        raise KeyError
+    inside = []
+
+    def fail() -> None:
+        with torch_threads(before + 1):
+            inside.append(torch.get_num_threads())
+            raise KeyError
+
+    pytest.raises(KeyError, fail)
+    assert inside == [before + 1]
     assert torch.get_num_threads() == before
