@@ -109,6 +109,7 @@ def test_torch_gets_its_threads_back() -> None:
             inside.append(torch.get_num_threads())
             raise KeyError
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert inside == [before + 1]
     assert torch.get_num_threads() == before
