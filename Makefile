@@ -20,7 +20,7 @@ help:
 	@echo "make sanitize   the C++ under AddressSanitizer and UBSan, on random input (about 4 minutes)"
 	@echo "make bench   short benchmarks of this machine"
 	@echo "make bench-peers   beside llama.cpp and transformers (an hour; 50 GB of disk)"
-	@echo "make bench-plan  what moeserve plan predicts beside what the engine does (27 minutes)"
+	@echo "make bench-plan  what moeserve plan predicts beside what the engine does (45 minutes)"
 	@echo "make soak    64 streams with cancels for 2 minutes against a real server"
 
 # torch goes in first and alone: pip then takes the build named by TORCH (a CPU wheel where one is
@@ -92,9 +92,7 @@ bench-peers: $(STAMP)/peers
 
 # Goes on where a run was stopped; ARGS="--again" measures anew, ARGS="--configs 12" a part.
 bench-plan: $(STAMP)/test
-	$(BIN)/python -m moeserve.cli calibrate --show > /dev/null 2>&1 || \
-	  $(BIN)/python -m moeserve.cli calibrate
-	$(BIN)/python scripts/bench_plan.py --out benchmarks/results $(ARGS)
+	$(BIN)/python scripts/bench_plan.py --calibrate --out benchmarks/results $(ARGS)
 
 soak: $(STAMP)/test
 	$(BIN)/python scripts/soak.py --seconds 120

@@ -15,8 +15,9 @@ Measured: the engine in a process of its own, clients that send their next reque
 ended; a round to warm up, then played until 5 s have passed; medians.
 
 A machine that others share computes a third faster or slower half an hour later (docs/log.md). With
---calibrate it is calibrated anew right before each model's cases, for two minutes each time, so
-that both meet the same machine.
+--calibrate it is calibrated right before and right after each model's four cases, for two minutes
+each time, and the prediction is the mean of those from both: what is tested is the planner and not
+how long the machine stays as it was.
 
 The disk of a virtual machine may read half as much again a minute later, and no plan can know. So
 the disk is looked at again right before and right after a case that reads from it (records of
@@ -47,9 +48,10 @@ from moeserve.environment import tune_native_libraries
 
 tune_native_libraries()
 
+from plan_bench.calibrations import Calibrations  # noqa: E402
 from plan_bench.cases import OUTPUT_TOKENS, Case, all_cases, write_config  # noqa: E402
 from plan_bench.measure import disk_points, measure, record_routing  # noqa: E402
-from plan_bench.predict import on_disk, predict  # noqa: E402
+from plan_bench.predict import mean_of, on_disk, predict  # noqa: E402
 from plan_bench.report import PARTS, accuracy, draw, markdown, summarise  # noqa: E402
 
 from moeserve.cpu_backend.machine import cpu_model  # noqa: E402
@@ -76,7 +78,7 @@ ENGINE_FILES = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--profile", help="default: this machine's own")
-    parser.add_argument("--calibrate", action="store_true", help="anew before each model's cases")
+    parser.add_argument("--calibrate", action="store_true", help="around each model's cases")
     parser.add_argument("--foreign", action="store_true", help="a profile that is not of here")
     parser.add_argument("--configs", type=int, help="only so many, spread over the models")
     parser.add_argument("--only", default="", help="cases whose names hold this")
@@ -128,29 +130,30 @@ def chosen(count: int | None, name: str) -> list[Case]:
 def all_rows(
     args: argparse.Namespace, known: Profile | None, cases: list[Case]
 ) -> Iterator[dict[str, Any]]:
-    """known: the machine's profile, of all cases; None: each model's is measured beside them."""
+    """known: the machine's profile, of all cases; None: it is calibrated around each model's."""
+    calibrations = Calibrations(args.state, args.again)
     for name in dict.fromkeys(case.model for case in cases):
         own = [case for case in cases if case.model == name]
         model = args.state / name
         shutil.rmtree(model, ignore_errors=True)  # of a run that was stopped
         write_random_packed(write_config(own[0].shape, args.state), model, own[0].quantize)
-        profile = known or beside(args, name, own)
-        of = stamp(profile)
-        finds = {case: None if args.again else measured(args.state, case, of) for case in own}
-        traces = {n: trace_of(args.state, name, n, of["engine"]) for n in prompts_of(own)}
+        traces = {n: trace_of(args.state, name, n, engine_digest()) for n in prompts_of(own)}
         if lacking := to_record(traces, args.again):
             child(model, own[0], lacking)
-        for case in own:
-            found = finds[case]
-            if found is None:
-                disk = disk_points(model, case)
-                found = child(model, case)
-                found["disk"] = disk + disk_points(model, case)
-                kept(args.state, case).write_text(json.dumps({**of, "measured": found}))
+
+        def is_measured(profile: Profile, own: list[Case] = own) -> bool:
+            return all(measured(args.state, case, stamp(profile)) for case in own)
+
+        profile = known or calibrations.before(name, is_measured)
+        finds = {case: measured_now(args, model, case, stamp(profile)) for case in own}
+        profiles = [profile] if known else [profile, calibrations.after(name)]
+        for case, found in finds.items():
             trace = traces[case.context_tokens]
-            here = on_disk(profile, found["disk"])
-            predicted = predict(model, trace, case, here)
-            before = predicted if here is profile else predict(model, trace, case, profile)
+            here = [on_disk(profile, found["disk"]) for profile in profiles]
+            predicted = mean_of([predict(model, trace, case, each) for each in here])
+            before = predicted
+            if here != profiles:
+                before = mean_of([predict(model, trace, case, each) for each in profiles])
             row = {
                 **case.as_json(),
                 "measured": found,
@@ -162,16 +165,18 @@ def all_rows(
         shutil.rmtree(model)
 
 
-def beside(args: argparse.Namespace, name: str, cases: list[Case]) -> Profile:
-    """This machine as it is now, or as it was when all of a model's cases were measured."""
-    path: Path = args.state / f"{name}-profile.json"
-    if path.exists() and not args.again:
-        profile = find_hardware(str(path), False)
-        if all(measured(args.state, case, stamp(profile)) for case in cases):
-            return profile
-    command = [sys.executable, "-m", "moeserve.cli", "calibrate", "-o", str(path)]
-    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-    return find_hardware(str(path), False)
+def measured_now(
+    args: argparse.Namespace, model: Path, case: Case, of: dict[str, str]
+) -> dict[str, Any]:
+    """What is kept of a case, or is measured and kept."""
+    kept_already = None if args.again else measured(args.state, case, of)
+    if kept_already is not None:
+        return kept_already
+    disk = disk_points(model, case)
+    found = child(model, case)
+    found["disk"] = disk + disk_points(model, case)
+    kept(args.state, case).write_text(json.dumps({**of, "measured": found}))
+    return found
 
 
 def stamp(profile: Profile) -> dict[str, str]:

@@ -15,7 +15,7 @@ from moeserve.experts.schedule.profile import ExpertCurve, Figure, Processor, Pr
 from moeserve.planner.expert_jobs import ExpertJobs, expert_pool
 from moeserve.planner.hardware import last_level_cache_bytes
 from moeserve.planner.product_figures import product_pools
-from moeserve.planner.repeats import Measurement, Repeats, rated, timed
+from moeserve.planner.repeats import Measurement, Repeats, limit, usual
 
 DOT_TYPES = ("f32", "bf16", "int8")
 #: an expert with next to no weights: its job costs what every job costs
@@ -73,14 +73,14 @@ def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
     wanted: dict[Key, Measurement] = {}
     for count, runtime in runtimes.items():
         sample = partial(runtime.handle.measure_read_bandwidth, plan.pool_bytes, 1)
-        wanted["read", count] = rated(sample)
+        wanted["read", count] = limit(sample)
         for pool in experts:
             kernel = pool.gate_up_form.describe()
             wanted.setdefault((kernel, count), ExpertJobs.on(runtime, pool).one_more(1, *EXPERTS))
     for name in DOT_TYPES:
-        wanted["peak", name] = rated(partial(everything.handle.measure_dot_peak, name, 1))
+        wanted["peak", name] = limit(partial(everything.handle.measure_dot_peak, name, 1))
     start = _start_of_a_job(everything, plan.shapes[0])
-    wanted["start", 0] = timed(start)
+    wanted["start", 0] = usual(start)
     for number, pool in enumerate(experts):
         jobs = ExpertJobs.on(everything, pool)
         for rows in plan.rows:

@@ -14,7 +14,7 @@ from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
-from moeserve.planner.repeats import Measurement, beyond, differing
+from moeserve.planner.repeats import Measurement, differing
 
 #: inputs under one scale in a checkpoint's own codes (packing.py)
 MXFP4_GROUP, FP8_GROUP = 32, 128
@@ -100,6 +100,6 @@ class ExpertJobs:
 
     def one_of(self, num_rows: int, count: int, start: Callable[[], float]) -> Measurement:
         """What each of `count` experts takes in a job, without what `start` says that every job
-        costs. Where experts take long that is little, and the noise of one job is less than that of
-        a difference; and as many experts together are computed as in a step's prompts."""
-        return beyond(partial(self.us, count, num_rows), start, count)
+        costs: where experts take long, that is less noise than a second job of some of them; and as
+        many experts together are computed as in a step's prompts."""
+        return differing(partial(self.us, count, num_rows), start, count)

@@ -17,7 +17,7 @@ from moeserve.cpu_backend.native_linear import NativeLinear
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedWeight, PackFormat
 from moeserve.models.layers import per_head_into
-from moeserve.planner.repeats import Measurement, timed
+from moeserve.planner.repeats import Measurement, usual
 from moeserve.planner.step_costs import PER_HEAD
 
 #: rows and columns of the measured matrices: as of attention in mid-size models
@@ -78,7 +78,7 @@ class ProductPool:
         self._dtype = torch.float32 if form.name == "float32" else torch.bfloat16
 
     def of_rows(self, num_rows: int) -> Measurement:
-        return timed(partial(self.ps, num_rows))
+        return usual(partial(self.ps, num_rows))
 
     def ps(self, num_rows: int) -> float:
         """Of a few products one after the other, for each weight, in picoseconds."""
@@ -104,7 +104,7 @@ class PerHeadPool:
         self._dtype = dtype
 
     def of_rows(self, num_rows: int) -> Measurement:
-        return timed(partial(self.ps, num_rows))
+        return usual(partial(self.ps, num_rows))
 
     def ps(self, num_rows: int) -> float:
         """Of both, on one thread of torch's (see `calibrate`)."""

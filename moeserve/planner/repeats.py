@@ -1,7 +1,8 @@
 """Measuring until the spread is known, also where other work comes and goes.
 
-What else runs only makes times longer, and it comes in bursts. So a time is the first quartile of
-its samples, a rate the last, and figures of one kind take turns: a burst meets some samples of
+What else runs comes in bursts, and on a machine that others share it never ends. An engine will
+meet as much of it as calibration does, so a figure is the middle of its samples; a limit, which
+nothing is to exceed, is a quartile. Figures of one kind take turns: a burst meets some samples of
 all of them and not all samples of one.
 """
 
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from moeserve.core import ErrorCode, MoeserveError
 from moeserve.experts.schedule.profile import Figure
 
-#: which part of the samples is shorter than a time, and longer than a rate
-UNDISTURBED = 0.25
+#: which part of the samples is below a limit: what else runs makes rates smaller
+LIMIT = 0.75
 #: deviations of a normal distribution that hold 95 % of it
 CONFIDENCE_95 = 1.96
 #: times as many samples are taken of a difference that has not shown yet
@@ -34,29 +35,20 @@ class Measurement:
     figure: Callable[[Sequence[list[float]]], Figure]
 
 
-def timed(sample: Sample) -> Measurement:
-    """A time: disturbances make it longer."""
+def usual(sample: Sample) -> Measurement:
+    """What there is in the middle, times and rates alike."""
     return Measurement((sample,), lambda columns: summarise(columns[0]))
 
 
-def rated(sample: Sample) -> Measurement:
-    """A rate: disturbances make it smaller."""
-    return Measurement((sample,), lambda columns: summarise(columns[0], is_rate=True))
-
-
-def usual(sample: Sample) -> Measurement:
-    """What varies by itself: the middle, since what is rare belongs to it."""
-    return Measurement((sample,), lambda columns: summarise(columns[0], share=0.5))
+def limit(sample: Sample) -> Measurement:
+    """A rate that nothing is to exceed."""
+    return Measurement((sample,), lambda columns: summarise(columns[0], LIMIT))
 
 
 def differing(more: Sample, less: Sample, count: int) -> Measurement:
-    """(more - less) / count, of the shortest of each: a difference takes the noise of both."""
+    """(more - less) / count. Both are taken one right after the other, so that a machine which
+    becomes slower does so for both."""
     return Measurement((more, less), lambda columns: _difference(columns[0], columns[1], count))
-
-
-def beyond(whole: Sample, part: Sample, count: int) -> Measurement:
-    """(whole - part) / count, where the part is little: known as well as the whole is."""
-    return Measurement((whole, part), lambda columns: _rest(columns[0], columns[1], count))
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class Repeats:
 
     def figure(self, sample: Sample) -> Figure:
         """A time by itself."""
-        return self.measure([timed(sample)])[0]
+        return self.measure([usual(sample)])[0]
 
     def difference(self, more: Sample, less: Sample, count: int) -> Figure:
         """A difference by itself."""
@@ -129,18 +121,14 @@ class _Job:
         self.figure = self._wanted.figure(self._columns)
 
 
-def summarise(
-    samples: Sequence[float], is_rate: bool = False, share: float = UNDISTURBED
-) -> Figure:
-    """The quartile that is disturbed least, the distance of the quartiles as a share of it, and the
-    half of its 95 % confidence interval likewise.
+def summarise(samples: Sequence[float], share: float = 0.5) -> Figure:
+    """A quantile, the distance of the quartiles as a share of it, and the half of its 95 %
+    confidence interval likewise.
 
     The interval is that of order statistics, which needs no distribution: of n samples, the rank of
     a quantile q strays by sqrt(n q (1 - q)) (David and Nagaraja, Order Statistics, section 7.1).
-
-    share: which quantile; half where what varies belongs to what is measured.
     """
-    ordered = sorted(samples, reverse=is_rate)
+    ordered = sorted(samples)
     count = len(ordered)
     value = _quantile(ordered, share)
     if value <= 0:
@@ -148,7 +136,7 @@ def summarise(
     stray = CONFIDENCE_95 * math.sqrt(count * share * (1 - share))
     low = max(0, math.floor(count * share - stray))
     high = min(count - 1, math.ceil(count * share + stray))
-    interval = abs(ordered[high] - ordered[low]) / 2 / value
+    interval = (ordered[high] - ordered[low]) / 2 / value
     return Figure(value=value, spread=_quartiles(samples) / value, interval=interval)
 
 
@@ -161,26 +149,8 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def _difference(more: list[float], less: list[float], count: int) -> Figure:
-    difference = min(more) - min(less)
-    if difference <= 0:
-        return Figure(value=0.0)
-    spread = math.hypot(_quartiles(more), _quartiles(less)) / difference
-    # How far the shortest may be off: what lies between them and the quartile.
-    intervals = [_quantile(sorted(column), UNDISTURBED) - min(column) for column in (more, less)]
-    return Figure(
-        value=difference / count, spread=spread, interval=math.hypot(*intervals) / difference
-    )
-
-
-def _rest(whole: list[float], part: list[float], count: int) -> Figure:
-    of_whole = summarise(whole)
-    rest = of_whole.value - summarise(part).value
-    if rest <= 0:
-        return Figure(value=0.0)
-    share = of_whole.value / rest
-    return Figure(
-        value=rest / count, spread=share * of_whole.spread, interval=share * of_whole.interval
-    )
+    of_all = summarise([a - b for a, b in zip(more, less, strict=True)])
+    return Figure(value=of_all.value / count, spread=of_all.spread, interval=of_all.interval)
 
 
 def _quartiles(samples: Sequence[float]) -> float:

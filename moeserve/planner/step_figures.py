@@ -224,7 +224,7 @@ def watching_us(engine: Engine, rng: np.random.Generator) -> Figure:
         samples.append((recorded_s - plain_s) * 1e6 / NUM_LAYERS)
     while engine.has_work:
         engine.step()
-    return summarise(samples, share=0.5)
+    return summarise(samples)
 
 
 def _add(engine: Engine, rng: np.random.Generator, streams: int, prompt: int, output: int) -> None:
@@ -261,7 +261,7 @@ def _step(spans: list[Span]) -> _Step:
 def _point(tiered: bool, streams: int, rows: int, context: int, steps: list[_Step]) -> StepPoint:
     def figures(names: Sequence[str], us: Callable[[_Step], dict[str, float]]) -> dict[str, Figure]:
         # The middle: what varies from step to step is Python's own and no other's.
-        return {name: summarise([us(step)[name] for step in steps], share=0.5) for name in names}
+        return {name: summarise([us(step)[name] for step in steps]) for name in names}
 
     return StepPoint(
         tiered=tiered,

@@ -120,7 +120,7 @@ def _point(layers: Sequence[TierLayer]) -> TierPoint:
         num_active=sum(layer.num_active for layer in layers) / len(layers),
         num_groups=sum(layer.num_groups for layer in layers) / len(layers),
         us={
-            name: summarise([layer.us[name] for layer in layers if name in layer.us], share=0.5)
+            name: summarise([layer.us[name] for layer in layers if name in layer.us])
             for name in names
         },
     )

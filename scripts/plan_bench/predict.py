@@ -36,6 +36,13 @@ def on_disk(profile: Profile, measured: list[dict[str, float]]) -> Profile:
     return structs.replace(profile, disk=points) if points else profile
 
 
+def mean_of(predictions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of what `predict` says from several profiles; what limits is that of the first."""
+    numbers = [key for key, value in predictions[0].items() if isinstance(value, float | int)]
+    means = {key: sum(each[key] for each in predictions) / len(predictions) for key in numbers}
+    return predictions[0] | means
+
+
 def predict(model: Path, trace: Path, case: Case, profile: Profile) -> dict[str, Any]:
     """model: packed; nothing of it is read but sizes. trace: routing of the model."""
     settings = engine_settings(model, case)
