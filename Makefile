@@ -90,7 +90,7 @@ bench: $(STAMP)/install
 bench-peers: $(STAMP)/peers
 	$(BIN)/python scripts/bench_peers.py $(ARGS)
 
-# Goes on where a run was stopped; ARGS="--again" measures anew, ARGS="--configs 12" a part.
+# Goes on where a run was stopped; ARGS="--again" measures anew, "--configs 12" a part, "--rounds 3" evens out more.
 bench-plan: $(STAMP)/test
 	$(BIN)/python scripts/bench_plan.py --calibrate --out benchmarks/results $(ARGS)
 

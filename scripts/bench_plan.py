@@ -1,6 +1,6 @@
 """What `moeserve plan` predicts beside what the engine then does, over 36 configurations.
 
-    python scripts/bench_plan.py [--profile FILE | --calibrate] [--configs 36]
+    python scripts/bench_plan.py [--profile FILE | --calibrate] [--rounds 1] [--configs 36]
         [--out benchmarks/results] [--state DIR] [--again]
 
 Three shapes of models (plan_bench/cases.py) in three formats, each with all, three quarters, half
@@ -12,7 +12,8 @@ Predicted: by stage 2 of the plan from the profile that `moeserve calibrate` wro
 experts of another size (2048 x 768) and another small model, none of these. Hit rates follow from
 routing that is recorded of other prompts than the timed ones, as `moeserve trace` would.
 Measured: the engine in a process of its own, clients that send their next request when the last has
-ended; a round to warm up, then played until 5 s have passed; medians.
+ended; once to warm up, then played until 5 s have passed; medians. The cases of a model take turns,
+--rounds times, and medians of the rounds count.
 
 A machine that others share computes a third faster or slower half an hour later (docs/log.md). With
 --calibrate it is calibrated right before and right after each model's four cases, for two minutes
@@ -50,7 +51,7 @@ tune_native_libraries()
 
 from plan_bench.calibrations import Calibrations  # noqa: E402
 from plan_bench.cases import OUTPUT_TOKENS, Case, all_cases, write_config  # noqa: E402
-from plan_bench.measure import disk_points, measure, record_routing  # noqa: E402
+from plan_bench.measure import disk_points, measure, middle_of, record_routing  # noqa: E402
 from plan_bench.predict import mean_of, on_disk, predict  # noqa: E402
 from plan_bench.report import PARTS, accuracy, draw, markdown, summarise  # noqa: E402
 
@@ -79,6 +80,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--profile", help="default: this machine's own")
     parser.add_argument("--calibrate", action="store_true", help="around each model's cases")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each case is measured")
     parser.add_argument("--foreign", action="store_true", help="a profile that is not of here")
     parser.add_argument("--configs", type=int, help="only so many, spread over the models")
     parser.add_argument("--only", default="", help="cases whose names hold this")
@@ -102,7 +104,9 @@ def main() -> int:
     record = {
         "benchmark": "plan",
         "date": date.today().isoformat(),
-        "command": "python scripts/bench_plan.py" + (" --calibrate" if args.calibrate else ""),
+        "command": "python scripts/bench_plan.py"
+        + (" --calibrate" if args.calibrate else "")
+        + f" --rounds {args.rounds}",
         "machine": {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))},
         "profile_date": known.date if known else "the same hour",
         "output_tokens": OUTPUT_TOKENS,
@@ -142,12 +146,14 @@ def all_rows(
             child(model, own[0], lacking)
 
         def is_measured(profile: Profile, own: list[Case] = own) -> bool:
-            return all(measured(args.state, case, stamp(profile)) for case in own)
+            of = stamp(profile)
+            return all(len(measured(args.state, case, of)) >= args.rounds for case in own)
 
         profile = known or calibrations.before(name, is_measured)
-        finds = {case: measured_now(args, model, case, stamp(profile)) for case in own}
+        finds = measure_rounds(args, model, own, stamp(profile))
         profiles = [profile] if known else [profile, calibrations.after(name)]
-        for case, found in finds.items():
+        for case, rounds in finds.items():
+            found = middle_of(rounds)
             trace = traces[case.context_tokens]
             here = [on_disk(profile, found["disk"]) for profile in profiles]
             predicted = mean_of([predict(model, trace, case, each) for each in here])
@@ -165,18 +171,21 @@ def all_rows(
         shutil.rmtree(model)
 
 
-def measured_now(
-    args: argparse.Namespace, model: Path, case: Case, of: dict[str, str]
-) -> dict[str, Any]:
-    """What is kept of a case, or is measured and kept."""
-    kept_already = None if args.again else measured(args.state, case, of)
-    if kept_already is not None:
-        return kept_already
-    disk = disk_points(model, case)
-    found = child(model, case)
-    found["disk"] = disk + disk_points(model, case)
-    kept(args.state, case).write_text(json.dumps({**of, "measured": found}))
-    return found
+def measure_rounds(
+    args: argparse.Namespace, model: Path, cases: list[Case], of: dict[str, str]
+) -> dict[Case, list[dict[str, Any]]]:
+    """What is kept of the cases of a model, and what lacks, which is measured and kept."""
+    finds = {case: [] if args.again else measured(args.state, case, of) for case in cases}
+    for number in range(args.rounds):
+        for case, rounds in finds.items():
+            if number < len(rounds):
+                continue
+            disk = disk_points(model, case)
+            found = child(model, case)
+            found["disk"] = disk + disk_points(model, case)
+            rounds.append(found)
+            kept(args.state, case).write_text(json.dumps({**of, "measured": rounds}))
+    return finds
 
 
 def stamp(profile: Profile) -> dict[str, str]:
@@ -203,11 +212,11 @@ def to_record(traces: dict[int, Path], again: bool) -> dict[int, Path]:
     return {n: path for n, path in traces.items() if again or not path.exists()}
 
 
-def measured(state: Path, case: Case, of: dict[str, str]) -> dict[str, Any] | None:
-    """What is kept of a case under this profile and with this engine; None: nothing."""
+def measured(state: Path, case: Case, of: dict[str, str]) -> list[dict[str, Any]]:
+    """What is kept of a case, round by round, under this profile and with this engine."""
     path = kept(state, case)
     found = json.loads(path.read_text()) if path.exists() else {}
-    return dict(found["measured"]) if {key: found.get(key) for key in of} == of else None
+    return list(found["measured"]) if {key: found.get(key) for key in of} == of else []
 
 
 def engine_digest() -> str:

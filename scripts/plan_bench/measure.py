@@ -70,6 +70,17 @@ def measure(model: Path, case: Case) -> dict[str, Any]:
     return result
 
 
+def middle_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of several measurements of a case. What is known of the disk is all that was seen of it."""
+    numbers = [key for key in rounds[0] if key != "disk"]
+    found: dict[str, Any] = {key: median(each[key] for each in rounds) for key in numbers}
+    found["times"] = sum(each["times"] for each in rounds)
+    found["fastest"] = max(each["fastest"] for each in rounds)
+    found["slowest"] = min(each["slowest"] for each in rounds)
+    found["disk"] = [point for each in rounds for point in each["disk"]]
+    return found
+
+
 def disk_points(model: Path, case: Case) -> list[dict[str, float]]:
     """Reads of records from the model's file, each kind for a moment. Nothing where all experts are
     in memory."""

@@ -9,6 +9,8 @@ from typing import Any
 import bench_plan
 import pytest
 from bench_plan import engine_digest, to_record, trace_of
+from plan_bench.measure import middle_of
+from plan_bench.predict import mean_of
 from plan_bench.report import markdown, summarise
 
 from moeserve.planner.simulate.system import CONFIDENCE
@@ -91,3 +93,23 @@ def test_the_plan_that_a_user_gets_has_figures_of_its_own() -> None:
     head = [cell.strip() for cell in table[1].split("|")]
     place = head.index("with the calibrated disk")
     assert [line.split("|")[place].strip() for line in table[-2:]] == ["100.0%", "80.0%"]
+
+
+def test_rounds_and_profiles_are_put_together() -> None:
+    point = {"block": 1.0, "depth": 1.0, "bytes_per_s": 2.0}
+    rounds = [
+        {
+            "tokens_per_s": speed,
+            "times": 2,
+            "fastest": speed + 1,
+            "slowest": speed - 1,
+            "disk": [point],
+        }
+        for speed in (10.0, 40.0, 20.0)
+    ]
+    found = middle_of(rounds)
+    assert (found["tokens_per_s"], found["times"]) == (20.0, 6)
+    assert (found["fastest"], found["slowest"], found["disk"]) == (41.0, 9.0, 3 * [point])
+    limits = {"decode": "memory"}
+    both = mean_of([{"ttft_s": 1.0, "limits": limits}, {"ttft_s": 2.0, "limits": {}}])
+    assert both == {"ttft_s": 1.5, "limits": limits}
