@@ -38,6 +38,15 @@ class DiskTier:
     intra: FetchOrder
     notes: dict[str, str]
 
+    @property
+    def slots_in_words(self) -> str:
+        """How many experts have room now."""
+        count, total = self.cache.num_slots, self.cache.numbers.total
+        return (
+            f"{count} of {total} ({count / total:.0%}) have room in the host tier,"
+            f" {self.supply.slots.slot_bytes} bytes each; all are on disk"
+        )
+
 
 def build_disk_tier(
     config: ExpertConfig,

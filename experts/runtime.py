@@ -10,29 +10,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moeserve.cache.expert_cache import ExpertCache, Tier, resident_cache
-from moeserve.cache.policies.resident import ResidentPolicy
-from moeserve.cache.tiers.disk_store import DiskRecord
+from moeserve.cache.expert_cache import ExpertCache
 from moeserve.config import ExpertConfig
-from moeserve.core import ConfigError, ExpertKey, ExpertSpec, Placement, Routing
-from moeserve.cpu_backend.backend import CpuBackend, Demands
-from moeserve.cpu_backend.choice import BackendChoice, choose_backend
+from moeserve.core import ConfigError, Placement, Routing
+from moeserve.cpu_backend.backend import CpuBackend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts
-from moeserve.cpu_backend.torch_backend import TorchBackend
 from moeserve.cpu_backend.worker_pool import WorkerPool
 from moeserve.experts.device_executor import HostPredictor
 from moeserve.experts.device_tier import DeviceTier, build_device_tier
 from moeserve.experts.disk_supply import DiskSupply
-from moeserve.experts.disk_tier import DiskTier, build_disk_tier
-from moeserve.experts.layer_use import CountUse, count_use, nobody_looks
+from moeserve.experts.disk_tier import DiskTier
+from moeserve.experts.layer_use import CountUse, count_use
 from moeserve.experts.native_predictors import native_implementations
 from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.remote import LocalPredictor, LocalUse, UsedPlacement
-from moeserve.experts.schedule.inter_layer import InterLayerScheduler, ResidentPrefetch
+from moeserve.experts.schedule.inter_layer import InterLayerScheduler
 from moeserve.experts.schedule.intra_layer import (
     IntraLayerScheduler,
-    ResidentPlacement,
     SimulatedPlacement,
 )
 from moeserve.experts.supply import ExpertSupply, ResidentSupply
@@ -40,7 +35,6 @@ from moeserve.experts.torch_tier import build_torch_tier
 from moeserve.experts.watch import Watch
 from moeserve.predictors.base import Predictor
 from moeserve.predictors.gates import LayerGate
-from moeserve.predictors.none import NonePredictor
 from moeserve.predictors.registry import PLAIN, TRAINED_FILES, make_predictor
 from moeserve.stats import ExpertStats
 from moeserve.worker_messages import WorkerIdentity
@@ -241,9 +235,8 @@ class ExpertRuntime:
         no such memory, unless it was reserved.
         """
         assert self.disk is not None, "all experts are resident"
-        disk = self.disk.supply
-        disk.resize(self._host_slots(num_bytes))
-        self.notes["experts"] = describe_slots(disk.cache, disk.slots.slot_bytes)
+        self.disk.supply.resize(self._host_slots(num_bytes))
+        self.notes["experts"] = self.disk.slots_in_words
 
     @property
     def trouble(self) -> str | None:
@@ -299,76 +292,3 @@ class ExpertRuntime:
     def _host_slots(self, num_bytes: int) -> int:
         assert self.host_slot_bytes is not None
         return min(num_bytes // self.host_slot_bytes, self.num_experts)
-
-
-def build_expert_runtime(
-    config: ExpertConfig,
-    specs: Mapping[int, ExpertSpec],
-    device: torch.device,
-    dtype: torch.dtype,
-    quantized: bool = False,
-    on_disk: Mapping[ExpertKey, DiskRecord] | None = None,
-) -> ExpertRuntime:
-    """specs: of the experts of each MoE layer, by the layer's index in the model. dtype: of the
-    model's computation. quantized: its weights are stored in 8 bits or fewer. on_disk: records to
-    be read as they are wanted; None: all experts are resident.
-
-    On the CPU the experts stand in the host tier and run on the CPU backend; on another device they
-    stand and run there. Raises ConfigError for what is not implemented or cannot run the model.
-    """
-    num_experts = {layer: spec.num_experts for layer, spec in specs.items()}
-    if device.type == "cpu":
-        choice = choose_backend(config, Demands(dtype, tuple(specs.values()), quantized))
-    else:
-        choice = BackendChoice(TorchBackend(), f"unused, experts run on {device.type}", None)
-    notes = {"cpu_backend": choice.reason}
-    if on_disk is not None:
-        if choice.native is None:
-            raise ConfigError(
-                "host_memory: experts on disk are packed for the native backend",
-                field="cpu_backend",
-                hint="choose --cpu-backend native",
-            )
-        watch = Watch()
-        tier = build_disk_tier(config, specs, on_disk, choice.native, watch.timeline)
-        notes |= tier.notes
-        notes["experts"] = describe_slots(tier.cache, tier.supply.slots.slot_bytes)
-        return ExpertRuntime(
-            config=config,
-            device=device,
-            backend=choice.backend,
-            native=choice.native,
-            cache=tier.cache,
-            supply=tier.supply,
-            intra=tier.intra,
-            inter=ResidentPrefetch(),
-            predictor=NonePredictor(),
-            count_use=count_use,
-            notes=notes,
-            watch=watch,
-            disk=tier,
-        )
-    tier_name = Tier.HOST if device.type == "cpu" else Tier.DEVICE
-    cache = resident_cache(tier_name, num_experts, ResidentPolicy())
-    notes["experts"] = f"all {cache.num_slots} resident in the {tier_name.value} tier"
-    return ExpertRuntime(
-        config=config,
-        device=device,
-        backend=choice.backend,
-        native=choice.native,
-        cache=cache,
-        supply=ResidentSupply(cache),
-        intra=ResidentPlacement(),
-        inter=ResidentPrefetch(),
-        predictor=NonePredictor(),
-        count_use=nobody_looks,
-        notes=notes,
-    )
-
-
-def describe_slots(cache: ExpertCache, slot_bytes: int) -> str:
-    share = cache.num_slots / cache.numbers.total
-    return (
-        f"{cache.num_slots} of {cache.numbers.total} ({share:.0%}) have room in the host tier,"
-        f" {slot_bytes} bytes each; all are on disk"
-    )

@@ -42,6 +42,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,12 @@ def main() -> int:
         return run_child(args)
     if args.out is not None:  # before half an hour of measuring
         args.out.mkdir(parents=True, exist_ok=True)
-    if args.calibrate and args.profile is not None:
-        raise SystemExit("--calibrate: contradicts --profile; give one")
+    if args.calibrate and (args.profile is not None or args.foreign):
+        raise SystemExit("--calibrate: contradicts --profile and --foreign; give one")
+    if args.rounds < 1:
+        raise SystemExit(
+            f"--rounds {args.rounds}: at least 1"
+        )
     args.state.mkdir(parents=True, exist_ok=True)
     known = None if args.calibrate else find_hardware(args.profile, args.foreign)
     rows = list(all_rows(args, known, chosen(args.configs, args.only)))
@@ -144,12 +149,7 @@ def all_rows(
         traces = {n: trace_of(args.state, name, n, engine_digest()) for n in prompts_of(own)}
         if lacking := to_record(traces, args.again):
             child(model, own[0], lacking)
-
-        def is_measured(profile: Profile, own: list[Case] = own) -> bool:
-            of = stamp(profile)
-            return all(len(measured(args.state, case, of)) >= args.rounds for case in own)
-
-        profile = known or calibrations.before(name, is_measured)
+        profile = known or calibrations.before(name, partial(nothing_lacks, args, own))
         finds = measure_rounds(args, model, own, stamp(profile))
         profiles = [profile] if known else [profile, calibrations.after(name)]
         for case, rounds in finds.items():
@@ -169,6 +169,12 @@ def all_rows(
             show(row)
             yield row
         shutil.rmtree(model)
+
+
+def nothing_lacks(args: argparse.Namespace, cases: list[Case], profile: Profile) -> bool:
+    """Whether every round of the cases is kept under that profile."""
+    of = stamp(profile)
+    return all(len(measured(args.state, case, of)) >= args.rounds for case in cases)
 
 
 def measure_rounds(

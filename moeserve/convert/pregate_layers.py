@@ -21,8 +21,8 @@ from moeserve.convert.dense import CPU, EMBEDDING
 from moeserve.convert.run_layers import WindowSteps
 from moeserve.core import ExpertSpec, Routing
 from moeserve.cpu_backend.activations import elementwise_activation
+from moeserve.experts.build_runtime import build_expert_runtime
 from moeserve.experts.router import Routes
-from moeserve.experts.runtime import build_expert_runtime
 from moeserve.models.attention import Attention
 from moeserve.models.builder import build_layer
 from moeserve.models.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from torch import Tensor
 from moeserve.config import ExpertConfig
 from moeserve.convert.dense import CPU, DenseModel
 from moeserve.cpu_backend.activations import elementwise_activation
-from moeserve.experts.runtime import build_expert_runtime
+from moeserve.experts.build_runtime import build_expert_runtime
 from moeserve.models.attention import Attention
 from moeserve.models.attention_plan import TorchAttention
 from moeserve.models.builder import build_layer

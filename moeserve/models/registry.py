@@ -15,8 +15,9 @@ import torch
 from moeserve.config import ExpertConfig, ModelConfig, check_device
 from moeserve.core import ConfigError, ModelError
 from moeserve.environment import read_environment
+from moeserve.experts.build_runtime import build_expert_runtime
 from moeserve.experts.predictor_choice import choose_predictor
-from moeserve.experts.runtime import ExpertRuntime, build_expert_runtime
+from moeserve.experts.runtime import ExpertRuntime
 from moeserve.models.builder import (
     build_transformer,
     expert_gates,

@@ -48,5 +48,5 @@ class Calibrations:
     @staticmethod
     def _calibrate(path: Path) -> Profile:
         command = [sys.executable, "-m", "moeserve.cli", "calibrate", "-o", str(path)]
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
         return find_hardware(str(path), False)

@@ -19,12 +19,13 @@ from moeserve.core import ExpertSpec, ExpertWeights, ModelError, Placement, Rout
 from moeserve.cpu_backend.activations import SWIGLU_CLAMPED
 from moeserve.cpu_backend.linear import is_row_invariant
 from moeserve.cpu_backend.torch_backend import TorchBackend
+from moeserve.experts.build_runtime import build_expert_runtime
 from moeserve.experts.device.torch_grouped import GroupedExperts, find_grouped_mm
 from moeserve.experts.executor import Executor
 from moeserve.experts.layer import MoELayer, build_moe_layer
 from moeserve.experts.reference import reference_experts
 from moeserve.experts.router import RouterSpec, RouterWeights
-from moeserve.experts.runtime import ExpertRuntime, build_expert_runtime
+from moeserve.experts.runtime import ExpertRuntime
 from moeserve.experts.schedule.intra_layer import ResidentPlacement
 from moeserve.experts.supply import ResidentSupply
 from moeserve.experts.weights import deinterleave_gate_up, transpose_experts
