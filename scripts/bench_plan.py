@@ -98,9 +98,7 @@ def main() -> int:
     if args.calibrate and (args.profile is not None or args.foreign):
         raise SystemExit("--calibrate: contradicts --profile and --foreign; give one")
     if args.rounds < 1:
-        raise SystemExit(
-            f"--rounds {args.rounds}: at least 1"
-        )
+        raise SystemExit(f"--rounds {args.rounds}: at least 1")
     args.state.mkdir(parents=True, exist_ok=True)
     known = None if args.calibrate else find_hardware(args.profile, args.foreign)
     rows = list(all_rows(args, known, chosen(args.configs, args.only)))
