@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from moeserve.core import ExpertSpec, ExpertWeights
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.packing import PackedExperts
+from moeserve.experts.beside import Beside
 from moeserve.experts.device.emulated import EmulatedDevice
 from moeserve.experts.device.torch_device import TorchDevice
 from moeserve.experts.device.torch_grouped import GroupedExperts
@@ -25,7 +27,7 @@ AnyExecutor: TypeAlias = Executor | HybridExecutor | DeviceExecutor | RemoteExec
 
 
 class MoELayer:
-    """The routed experts of one layer. Shared experts are an ordinary FFN beside it."""
+    """The routed experts of one layer. A shared expert is an ordinary FFN beside them."""
 
     def __init__(
         self,
@@ -54,8 +56,11 @@ class MoELayer:
         watched = self.observers or not isinstance(self.router, Router)
         return not watched and self.cache.is_settled(self.layer)
 
-    def forward(self, x: Tensor, step: int) -> Tensor:
-        """x [T, H] to the weighted sum of each row's experts, [T, H], same dtype.
+    def forward(
+        self, x: Tensor, step: int, shared: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """x [T, H] to the weighted sum of each row's experts, [T, H], same dtype; and to that what
+        `shared` makes of x, which is computed while experts are fetched.
 
         step: number of the engine's step, for traces.
         """
@@ -76,7 +81,11 @@ class MoELayer:
             ahead = ask(self.layer, x, routing)
             self.inter.prefetch(ahead, protect=placement)
             self.timeline.lap("predict and prefetch", layer=self.layer)
-            return self.executor.run(x, routing, placement, supplied)
+            if shared is None:
+                return self.executor.run(x, routing, placement, supplied)
+            beside = Beside(shared, x, self.layer, self.timeline)
+            y = self.executor.run(x, routing, placement, beside.within(supplied, placement))
+            return y + beside.result()
 
 
 def build_moe_layer(

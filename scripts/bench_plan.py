@@ -15,10 +15,10 @@ Measured: the engine in a process of its own, clients that send their next reque
 ended; once to warm up, then played until 5 s have passed; medians. The cases of a model take turns,
 --rounds times, and medians of the rounds count.
 
-A machine that others share computes a third faster or slower half an hour later (docs/log.md). With
---calibrate it is calibrated right before and right after each model's four cases, for two minutes
-each time, and the prediction is the mean of those from both: what is tested is the planner and not
-how long the machine stays as it was.
+A machine that others share computes a third faster or slower some minutes later (docs/log.md). With
+--calibrate it is calibrated, in the format of the model, right before the first round of a model's
+four cases, between rounds and after the last, for a minute each time, and the prediction is the
+mean of those from all: what is tested is the planner and not how long the machine stays as it was.
 
 The disk of a virtual machine may read half as much again a minute later, and no plan can know. So
 the disk is looked at again right before and right after a case that reads from it (records of
@@ -80,7 +80,9 @@ ENGINE_FILES = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--profile", help="default: this machine's own")
-    parser.add_argument("--calibrate", action="store_true", help="around each model's cases")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="around each round of a model's cases"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="how often each case is measured")
     parser.add_argument("--foreign", action="store_true", help="a profile that is not of here")
     parser.add_argument("--configs", type=int, help="only so many, spread over the models")
@@ -138,7 +140,7 @@ def all_rows(
     args: argparse.Namespace, known: Profile | None, cases: list[Case]
 ) -> Iterator[dict[str, Any]]:
     """known: the machine's profile, of all cases; None: it is calibrated around each model's."""
-    calibrations = Calibrations(args.state, args.again)
+    calibrations = Calibrations(args.state, args.again, args.rounds)
     for name in dict.fromkeys(case.model for case in cases):
         own = [case for case in cases if case.model == name]
         model = args.state / name
@@ -147,9 +149,13 @@ def all_rows(
         traces = {n: trace_of(args.state, name, n, engine_digest()) for n in prompts_of(own)}
         if lacking := to_record(traces, args.again):
             child(model, own[0], lacking)
-        profile = known or calibrations.before(name, partial(nothing_lacks, args, own))
-        finds = measure_rounds(args, model, own, stamp(profile))
-        profiles = [profile] if known else [profile, calibrations.after(name)]
+        profiles = [known or calibrations.first(name, partial(nothing_lacks, args, own))]
+        of = stamp(profiles[0])
+        finds = {case: [] if args.again else measured(args.state, case, of) for case in own}
+        for number in range(args.rounds):
+            measure_round(args, model, finds, number, of)
+            if known is None:
+                profiles.append(calibrations.after(name, number + 1))
         for case, rounds in finds.items():
             found = middle_of(rounds)
             trace = traces[case.context_tokens]
@@ -175,21 +181,22 @@ def nothing_lacks(args: argparse.Namespace, cases: list[Case], profile: Profile)
     return all(len(measured(args.state, case, of)) >= args.rounds for case in cases)
 
 
-def measure_rounds(
-    args: argparse.Namespace, model: Path, cases: list[Case], of: dict[str, str]
-) -> dict[Case, list[dict[str, Any]]]:
-    """What is kept of the cases of a model, and what lacks, which is measured and kept."""
-    finds = {case: [] if args.again else measured(args.state, case, of) for case in cases}
-    for number in range(args.rounds):
-        for case, rounds in finds.items():
-            if number < len(rounds):
-                continue
-            disk = disk_points(model, case)
-            found = child(model, case)
-            found["disk"] = disk + disk_points(model, case)
-            rounds.append(found)
-            kept(args.state, case).write_text(json.dumps({**of, "measured": rounds}))
-    return finds
+def measure_round(
+    args: argparse.Namespace,
+    model: Path,
+    finds: dict[Case, list[dict[str, Any]]],
+    number: int,
+    of: dict[str, str],
+) -> None:
+    """What lacks of a round of the cases of a model, added to what is known of each, and kept."""
+    for case, rounds in finds.items():
+        if number < len(rounds):
+            continue
+        disk = disk_points(model, case)
+        found = child(model, case)
+        found["disk"] = disk + disk_points(model, case)
+        rounds.append(found)
+        kept(args.state, case).write_text(json.dumps({**of, "measured": rounds}))
 
 
 def stamp(profile: Profile) -> dict[str, str]:

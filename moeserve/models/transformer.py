@@ -30,8 +30,7 @@ class MoeFfn:
     shared: RowFunction | None = None
 
     def __call__(self, x: Tensor, step: int) -> Tensor:
-        y = self.routed.forward(x, step)
-        return y if self.shared is None else y + self.shared(x)
+        return self.routed.forward(x, step, self.shared)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from moeserve import __version__
 from moeserve.config import ModelConfig
-from moeserve.core import ModelError
+from moeserve.core import ConfigError, ModelError
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import FormatName, PackFormat
 from moeserve.cpu_backend.threads import torch_threads
@@ -51,6 +51,8 @@ FORMATS = (
     PackFormat("float32"),
 )
 QUICK_FORMATS = FORMATS[:3]
+#: of the model whose steps are measured, whatever else is: what its products cost is taken off
+STEP_FORMATS = (PackFormat("int8"), PackFormat("float32"))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_ROWS = (1, 4, 16, 64, 256)
 DISK_BLOCKS = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
@@ -62,10 +64,12 @@ TRANSFERS = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 
 @dataclass(frozen=True)
 class Wishes:
-    """What to measure. disk_dir: None leaves the disk out. model: whose experts are measured, too,
-    besides those of the default shape, in the format that its settings ask for."""
+    """What to measure. formats: of `FORMATS`, and what else steps need; none: all, or with quick a
+    few. disk_dir: None leaves the disk out. model: whose experts are measured, too, besides those
+    of the default shape, in the format that its settings ask for."""
 
     quick: bool = False
+    formats: tuple[PackFormat, ...] = ()
     disk_dir: Path | None = None
     model: ModelConfig | None = None
 
@@ -110,6 +114,8 @@ def calibrate(wishes: Wishes, report: Callable[[str], None]) -> Profile:
 
 def _cpu_plan(wishes: Wishes, num_threads: int) -> CpuPlan:
     formats = QUICK_FORMATS if wishes.quick else FORMATS
+    if wishes.formats:
+        formats = (*wishes.formats, *STEP_FORMATS)
     shapes = [ExpertShape(*DEFAULT_SHAPE, form) for form in formats]
     if wishes.model is not None:
         shapes += model_shapes(wishes.model)
@@ -121,6 +127,23 @@ def _cpu_plan(wishes: Wishes, num_threads: int) -> CpuPlan:
         repeats=Repeats(limit_s=0.15 if wishes.quick else 0.2),
         pool_bytes=pool_bytes_here(2 * len(shapes)),
     )
+
+
+def read_formats(names: str) -> tuple[PackFormat, ...]:
+    """Of `FORMATS`, as `PackFormat.describe` names them, with commas between. Raises ConfigError
+    for another name."""
+    known = {form.describe(): form for form in FORMATS}
+    found = []
+    for name in names.split(","):
+        form = known.get(name.strip())
+        if form is None:
+            raise ConfigError(
+                f"formats: {name.strip()!r} is not one of {', '.join(known)}",
+                field="formats",
+                hint="put commas between them: bfloat16,int8",
+            )
+        found.append(form)
+    return tuple(found)
 
 
 def _disk_plan(quick: bool, directory: Path) -> DiskPlan:

@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="fewer formats, rows and block sizes; seconds"
     )
     parser.add_argument(
+        "--formats",
+        metavar="NAMES",
+        help="measure weights in these formats and the few that every engine's steps need; with"
+        " commas between, as --show names them: bfloat16,int8,int4/32 (default: all)",
+    )
+    parser.add_argument(
         "--disk-dir",
         type=Path,
         metavar="DIR",
@@ -72,13 +78,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.no_disk and args.disk_dir is not None:
         raise ConfigError("disk_dir: contradicts --no-disk; give one", field="disk_dir")
-    from moeserve.planner.calibrate import Wishes, calibrate
+    from moeserve.planner.calibrate import Wishes, calibrate, read_formats
 
+    formats = () if args.formats is None else read_formats(args.formats)
     if args.out is None:
         _make_directory(path.parent)
     _check_can_be_written(path)
     wishes = Wishes(
         quick=args.quick,
+        formats=formats,
         disk_dir=None if args.no_disk else args.disk_dir or path.parent,
         model=None if args.model is None else read_flags(ModelConfig, args),
     )

@@ -270,9 +270,15 @@ class _Piece:
         weights = [rule for rule in self.rules if len(rule.shape) >= 2]
         numbers = sum(torch.Size(rule.shape).numel() for rule in weights)
         cols = weights[0].shape[-1]
-        packed = bool(self.store.forms)
         return Matrix(
-            name, numbers // cols, cols, self.form, self.num_bytes, packed, self.is_per_head
+            name,
+            numbers // cols,
+            cols,
+            self.form,
+            self.num_bytes,
+            packed=bool(self.store.forms),
+            per_head=self.is_per_head,
+            ffn=len(self.store.forms) > 1,
         )
 
 

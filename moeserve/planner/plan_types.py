@@ -63,7 +63,8 @@ class Matrix:
 
     form: `PackFormat.describe()` or the dtype of plain weights. num_bytes: as stored. packed: for
     the native kernels, in memory of its own. per_head: each head has weights of its own, and torch
-    multiplies them (latent attention).
+    multiplies them (latent attention). ffn: gate, up and down of a dense FFN or a shared expert,
+    which are stored and computed as one expert.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Matrix:
     num_bytes: int
     packed: bool = True
     per_head: bool = False
+    ffn: bool = False
 
     @property
     def read_bytes(self) -> int:

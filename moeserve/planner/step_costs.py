@@ -1,9 +1,9 @@
 """How long one step of our engine takes on the machine of a profile.
 
 A step is its products, its attention, its experts and what the engine adds. Products cost by weight
-and rows as the profile's experts of the same format do; what the engine adds is fitted to the steps
-of the profile (`step_fit`). A profile without steps, a data sheet's, says nothing of that: nothing
-is added then, kv is read at the memory's speed, and `is_measured` is False.
+and rows as the profile's products or experts of the same format do; what the engine adds is fitted
+to the steps of the profile (`step_fit`). A profile without steps, a data sheet's, says nothing of
+that: nothing is added then, kv is read at the memory's speed, and `is_measured` is False.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ from moeserve.planner.step_fit import (
     rebased,
 )
 
-ROUTER = "router"
+ROUTER, SHARED = "router", "shared"
 #: after the format: what torch multiplies head by head
 PER_HEAD = "per head"
+#: what is computed as one expert
+FFN = "ffn"
 #: at which arithmetic is at its best
 MANY_ROWS = 512
 #: at which a roofline is asked for
@@ -101,7 +103,9 @@ class Products:
 
     def _curve(self, matrix: Matrix) -> Curve:
         """Microseconds of one weight, by rows."""
-        name = f"{matrix.form} {PER_HEAD}" if matrix.per_head else matrix.form
+        name = matrix.form
+        if matrix.per_head or matrix.ffn:
+            name = f"{matrix.form} {PER_HEAD if matrix.per_head else FFN}"
         found = self._curves.get(name)
         if found is None:
             found = self._curves[name] = self._find(matrix, name)
@@ -111,8 +115,10 @@ class Products:
         measured = self._measured(name)
         if measured is not None and matrix.per_head:
             return measured  # on one thread of torch's, however many are ours
-        # A profile without products per head, an older one's: as if our kernels did them.
-        measured = measured or self._measured(matrix.form) or self._of_expert(matrix)
+        if not matrix.ffn:
+            # A profile without products per head, an older one's: as if our kernels did them.
+            measured = measured or self._measured(matrix.form)
+        measured = measured or self._of_expert(matrix)
         return with_threads(measured, self._profile, matrix.form, self._num_threads)
 
     def _measured(self, name: str) -> Curve | None:
@@ -187,6 +193,7 @@ class EngineStepCosts:
         if profile.steps is not None:
             self.engine = fit_profile(profile, profile.steps)
         self._around = self.engine.over_disk if over_disk else self.engine.resident
+        self._over_disk = over_disk
 
     def expert_costs(self, layer: int) -> CostModel:
         costs = self._experts[layer]
@@ -207,13 +214,15 @@ class EngineStepCosts:
         return work
 
     def layer_work(self, layer: int, load: StepLoad) -> Work:
-        """One layer without its routed experts, and what of the machine that uses."""
+        """One layer without its routed experts, and over the disk without what is computed while
+        they are read (`beside_work`); and what of the machine that uses."""
         shape, rows = self.model.layers[layer], load.num_rows
         products = self._of_products.get((layer, rows))
         if products is None:
             products = self._of_products[layer, rows] = Work()
             for matrix in shape.products:
-                self.products.add(products, matrix, rows)
+                if not (self._over_disk and is_shared(matrix)):
+                    self.products.add(products, matrix, rows)
         work = products.copy()
         kv, ops, calls = self._attention_us(layer, load)
         work.add(Resource.CPU_MEMORY, kv)
@@ -222,6 +231,15 @@ class EngineStepCosts:
         around = float(self._around.around_attention @ (1.0, rows * width))
         around += float(self.engine.around_experts @ (1.0, rows * self.model.hidden_size))
         work.add(Resource.OVERHEAD, calls + around)
+        return work
+
+    def beside_work(self, layer: int, num_rows: int) -> Work:
+        """The shared expert of a layer over the disk: a job of its own."""
+        work = Work()
+        for matrix in filter(is_shared, self.model.layers[layer].products):
+            self.products.add(work, matrix, num_rows)
+        if work.us:
+            work.add(Resource.OVERHEAD, self.expert_costs(layer).cpu_start_us)
         return work
 
     def _attention_us(self, layer: int, load: StepLoad) -> tuple[float, float, float]:
@@ -314,3 +332,8 @@ def _product_costs(profile: Profile, model: ModelShape) -> ProductCosts:
 
 def is_router(matrix: Matrix) -> bool:
     return matrix.name.split(".")[0] == ROUTER
+
+
+def is_shared(matrix: Matrix) -> bool:
+    """Whether it belongs to a shared expert, its gate included."""
+    return matrix.name.split(".")[0] == SHARED

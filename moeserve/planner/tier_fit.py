@@ -50,7 +50,12 @@ class TierCosts:
     def run_us(self, products_us: float, numbers: float, reading_us: float) -> float:
         """Of one run whose products take so long by themselves. reading_us: for how long reads
         go on beside it, which slow it down."""
-        alone_us = products_us + float(self.runs[0] + self.runs[1] * numbers)
+        return self.beside_us(
+            products_us + float(self.runs[0] + self.runs[1] * numbers), reading_us
+        )
+
+    def beside_us(self, alone_us: float, reading_us: float) -> float:
+        """Of any work that takes so long alone, while reads go on for so long beside it."""
         slower = min(float(self.runs[2]), MOST_SLOWER)
         return min(alone_us / (1 - slower), alone_us + slower * max(0.0, reading_us))
 

@@ -1,4 +1,4 @@
-"""This machine as it was before and after the cases of each model."""
+"""This machine as it was before, between and after the rounds of each model's cases."""
 
 from __future__ import annotations
 
@@ -11,42 +11,60 @@ from pathlib import Path
 from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.lookup import find_hardware
 
+#: what a model has in each format beside what every engine needs (`calibrate --formats`)
+MEASURED = {"none": "bfloat16", "int8": "int8", "int4": "int4/32"}
+
 
 class Calibrations:
-    """Profiles in a folder, two for each model; the second of one is the first of the next."""
+    """Profiles in a folder, by model and number: 0 before its first round, n after its n-th."""
 
-    def __init__(self, folder: Path, again: bool) -> None:
+    def __init__(self, folder: Path, again: bool, rounds: int) -> None:
         """again: do without those that there are."""
         self._folder = folder
         self._again = again
-        self._latest: Path | None = None
+        self._numbers = range(rounds + 1)
+        self._latest: Path | None = None  # of the model before, when its last round had ended
 
-    def before(self, model: str, is_measured: Callable[[Profile], bool]) -> Profile:
-        """is_measured: whether nothing is to be measured under that profile any more."""
-        path, after = self._path(model, "before"), self._path(model, "after")
-        if not self._again and path.exists() and after.exists():
-            kept = find_hardware(str(path), False)
+    def first(self, model: str, is_measured: Callable[[Profile], bool]) -> Profile:
+        """is_measured: whether nothing is to be measured under that profile any more. Else what
+        there is of that model is forgotten."""
+        paths = [self._path(model, number) for number in self._numbers]
+        if not self._again and all(path.exists() for path in paths):
+            kept = find_hardware(str(paths[0]), False)
             if is_measured(kept):
                 self._latest = None
                 return kept
-        after.unlink(missing_ok=True)
-        if self._latest is None:
-            return self._calibrate(path)
-        shutil.copy(self._latest, path)
-        return find_hardware(str(path), False)
+        for path in paths:
+            path.unlink(missing_ok=True)
+        if self._latest is None or form_of(model) not in forms_in(self._latest):
+            return self._calibrate(model, paths[0])
+        shutil.copy(self._latest, paths[0])
+        return find_hardware(str(paths[0]), False)
 
-    def after(self, model: str) -> Profile:
-        path = self._path(model, "after")
+    def after(self, model: str, number: int) -> Profile:
+        """As it was after that round, which has just ended if there is no such profile."""
+        path = self._path(model, number)
         if path.exists():
             return find_hardware(str(path), False)
         self._latest = path
-        return self._calibrate(path)
+        return self._calibrate(model, path)
 
-    def _path(self, model: str, when: str) -> Path:
-        return self._folder / f"{model}-{when}.profile.json"
+    def _path(self, model: str, number: int) -> Path:
+        return self._folder / f"{model}-{number}.profile.json"
 
     @staticmethod
-    def _calibrate(path: Path) -> Profile:
+    def _calibrate(model: str, path: Path) -> Profile:
         command = [sys.executable, "-m", "moeserve.cli", "calibrate", "-o", str(path)]
+        command += ["--formats", form_of(model)]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
         return find_hardware(str(path), False)
+
+
+def form_of(model: str) -> str:
+    """As `calibrate` names it. model: `Case.model`."""
+    return MEASURED[model.rpartition("-")[2]]
+
+
+def forms_in(path: Path) -> set[str]:
+    """Of the experts that a profile has seen."""
+    return {curve.weights for curve in find_hardware(str(path), False).cpu.expert_curves}

@@ -9,10 +9,15 @@ from typing import Any
 import bench_plan
 import pytest
 from bench_plan import engine_digest, to_record, trace_of
+from msgspec.structs import replace
+from plan_bench.calibrations import Calibrations, form_of
 from plan_bench.measure import middle_of
 from plan_bench.predict import mean_of
 from plan_bench.report import markdown, summarise
+from support.engine_profile import made_profile
 
+from moeserve.experts.schedule.profile import Profile
+from moeserve.experts.schedule.profile_file import encode_profile, read_profile
 from moeserve.planner.simulate.system import CONFIDENCE
 
 DECIDE = (
@@ -93,6 +98,46 @@ def test_the_plan_that_a_user_gets_has_figures_of_its_own() -> None:
     head = [cell.strip() for cell in table[1].split("|")]
     place = head.index("with the calibrated disk")
     assert [line.split("|")[place].strip() for line in table[-2:]] == ["100.0%", "80.0%"]
+
+
+def test_a_model_s_first_profile_may_be_the_last_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def calibrate(model: str, path: Path) -> Profile:
+        made.append(path.name.removesuffix(".profile.json"))
+        forms = [form_of(model), "float32"]
+        curves = [replace(shipped.cpu.expert_curves[0], weights=form) for form in forms]
+        path.write_bytes(encode_profile(replace(shipped, cpu=replace(cpu, expert_curves=curves))))
+        return read_profile(path)
+
+    shipped = made_profile(tmp_path)
+    cpu = shipped.cpu
+    monkeypatch.setattr(Calibrations, "_calibrate", staticmethod(calibrate))
+
+    def find(path: str, foreign: bool) -> Profile:
+        return read_profile(Path(path))
+
+    monkeypatch.setattr("plan_bench.calibrations.find_hardware", find)
+
+    def run(models: list[str], again: bool = False, is_measured: bool = False) -> list[str]:
+        made.clear()
+        calibrations = Calibrations(tmp_path, again, rounds=2)
+        for model in models:
+            calibrations.first(model, lambda profile: is_measured)
+            for number in (1, 2):
+                calibrations.after(model, number)
+        return list(made)
+
+    both = ["few-int8", "many-int8", "many-int4"]
+    wanted = ["few-int8-0", "few-int8-1", "few-int8-2", "many-int8-1", "many-int8-2"]
+    wanted += ["many-int4-0", "many-int4-1", "many-int4-2"]
+    assert run(both) == wanted
+    assert run(both, is_measured=True) == []
+    assert run(both, again=True, is_measured=True) == wanted
+    (tmp_path / "many-int8-1.profile.json").unlink()
+    assert run(both, is_measured=True) == ["many-int8-0", "many-int8-1", "many-int8-2"]
 
 
 def test_rounds_and_profiles_are_put_together() -> None:

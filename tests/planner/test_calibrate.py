@@ -27,7 +27,8 @@ from moeserve.experts.schedule.profile_file import (
     read_profile,
     shipped_profile,
 )
-from moeserve.planner.calibrate import model_shapes
+from moeserve.planner.calibrate import FORMATS as FORMATS_MEASURED
+from moeserve.planner.calibrate import Wishes, _cpu_plan, model_shapes, read_formats
 from moeserve.planner.command import _write
 from moeserve.planner.cpu_figures import CpuPlan, ExpertShape, measure_cpu, thread_counts
 from moeserve.planner.device_figures import DevicePlan, measure_device, measure_link
@@ -237,6 +238,17 @@ def test_caches_and_threads() -> None:
     ]  # fmt: skip
 
 
+def test_formats_are_read_as_they_are_shown() -> None:
+    assert read_formats("int4/64, mxfp4 weight-only") == (
+        PackFormat("int4", 64),
+        PackFormat("mxfp4", weight_only=True),
+    )
+    for form in FORMATS_MEASURED:
+        assert read_formats(form.describe()) == (form,)
+    plan = _cpu_plan(Wishes(formats=(PackFormat("int8"), PackFormat("fp8"))), 2)
+    assert [shape.form.name for shape in plan.shapes] == ["int8", "fp8", "float32"]
+
+
 def test_command_shows_a_profile_and_refuses_contradictions(
     tmp_path: Path, measured: Profile, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +265,8 @@ def test_command_shows_a_profile_and_refuses_contradictions(
     assert main(["calibrate", "--no-disk", "--disk-dir", "/tmp", "-o", str(path)]) == 2
     assert main(["calibrate", "/nowhere/at/all", "--quick", "-o", str(path)]) == 2
     assert main(["calibrate", "-o", "/proc/nowhere/p.json"]) == 2
+    assert main(["calibrate", "--formats", "int8,int5", "-o", str(path)]) == 2
+    assert "'int5' is not one of bfloat16, int8, int4/32" in capsys.readouterr().err
     assert read_profile(path) == measured
 
 

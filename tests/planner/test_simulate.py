@@ -201,7 +201,7 @@ def test_a_layer_over_the_disk_by_hand(shape: ModelShape, profile: Profile) -> N
     )
     tier, one_us = clock._tier, product_us(3 * 256 * 128, 1)
     first, second = 1000.0, 1000.0 + made.LATE_US + 1.0
-    us, own_us, runs = clock._beside_reading(20.0, [1, 1], [1, 1], np.array([first, second]))
+    us, own_us, runs = clock._beside_reading(20.0, [1, 1], 0.0, [1, 1], np.array([first, second]))
     numbers = made.NUMBER_US * 256
     beside = made.BESIDE * 1.0  # of the second read beside the first one's run
     last = made.START_US + one_us + made.RUN_US + numbers

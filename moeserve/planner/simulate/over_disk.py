@@ -27,7 +27,7 @@ from moeserve.planner.simulate.experts import ExpertsClock, ExpertsTime, Rows
 from moeserve.planner.simulate.foresight import Foresight
 from moeserve.planner.simulate.link import SimulatedLink
 from moeserve.planner.simulate.routing import SimulatedRouting
-from moeserve.planner.step_costs import EngineStepCosts
+from moeserve.planner.step_costs import EngineStepCosts, Work
 
 
 class DiskReads:
@@ -107,6 +107,7 @@ class DiskClock(ExpertsClock):
         self._order = FetchOrder(dict.fromkeys(self._layers, self._model))
         self._tier = costs.engine.tier
         self._hidden_size = costs.model.hidden_size
+        self._shared: dict[tuple[int, int], Work] = {}  # of a layer, by rows
         self._now_us = 0.0
         self._foresight: Foresight | None = None
         if config.predictor != "none":
@@ -144,28 +145,39 @@ class DiskClock(ExpertsClock):
         order = sorted(arrivals, key=arrivals.__getitem__)
         now = [int(rows[e]) for e in placement.on_cpu]
         begin_us = self._tier.begin_us(len(tokens), len(order))
+        shared = self._shared_work(layer, len(tokens))
         busy_us, own_us, num_runs = self._beside_reading(
             begin_us,
             now,
+            shared.us,
             [int(rows[e]) for e in order],
             np.array([arrivals[e] - self._now_us for e in order]),
         )
         books_us = self._tier.books_us(len(tokens), len(order), num_runs)
         self._now_us += busy_us + books_us
         total.us += busy_us + books_us
+        for resource, us in shared.used.items():
+            total.used[resource] += us
         total.used[Resource.DISK] += read_us
         total.used[Resource.OVERHEAD] += books_us + own_us
         total.hits += len(now)
         total.asked += len(now) + len(order)
 
+    def _shared_work(self, layer: int, num_rows: int) -> Work:
+        found = self._shared.get((layer, num_rows))
+        if found is None:
+            found = self._shared[layer, num_rows] = self._costs.beside_work(layer, num_rows)
+        return found
+
     def _beside_reading(
-        self, begin_us: float, now: Sequence[int], fetched: Sequence[int], arrivals: np.ndarray
-    ) -> tuple[float, float, int]:
+        self, begin_us: float, now: Sequence[int], shared_us: float, fetched: Sequence[int],
+        arrivals: np.ndarray,
+    ) -> tuple[float, float, int]:  # fmt: skip
         """Until all are computed, what of that the engine adds, and in how many runs: what has
         arrived meanwhile is one, and their sum is the last.
 
-        begin_us: before the first run. now, fetched: rows of each expert. arrivals: of the
-        fetched, rising.
+        begin_us: before the first run. now, fetched: rows of each expert. shared_us: of the shared
+        expert, computed before any of the fetched is waited for. arrivals: of the fetched, rising.
         """
         tier, reads_end_us = self._tier, float(arrivals[-1]) if fetched else 0.0
         us = own_us = begin_us
@@ -182,6 +194,9 @@ class DiskClock(ExpertsClock):
 
         if now:
             run(now)
+        if shared_us:
+            run_us = tier.beside_us(shared_us, reads_end_us - us)
+            us, own_us = us + run_us, own_us + run_us - shared_us
         while done < len(fetched):
             if arrivals[done] > us:
                 us = float(arrivals[done]) + tier.late_us
