@@ -113,7 +113,7 @@ def calibrate(wishes: Wishes, report: Callable[[str], None]) -> Profile:
 
 
 def _cpu_plan(wishes: Wishes, num_threads: int) -> CpuPlan:
-    formats = QUICK_FORMATS if wishes.quick else FORMATS
+    formats: tuple[PackFormat, ...] = QUICK_FORMATS if wishes.quick else FORMATS
     if wishes.formats:
         formats = (*wishes.formats, *STEP_FORMATS)
     shapes = [ExpertShape(*DEFAULT_SHAPE, form) for form in formats]
