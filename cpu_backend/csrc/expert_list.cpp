@@ -32,6 +32,10 @@ ExpertList::ExpertList(Runtime &runtime, const ExpertJob &job, const ExpertChoic
     : kernels_(runtime.kernels),
       experts_(*choice.experts),
       num_tokens_(job.num_tokens),
+      apart_(job.apart),
+      used_(job.num_lists == 1 && choice.wanted != nullptr
+                ? static_cast<std::size_t>(job.num_tokens)
+                : 0),
       in_format_(row_format(kernels_, experts_.gate_up)),
       hidden_format_(row_format(kernels_, experts_.down)),
       prepares_(other == nullptr || !same_rows(in_format_, other->in_format_)),
@@ -82,8 +86,11 @@ void ExpertList::sort_choices(const ExpertChoice &choice) {
     const std::int64_t expert = choice.ids[i];
     if (!wanted(expert)) continue;
     const auto place = static_cast<std::size_t>(start[static_cast<std::size_t>(expert)]++);
-    pairs_[place] = {expert, i / choice.top_k, choice.weights[i]};
-    tokens_[place] = static_cast<std::int32_t>(i / choice.top_k);
+    const std::int64_t token = i / choice.top_k;
+    const float weight = choice.weights == nullptr ? 1.0f : choice.weights[i];
+    pairs_[place] = {expert, token, i, weight};
+    tokens_[place] = static_cast<std::int32_t>(token);
+    if (!used_.empty()) used_[static_cast<std::size_t>(token)] = 1;
   }
 }
 
@@ -195,7 +202,7 @@ ReadNext ExpertList::down_reads(std::int64_t panel, std::size_t group) const {
 void ExpertList::down(const ThreadNumbers &numbers, std::int64_t panel, std::int64_t num_panels,
                       const ReadNext &next) const {
   const std::int64_t width = num_panels * kPanelOutputs;
-  std::fill_n(numbers.sums, num_tokens_ * width, 0.0f);
+  if (apart_ == nullptr) std::fill_n(numbers.sums, num_tokens_ * width, 0.0f);
   for (std::size_t g = 0; g < groups_.size(); ++g) {
     const Group &group = groups_[g];
     const ReadNext follower = g + 1 < groups_.size() ? down_reads(panel, g + 1) : next;
@@ -218,10 +225,24 @@ void ExpertList::down(const ThreadNumbers &numbers, std::int64_t panel, std::int
     const float *bias = bias_of(group, experts_.down_bias_offset, panel);
     for (std::int64_t r = 0; r < group.count; ++r) {
       const Pair &pair = pairs_[static_cast<std::size_t>(group.first + r)];
+      if (apart_ != nullptr) {
+        put_apart(pair, numbers.out + r * width, bias, numbers.sums, panel, num_panels);
+        continue;
+      }
       kernels_.accumulate(numbers.sums + pair.token * width, numbers.out + r * width, bias,
                           pair.weight, static_cast<int>(width));
     }
   }
+}
+
+// The sum of this choice alone: as a sum of several begins.
+void ExpertList::put_apart(const Pair &pair, const float *result, const float *bias, float *sum,
+                           std::int64_t panel, std::int64_t num_panels) const {
+  const std::int64_t width = num_panels * kPanelOutputs, first = panel * kPanelOutputs;
+  const std::int64_t outputs = experts_.down.rows;
+  std::fill_n(sum, width, 0.0f);
+  kernels_.accumulate(sum, result, bias, pair.weight, static_cast<int>(width));
+  std::copy_n(sum, std::min(width, outputs - first), apart_ + pair.choice * outputs + first);
 }
 
 }  // namespace moeserve

@@ -12,6 +12,7 @@ namespace moeserve {
 struct Pair {
   std::int64_t expert;
   std::int64_t token;
+  std::int64_t choice;  // token * top_k + its place among the token's
   float weight;
 };
 
@@ -22,7 +23,8 @@ struct Group {
   std::int64_t count;
 };
 
-// Where one thread computes: results of a product, sums of every token, activations of an expert.
+// Where one thread computes: results of a product, sums of every token (of one choice where they go
+// apart), activations of an expert.
 struct ThreadNumbers {
   float *out, *sums, *rows;
 };
@@ -46,7 +48,7 @@ class ExpertList {
   std::int64_t read_bytes() const;              // of weights, once for every row
 
   void prepare(Dtype dtype, const void *x, std::int64_t token) const {
-    if (prepares_) kernels_.prepare_row(in_format_, dtype, x, input_, token);
+    if (prepares_ && is_used(token)) kernels_.prepare_row(in_format_, dtype, x, input_, token);
   }
 
   // Numbers of a thread's `out` and `rows`.
@@ -61,15 +63,22 @@ class ExpertList {
   std::int64_t num_hidden_items() const;
   void round_hidden(std::int64_t pair) const;
 
-  // Sums of `num_panels` panels of outputs, from `panel` on: numbers.sums [num_tokens, width].
+  // Sums of `num_panels` panels of outputs, from `panel` on: numbers.sums [num_tokens, width]; or
+  // these outputs of every choice, where the job has them apart.
   void down(const ThreadNumbers &numbers, std::int64_t panel, std::int64_t num_panels,
             const ReadNext &next) const;
   ReadNext down_reads(std::int64_t panel) const { return down_reads(panel, 0); }
 
  private:
   void sort_choices(const ExpertChoice &choice);
+  bool is_used(std::int64_t token) const {
+    return used_.empty() || used_[static_cast<std::size_t>(token)] != 0;
+  }
   // Panels `item` of the experts' gate and up. rows: where the activations of its expert go.
   void gate_up_panels(float *out, float *rows, std::int64_t item, const ReadNext &next) const;
+  // result, bias: of the panels from `panel` on.
+  void put_apart(const Pair &pair, const float *result, const float *bias, float *sum,
+                 std::int64_t panel, std::int64_t num_panels) const;
   void whole_expert(const ThreadNumbers &numbers, std::int64_t index, const ReadNext &next) const;
   ReadNext panels_of(std::int64_t item) const;
   ReadNext down_reads(std::int64_t panel, std::size_t group) const;
@@ -88,6 +97,8 @@ class ExpertList {
   const Kernels &kernels_;
   const Experts &experts_;
   const std::int64_t num_tokens_;
+  float *const apart_;
+  std::vector<std::uint8_t> used_;  // by token; empty: all are
   std::vector<Pair> pairs_;
   std::vector<std::int32_t> tokens_;  // of the pairs
   std::vector<Group> groups_;

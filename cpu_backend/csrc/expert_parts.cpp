@@ -14,20 +14,22 @@ void ExpertParts::begin(const PartsJob &job) {
   pairs_ = static_cast<float *>(pair_memory_.take(bytes));
   is_there_.assign(pairs, 0);
   chosen_.clear();
+  num_ids_ = 0;
+  for (std::size_t pair = 0; pair < pairs; ++pair) {
+    num_ids_ = std::max(num_ids_, static_cast<std::size_t>(job.ids[pair]) + 1);
+  }
 }
 
 std::int64_t ExpertParts::select(const std::vector<int> &experts) {
-  wanted_.clear();
+  wanted_.assign(num_ids_, 0);
   for (const int expert : experts) {
     const auto at = static_cast<std::size_t>(expert);
-    if (at >= wanted_.size()) wanted_.resize(at + 1, 0);
-    wanted_[at] = 1;
+    if (at < num_ids_) wanted_[at] = 1;
   }
   chosen_.clear();
   ids_.clear();
   for (std::int64_t pair = 0; pair < job_.num_pairs(); ++pair) {
-    const auto id = static_cast<std::size_t>(job_.ids[pair]);
-    if (id >= wanted_.size() || wanted_[id] == 0) continue;
+    if (wanted_[static_cast<std::size_t>(job_.ids[pair])] == 0) continue;
     chosen_.push_back(pair);
     ids_.push_back(job_.ids[pair]);
   }
@@ -36,37 +38,16 @@ std::int64_t ExpertParts::select(const std::vector<int> &experts) {
 
 void ExpertParts::add(Runtime &runtime, const Experts &experts) {
   if (chosen_.empty()) return;
-  const auto count = static_cast<std::int64_t>(chosen_.size());
-  const auto row_bytes = static_cast<std::size_t>(job_.hidden) * sizeof(float);
-  ones_.resize(chosen_.size(), 1.0f);
-
   ExpertJob part = {};
   part.dtype = job_.dtype;
-  part.num_tokens = count;
-  part.x = job_.x;  // of one row, the same again and again
-  if (job_.num_tokens > 1) {
-    const std::size_t bytes = static_cast<std::size_t>(job_.hidden) * size_of(job_.dtype);
-    auto *rows = static_cast<std::uint8_t *>(row_memory_.take(chosen_.size() * bytes));
-    const auto *x = static_cast<const std::uint8_t *>(job_.x);
-    const std::size_t apart = static_cast<std::size_t>(job_.x_stride) * size_of(job_.dtype);
-    for (std::size_t i = 0; i < chosen_.size(); ++i) {
-      const auto token = static_cast<std::size_t>(chosen_[i] / job_.top_k);
-      std::memcpy(rows + i * bytes, x + token * apart, bytes);
-    }
-    part.x = rows;
-    part.x_stride = job_.hidden;
-  }
+  part.x = job_.x;
+  part.num_tokens = job_.num_tokens;
+  part.x_stride = job_.x_stride;
   part.num_lists = 1;
-  part.lists[0] = {&experts, ids_.data(), ones_.data(), 1, nullptr};
-  part.y_dtype = Dtype::kF32;
-  const bool together = chosen_.back() - chosen_.front() + 1 == count;
-  part.y = together ? row(chosen_.front()) : result_memory_.take(chosen_.size() * row_bytes);
+  part.lists[0] = {&experts, job_.ids, nullptr, job_.top_k, wanted_.data()};
+  part.apart = pairs_;
   run_experts(runtime, part);
-  if (together) {
-    std::fill_n(is_there_.begin() + chosen_.front(), count, std::uint8_t{1});
-  } else {
-    put(chosen_.data(), count, static_cast<const float *>(part.y));
-  }
+  for (const std::int64_t pair : chosen_) is_there_[static_cast<std::size_t>(pair)] = 1;
   chosen_.clear();
 }
 

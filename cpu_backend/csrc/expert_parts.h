@@ -87,12 +87,12 @@ class ExpertParts {
 
   PartsJob job_ = {};
   float *pairs_ = nullptr;
-  MappedScratch pair_memory_, row_memory_, result_memory_;
+  MappedScratch pair_memory_;
   std::vector<std::uint8_t> is_there_;  // [num_pairs]
-  std::vector<std::uint8_t> wanted_;    // by expert
+  std::size_t num_ids_ = 0;             // beyond the highest that was chosen
+  std::vector<std::uint8_t> wanted_;    // by expert, of num_ids_
   std::vector<std::int64_t> chosen_;    // pairs that are to be computed
   std::vector<std::int64_t> ids_;       // of these
-  std::vector<float> ones_;
 };
 
 }  // namespace moeserve

@@ -85,7 +85,8 @@ void run_experts(Runtime &runtime, const ExpertJob &job) {
     out_numbers = std::max(out_numbers, list.out_numbers(down_panels));
     row_numbers = std::max(row_numbers, list.row_numbers());
   }
-  const auto sum_numbers = static_cast<std::size_t>(job.num_tokens * down_panels * kPanelOutputs);
+  const std::int64_t num_sums = job.apart == nullptr ? job.num_tokens : 1;
+  const auto sum_numbers = static_cast<std::size_t>(num_sums * down_panels * kPanelOutputs);
   const std::size_t thread_numbers = out_numbers + sum_numbers + row_numbers;
   for (auto &scratch : workspace.per_thread) scratch.take<float>(thread_numbers);
 
@@ -118,6 +119,7 @@ void run_experts(Runtime &runtime, const ExpertJob &job) {
         ahead = lists[0].down_reads(down_items.first_panel(next));
       }
       lists[i].down(numbers, panel, panels, ahead);
+      if (job.apart != nullptr) continue;  // it is there
       for (std::int64_t t = 0; t < job.num_tokens; ++t) {
         auto *y = static_cast<std::uint8_t *>(job.y) +
                   static_cast<std::size_t>(t * outputs.rows + first) * size_of(job.y_dtype);

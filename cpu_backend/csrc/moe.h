@@ -26,7 +26,7 @@ struct Experts {
 struct ExpertChoice {
   const Experts *experts;
   const std::int64_t *ids;  // [num_tokens, top_k]
-  const float *weights;     // [num_tokens, top_k]
+  const float *weights;     // [num_tokens, top_k]; null: all are 1
   int top_k;
   const std::uint8_t *wanted;  // [num_experts], 0 for those to leave out; null: all are wanted
 };
@@ -41,12 +41,15 @@ struct ExpertJob {
   ExpertChoice lists[kMaxExpertLists];
   int num_lists;
   Dtype y_dtype;
-  void *y;  // [num_tokens, H]
+  void *y;       // [num_tokens, H]
+  float *apart;  // [num_tokens * top_k, H], see below; null: y is wanted
 };
 
 // y[t] = sum over the wanted experts e of token t of weight * expert_e(x[t]), added up in the order
 // of their numbers and rounded to y_dtype; then the same of the next list is added, in y_dtype. So
 // the bits are those of one call for each list.
+// With `apart`, for one list: apart[t * top_k + k] = weight * expert_e(x[t]) of every wanted choice
+// instead, and what was not wanted stays as it was.
 void run_experts(Runtime &runtime, const ExpertJob &job);
 
 }  // namespace moeserve

@@ -56,7 +56,8 @@ class Steps:
 @dataclass(frozen=True)
 class _Experts:
     """A list of experts in one call. rows: that come in. pairs: each with one of its experts.
-    most_rows: of one expert. in_parts: whether not all of them need be in the call."""
+    most_rows: of one expert. in_parts: whether not all of them need be in the call, and each choice
+    goes apart."""
 
     form: str
     hidden: int
@@ -92,12 +93,11 @@ def kernel_bytes(shape: ModelShape, steps: Steps) -> int:
 
 
 def choices_bytes(shape: ModelShape, steps: Steps) -> int:
-    """A float row of each choice; and of a part, which may have them all, the rows that go in and
-    the float rows that come out."""
+    """A float row of each choice."""
     if not steps.in_parts:
         return 0
     pairs = steps.rows * max((s.experts.top_k for s in shape.layers if s.experts), default=0)
-    return pairs * shape.hidden_size * (2 * FLOAT_BYTES + shape.number_bytes)
+    return pairs * shape.hidden_size * FLOAT_BYTES
 
 
 def tensor_bytes(shape: ModelShape, steps: Steps) -> int:
@@ -158,7 +158,7 @@ def _lists(layer: LayerShape, shape: ModelShape, steps: Steps) -> Iterator[_Expe
             form=experts.form,
             hidden=hidden,
             inner=inner,
-            rows=pairs if steps.in_parts else rows,  # of a part, every choice is a row
+            rows=rows,
             pairs=pairs,
             most_rows=round(rows * EXPERT_SHARE),
             num_experts=experts.spec.num_experts,
@@ -195,7 +195,8 @@ def _run(lists: list[_Experts], steps: Steps) -> _Call:
                     together = max(together, min(own.pairs, few))
             activated[place] = together * own.inner * FLOAT_BYTES
     panels = max(own.most_rows for own in lists) * GATE_UP_PANELS
-    panels += max(own.rows for own in lists) * DOWN_PANELS
+    # Choices that go apart are summed up one by one.
+    panels += max(1 if own.in_parts else own.rows for own in lists) * DOWN_PANELS
     return _Call(
         input=max(own.rows * own.hidden * _row_bytes(own.form, isa) for own in lists),
         hidden=(hidden[0], hidden[1]),
