@@ -96,7 +96,8 @@ def calibrate(wishes: Wishes, report: Callable[[str], None]) -> Profile:
     figures = Repeats(limit_s=0.1 if wishes.quick else 0.15)
     report("memory of an engine's process")
     process_bytes = measure_process_bytes()
-    steps = measure_steps(NativeRuntime(hardware.num_cores), scratch, figures, report)
+    runtime = NativeRuntime(hardware.num_cores)
+    steps = measure_steps(runtime, cpu, scratch, figures, report)
     return Profile(
         version=PROFILE_VERSION,
         source="measured",

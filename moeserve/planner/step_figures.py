@@ -3,6 +3,10 @@
 The steps are those of the real engine on a small model of random weights, written for it; the
 timeline names their parts. Its experts are larger than a core's cache, so that Python finds its own
 memory as cold as beside a real model.
+
+Products are taken off the steps later (`step_fit`), and were measured half a minute before. So some
+of them are measured again beside the steps, whose times are then those of a machine that computes
+as fast as it did.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Final
 
 import numpy as np
 import torch
@@ -22,22 +28,26 @@ from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, S
 from moeserve.core import EngineRequest, SamplingParams
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.packing import PackFormat
 from moeserve.engine.engine import Engine
 from moeserve.engine.sampler import Sampler, SampleRow
+from moeserve.experts.schedule.cost_model import Curve
 from moeserve.experts.schedule.profile import (
     AttentionPoint,
     Figure,
+    Processor,
     SamplePoint,
     StepFigures,
     StepPoint,
 )
+from moeserve.planner.product_figures import SIZE, Pool, ProductPool
 from moeserve.planner.random_model import write_random_packed
 from moeserve.planner.repeats import Repeats, summarise
 from moeserve.planner.step_fit import WATCHING, rows_at_random
 from moeserve.planner.tier_figures import TierLayer, tier_layers, tier_points
 from moeserve.timeline import Span
 
-QUANTIZE = "int8"
+QUANTIZE: Final = "int8"
 NUM_LAYERS, NUM_EXPERTS, TOP_K, VOCAB_SIZE = 4, 16, 4, 8192
 CONFIG: dict[str, int | float | str | bool | list[str]] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -72,6 +82,8 @@ PROMPTS = (32, 128, 512)
 CONTEXT_TOKENS = 16
 #: steps of each kind, the first few of which are cold
 NUM_STEPS, NUM_COLD = 20, 4
+#: products before and after steps of a kind, and their memory: more than caches hold
+NUM_PRODUCTS, PRODUCTS_BYTES = 5, 256 << 20
 #: pairs of steps, one recorded and one not
 NUM_PAIRS = 48
 PARTS_ONCE = ("schedule", "inputs", "commit", "head and sampler")
@@ -83,10 +95,32 @@ TIER_SHARES = (0.75, 0.375)
 Report = Callable[[str], None]
 
 
+class Pace:
+    """How much longer products take than they did when they were calibrated."""
+
+    def __init__(self, products: Pool, calibrated_ps: Curve) -> None:
+        self._products = products
+        self._calibrated_ps = calibrated_ps
+
+    @classmethod
+    def of(cls, runtime: NativeRuntime, cpu: Processor) -> Pace:
+        """cpu: whose products in `QUANTIZE` are known."""
+        form = PackFormat(QUANTIZE)
+        (known,) = (curve for curve in cpu.product_curves if curve.weights == form.describe())
+        pool = ProductPool(runtime, form, SIZE, PRODUCTS_BYTES)
+        return cls(pool, Curve(known.rows, [figure.value for figure in known.ps]))
+
+    def slower(self, num_rows: int) -> list[float]:
+        """A few samples, with products of so many rows; 1: as they were."""
+        calibrated_ps = self._calibrated_ps[num_rows]
+        return [self._products.ps(num_rows) / calibrated_ps for _ in range(NUM_PRODUCTS)]
+
+
 def measure_steps(
-    runtime: NativeRuntime, directory: Path, repeats: Repeats, report: Report
+    runtime: NativeRuntime, cpu: Processor, directory: Path, repeats: Repeats, report: Report
 ) -> StepFigures:
-    """directory: where the model is written and removed again, about 200 MB."""
+    """cpu: as it was calibrated. directory: where the model is written and removed again, about
+    200 MB."""
     report("attention")
     attention = [
         attention_point(runtime, repeats, heads, rows, context)
@@ -106,7 +140,7 @@ def measure_steps(
         steps = [
             point
             for slots in (None, *(round(num_experts * share) for share in TIER_SHARES))
-            for point in step_points(model, runtime.num_threads, slots, layers)
+            for point in step_points(model, runtime.num_threads, cpu, slots, layers)
         ]
     return StepFigures(
         config=CONFIG,
@@ -170,9 +204,17 @@ class _Step:
     layer_us: dict[str, float]
     spans: list[Span]
 
+    def faster(self, factor: float) -> _Step:
+        """On a machine that computes so much faster."""
+        once, layer = (
+            {name: us / factor for name, us in parts.items()}
+            for parts in (self.once_us, self.layer_us)
+        )
+        return _Step(once, layer, self.spans)
+
 
 def step_points(
-    model: Path, num_threads: int, slots: int | None, layers: list[TierLayer]
+    model: Path, num_threads: int, cpu: Processor, slots: int | None, layers: list[TierLayer]
 ) -> Iterator[StepPoint]:
     """slots: for experts; None: all are resident. layers: those over the disk are added."""
     engine = Engine.from_config(
@@ -185,23 +227,37 @@ def step_points(
     )
     engine.page_mover.wait()
     rng = np.random.default_rng(0)
+    native = engine.loaded.runtime.native
+    assert native is not None, "products are those of the native backend"
+    pace = Pace.of(native, cpu)
 
-    def point(streams: int, rows: int, context: int, steps: list[_Step]) -> StepPoint:
+    def point(
+        streams: int, rows: int, context: int, steps: list[_Step], slower: list[float]
+    ) -> StepPoint:
+        factor = median(slower)
         if slots is not None:
             usual = sum(count for _, count in rows_at_random(rows, NUM_EXPERTS, TOP_K))
-            layers.extend(each for s in steps for each in tier_layers(s.spans, rows, usual))
-        return _point(slots is not None, streams, rows, context, steps)
+            layers.extend(
+                each.faster(factor) for s in steps for each in tier_layers(s.spans, rows, usual)
+            )
+        alike = [step.faster(factor) for step in steps]
+        return _point(slots is not None, streams, rows, context, alike)
 
     for streams in DECODES:
+        slower = pace.slower(streams)
         steps = list(_run(engine, rng, streams, CONTEXT_TOKENS, NUM_STEPS))
+        slower += pace.slower(streams)
         decodes = steps[-NUM_STEPS + NUM_COLD :]
-        found = point(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes)
+        found = point(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes, slower)
         if slots is None and streams == 1:
             found.layer_us[WATCHING] = watching_us(engine, rng)
         yield found
     for rows in PROMPTS:
-        prompts = [next(_run(engine, rng, 1, rows, 1)) for _ in range(NUM_STEPS // 2)]
-        yield point(1, rows, rows, prompts[2:])
+        prompts, slower = list[_Step](), list[float]()
+        for _ in range(NUM_STEPS // 2):
+            prompts.append(next(_run(engine, rng, 1, rows, 1)))
+            slower += pace.slower(rows)
+        yield point(1, rows, rows, prompts[2:], slower)
     engine.close()
 
 

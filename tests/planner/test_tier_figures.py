@@ -107,3 +107,15 @@ def test_a_layer_of_which_nothing_is_left_can_be_fitted() -> None:
     found = fit_tier(points, products)
     assert isfinite(found.run_us(5.0, 8.0, 1.0))
     assert isfinite(found.begin_us(1, 1))
+
+
+def test_a_faster_machine_reads_as_this_one() -> None:
+    (layer,) = tier_layers(reading(3), 2, 3.5)
+    half = layer.faster(2.0)
+    for part in ("stall", "to read", "late"):
+        assert half.us[part] == layer.us[part]
+    for part in ("experts", "books", "begin", "beside"):
+        assert half.us[part] == pytest.approx(layer.us[part] / 2)
+    parts = sum(half.us[part] for part in ("experts", "stall", "begin", "books"))
+    assert half.us["layer"] == pytest.approx(parts)
+    assert layer.faster(1.0).us == pytest.approx(layer.us)

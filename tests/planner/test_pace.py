@@ -1,0 +1,28 @@
+"""Steps are timed by a clock that runs as the machine computes."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+
+from moeserve.cpu_backend.native_runtime import NativeRuntime
+from moeserve.cpu_backend.packing import PackFormat
+from moeserve.experts.schedule.cost_model import Curve
+from moeserve.planner.product_figures import ProductPool
+from moeserve.planner.step_figures import Pace, _Step
+
+
+def test_a_step_is_as_long_as_on_the_machine_that_was_calibrated() -> None:
+    step = _Step({"commit": 30.0}, {"attention": 12.0, "feed forward": 60.0}, [])
+    here = step.faster(1.5)
+    assert here.once_us == pytest.approx({"commit": 20.0})
+    assert here.layer_us == pytest.approx({"attention": 8.0, "feed forward": 40.0})
+
+
+def test_the_pace_is_that_of_products_now_over_those_of_then() -> None:
+    pool = ProductPool(NativeRuntime(1), PackFormat("int8"), 64, 1 << 16)
+    now = [pool.ps(4) for _ in range(50)]
+    fast, slow = (Pace(pool, Curve([1, 8], [ps, ps])) for ps in (min(now) / 2, 1e3 * max(now)))
+    assert min(fast.slower(4)) > 1
+    assert median(slow.slower(4)) < 1
