@@ -59,6 +59,8 @@ DISK_BLOCKS = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 QUICK_DISK_BLOCKS = (1 << 20, 4 << 20)
 QUEUE_DEPTHS = (1, 2, 4, 8)
 QUICK_QUEUE_DEPTHS = (1, 4)
+#: of a figure's turn: products of few rows take less, and what disturbs them lasts longer
+TURN_S = 0.01
 TRANSFERS = (64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 
 
@@ -125,7 +127,7 @@ def _cpu_plan(wishes: Wishes, num_threads: int) -> CpuPlan:
         shapes=tuple(dict.fromkeys(shapes)),
         rows=QUICK_ROWS if wishes.quick else ROWS,
         threads=(counts[0], counts[-1]) if wishes.quick else counts,
-        repeats=Repeats(limit_s=0.15 if wishes.quick else 0.2),
+        repeats=Repeats(limit_s=0.15 if wishes.quick else 0.25, turn_s=TURN_S),
         pool_bytes=pool_bytes_here(2 * len(shapes)),
     )
 

@@ -42,7 +42,7 @@ from moeserve.experts.schedule.profile import (
 )
 from moeserve.planner.product_figures import SIZE, Pool, ProductPool
 from moeserve.planner.random_model import write_random_packed
-from moeserve.planner.repeats import Repeats, summarise
+from moeserve.planner.repeats import Repeats, expected
 from moeserve.planner.step_fit import WATCHING, rows_at_random
 from moeserve.planner.tier_figures import TierLayer, tier_layers, tier_points
 from moeserve.timeline import Span
@@ -280,7 +280,7 @@ def watching_us(engine: Engine, rng: np.random.Generator) -> Figure:
         samples.append((recorded_s - plain_s) * 1e6 / NUM_LAYERS)
     while engine.has_work:
         engine.step()
-    return summarise(samples)
+    return expected(samples)
 
 
 def _add(engine: Engine, rng: np.random.Generator, streams: int, prompt: int, output: int) -> None:
@@ -316,8 +316,7 @@ def _step(spans: list[Span]) -> _Step:
 
 def _point(tiered: bool, streams: int, rows: int, context: int, steps: list[_Step]) -> StepPoint:
     def figures(names: Sequence[str], us: Callable[[_Step], dict[str, float]]) -> dict[str, Figure]:
-        # The middle: what varies from step to step is Python's own and no other's.
-        return {name: summarise([us(step)[name] for step in steps]) for name in names}
+        return {name: expected([us(step)[name] for step in steps]) for name in names}
 
     return StepPoint(
         tiered=tiered,
