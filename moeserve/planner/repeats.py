@@ -1,10 +1,9 @@
 """Measuring until the spread is known, also where other work comes and goes.
 
 What else runs comes in bursts, and on a machine that others share it never ends. An engine will
-meet as much of it as calibration does, and its tokens per second are a mean: so a figure is the
-mean of its samples, where what is far from their middle counts as twice that and no more. A limit,
-which nothing is to exceed, is a quartile. Figures of one kind take turns: a burst meets some
-samples of all of them and not all samples of one.
+meet as much of it as calibration does, so a figure is the middle of its samples; a limit, which
+nothing is to exceed, is a quartile. Figures of one kind take turns: a burst meets some samples of
+all of them and not all samples of one.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ LIMIT = 0.75
 CONFIDENCE_95 = 1.96
 #: times as many samples are taken of a difference that has not shown yet
 PATIENCE = 8
-#: of the middle of samples, that one of them counts for at most
-MOST = 2.0
-#: samples of a turn, at most
+#: in a turn, at most
 MOST_TOGETHER = 16
 Sample = Callable[[], float]
 
@@ -41,13 +38,13 @@ class Measurement:
 
 
 def usual(sample: Sample) -> Measurement:
-    """What it comes to, times and rates alike."""
-    return Measurement((sample,), lambda columns: expected(columns[0]))
+    """What there is in the middle, times and rates alike."""
+    return Measurement((sample,), lambda columns: summarise(columns[0]))
 
 
 def limit(sample: Sample) -> Measurement:
     """A rate that nothing is to exceed."""
-    return Measurement((sample,), lambda columns: quantile(columns[0], LIMIT))
+    return Measurement((sample,), lambda columns: summarise(columns[0], LIMIT))
 
 
 def differing(more: Sample, less: Sample, count: int) -> Measurement:
@@ -60,7 +57,7 @@ def differing(more: Sample, less: Sample, count: int) -> Measurement:
 class Repeats:
     """How long figures are measured: at_least samples of each, then on until it is known to within
     `known_to` (a share of it, 95 % confidence), or limit_s have passed for each, or at_most
-    samples. A sample of what takes less than turn_s is the mean of several."""
+    samples. A sample of what takes less than turn_s is the middle of several."""
 
     at_least: int = 5
     at_most: int = 25
@@ -125,30 +122,15 @@ class _Job:
         while time.perf_counter() < ends_s and len(found) < MOST_TOGETHER:
             found.append([sample() for sample in self._wanted.samples])
         for column, values in zip(self._columns, zip(*found, strict=True), strict=True):
-            column.append(statistics.fmean(values))
+            column.append(statistics.median(values))
 
     def judge(self) -> None:
         self.figure = self._wanted.figure(self._columns)
 
 
-def expected(samples: Sequence[float]) -> Figure:
-    """The mean, each sample counted as no less than 0 and no more than `MOST` times the middle; the
-    distance of the quartiles as a share of it, and the half of its 95 % confidence interval
-    likewise."""
-    most = MOST * _quantile(sorted(samples), 0.5)
-    if most <= 0:
-        return Figure(value=0.0)
-    counted = [min(max(0.0, sample), most) for sample in samples]
-    value = statistics.fmean(counted)
-    stray = statistics.stdev(counted) / math.sqrt(len(counted)) if len(counted) > 1 else 0.0
-    return Figure(
-        value=value, spread=_quartiles(samples) / value, interval=CONFIDENCE_95 * stray / value
-    )
-
-
-def quantile(samples: Sequence[float], share: float) -> Figure:
-    """The figure below which lies that share of the samples; spread and interval as `expected` has
-    them.
+def summarise(samples: Sequence[float], share: float = 0.5) -> Figure:
+    """A quantile, the distance of the quartiles as a share of it, and the half of its 95 %
+    confidence interval likewise.
 
     The interval is that of order statistics, which needs no distribution: of n samples, the rank of
     a quantile q strays by sqrt(n q (1 - q)) (David and Nagaraja, Order Statistics, section 7.1).
@@ -174,7 +156,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def _difference(more: list[float], less: list[float], count: int) -> Figure:
-    of_all = expected([a - b for a, b in zip(more, less, strict=True)])
+    of_all = summarise([a - b for a, b in zip(more, less, strict=True)])
     return Figure(value=of_all.value / count, spread=of_all.spread, interval=of_all.interval)
 
 

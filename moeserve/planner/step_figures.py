@@ -15,7 +15,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -31,7 +31,6 @@ from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackFormat
 from moeserve.engine.engine import Engine
 from moeserve.engine.sampler import Sampler, SampleRow
-from moeserve.experts.schedule.cost_model import Curve
 from moeserve.experts.schedule.profile import (
     AttentionPoint,
     Figure,
@@ -40,9 +39,9 @@ from moeserve.experts.schedule.profile import (
     StepFigures,
     StepPoint,
 )
-from moeserve.planner.product_figures import SIZE, Pool, ProductPool
+from moeserve.planner.pace import Pace
 from moeserve.planner.random_model import write_random_packed
-from moeserve.planner.repeats import Repeats, expected
+from moeserve.planner.repeats import Repeats, summarise
 from moeserve.planner.step_fit import WATCHING, rows_at_random
 from moeserve.planner.tier_figures import TierLayer, tier_layers, tier_points
 from moeserve.timeline import Span
@@ -82,8 +81,6 @@ PROMPTS = (32, 128, 512)
 CONTEXT_TOKENS = 16
 #: steps of each kind, the first few of which are cold
 NUM_STEPS, NUM_COLD = 20, 4
-#: products before and after steps of a kind, and their memory: more than caches hold
-NUM_PRODUCTS, PRODUCTS_BYTES = 5, 256 << 20
 #: pairs of steps, one recorded and one not
 NUM_PAIRS = 48
 PARTS_ONCE = ("schedule", "inputs", "commit", "head and sampler")
@@ -93,27 +90,6 @@ PARTS_OVER_DISK = ("attention",)
 #: of the experts: few and many layers that find what they want
 TIER_SHARES = (0.75, 0.375)
 Report = Callable[[str], None]
-
-
-class Pace:
-    """How much longer products take than they did when they were calibrated."""
-
-    def __init__(self, products: Pool, calibrated_ps: Curve) -> None:
-        self._products = products
-        self._calibrated_ps = calibrated_ps
-
-    @classmethod
-    def of(cls, runtime: NativeRuntime, cpu: Processor) -> Pace:
-        """cpu: whose products in `QUANTIZE` are known."""
-        form = PackFormat(QUANTIZE)
-        (known,) = (curve for curve in cpu.product_curves if curve.weights == form.describe())
-        pool = ProductPool(runtime, form, SIZE, PRODUCTS_BYTES)
-        return cls(pool, Curve(known.rows, [figure.value for figure in known.ps]))
-
-    def slower(self, num_rows: int) -> list[float]:
-        """A few samples, with products of so many rows; 1: as they were."""
-        calibrated_ps = self._calibrated_ps[num_rows]
-        return [self._products.ps(num_rows) / calibrated_ps for _ in range(NUM_PRODUCTS)]
 
 
 def measure_steps(
@@ -213,9 +189,22 @@ class _Step:
         return _Step(once, layer, self.spans)
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """Steps that are alike. context_tokens: of each stream, about."""
+
+    num_streams: int
+    num_rows: int
+    context_tokens: int
+    steps: list[_Step]
+
+    def faster(self, factor: float) -> _Kind:
+        return replace(self, steps=[step.faster(factor) for step in self.steps])
+
+
 def step_points(
     model: Path, num_threads: int, cpu: Processor, slots: int | None, layers: list[TierLayer]
-) -> Iterator[StepPoint]:
+) -> list[StepPoint]:
     """slots: for experts; None: all are resident. layers: those over the disk are added."""
     engine = Engine.from_config(
         EngineConfig(
@@ -229,36 +218,36 @@ def step_points(
     rng = np.random.default_rng(0)
     native = engine.loaded.runtime.native
     assert native is not None, "products are those of the native backend"
-    pace = Pace.of(native, cpu)
+    pace = Pace.of(native, cpu, PackFormat(QUANTIZE))
 
-    def point(
-        streams: int, rows: int, context: int, steps: list[_Step], slower: list[float]
-    ) -> StepPoint:
-        factor = median(slower)
-        if slots is not None:
-            usual = sum(count for _, count in rows_at_random(rows, NUM_EXPERTS, TOP_K))
-            layers.extend(
-                each.faster(factor) for s in steps for each in tier_layers(s.spans, rows, usual)
-            )
-        alike = [step.faster(factor) for step in steps]
-        return _point(slots is not None, streams, rows, context, alike)
-
+    kinds: list[_Kind] = []
+    slower: list[float] = []
+    watching: Figure | None = None
     for streams in DECODES:
-        slower = pace.slower(streams)
+        slower += pace.slower(streams)
         steps = list(_run(engine, rng, streams, CONTEXT_TOKENS, NUM_STEPS))
         slower += pace.slower(streams)
         decodes = steps[-NUM_STEPS + NUM_COLD :]
-        found = point(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes, slower)
+        kinds.append(_Kind(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes))
         if slots is None and streams == 1:
-            found.layer_us[WATCHING] = watching_us(engine, rng)
-        yield found
+            watching = watching_us(engine, rng)
     for rows in PROMPTS:
-        prompts, slower = list[_Step](), list[float]()
+        prompts = list[_Step]()
         for _ in range(NUM_STEPS // 2):
             prompts.append(next(_run(engine, rng, 1, rows, 1)))
             slower += pace.slower(rows)
-        yield point(1, rows, rows, prompts[2:], slower)
+        kinds.append(_Kind(1, rows, rows, prompts[2:]))
     engine.close()
+    factor = median(slower)  # of all: of one kind there are few, and seconds lie between them
+    if slots is not None:
+        for kind in kinds:
+            usual = sum(count for _, count in rows_at_random(kind.num_rows, NUM_EXPERTS, TOP_K))
+            found = [tier_layers(step.spans, kind.num_rows, usual) for step in kind.steps]
+            layers.extend(layer.faster(factor) for of_step in found for layer in of_step)
+    points = [_point(slots is not None, kind.faster(factor)) for kind in kinds]
+    if watching is not None:
+        points[0].layer_us[WATCHING] = watching
+    return points
 
 
 def watching_us(engine: Engine, rng: np.random.Generator) -> Figure:
@@ -280,7 +269,7 @@ def watching_us(engine: Engine, rng: np.random.Generator) -> Figure:
         samples.append((recorded_s - plain_s) * 1e6 / NUM_LAYERS)
     while engine.has_work:
         engine.step()
-    return expected(samples)
+    return summarise(samples)
 
 
 def _add(engine: Engine, rng: np.random.Generator, streams: int, prompt: int, output: int) -> None:
@@ -314,15 +303,16 @@ def _step(spans: list[Span]) -> _Step:
     )
 
 
-def _point(tiered: bool, streams: int, rows: int, context: int, steps: list[_Step]) -> StepPoint:
+def _point(tiered: bool, kind: _Kind) -> StepPoint:
     def figures(names: Sequence[str], us: Callable[[_Step], dict[str, float]]) -> dict[str, Figure]:
-        return {name: expected([us(step)[name] for step in steps]) for name in names}
+        # The middle: what varies from step to step is Python's own and no other's.
+        return {name: summarise([us(step)[name] for step in kind.steps]) for name in names}
 
     return StepPoint(
         tiered=tiered,
-        num_streams=streams,
-        num_rows=rows,
-        context_tokens=context,
+        num_streams=kind.num_streams,
+        num_rows=kind.num_rows,
+        context_tokens=kind.context_tokens,
         once_us=figures(PARTS_ONCE, lambda step: step.once_us),
         layer_us=figures(PARTS_OVER_DISK if tiered else PARTS_OF_LAYER, lambda step: step.layer_us),
     )

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from moeserve.experts.schedule.profile import TierPoint
-from moeserve.planner.repeats import expected
+from moeserve.planner.repeats import summarise
 from moeserve.timeline import Span
 
 #: layers of a kind that say nothing of it yet are fewer
@@ -111,7 +111,8 @@ def _late_us(stall: Span, reads: Sequence[Span]) -> float | None:
 
 
 def tier_points(layers: Iterable[TierLayer]) -> list[TierPoint]:
-    """Layers that are alike together, where there are a few of them."""
+    """Layers that are alike together, where there are a few of them: medians, since what varies is
+    the engine's own."""
     alike: dict[tuple[int, int], list[TierLayer]] = defaultdict(list)
     for layer in layers:
         alike[layer.num_rows, layer.num_missing].append(layer)
@@ -127,7 +128,7 @@ def _point(layers: Sequence[TierLayer]) -> TierPoint:
         num_active=sum(layer.num_active for layer in layers) / len(layers),
         num_groups=sum(layer.num_groups for layer in layers) / len(layers),
         us={
-            name: expected([layer.us[name] for layer in layers if name in layer.us])
+            name: summarise([layer.us[name] for layer in layers if name in layer.us])
             for name in names
         },
     )

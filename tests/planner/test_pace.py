@@ -9,8 +9,9 @@ import pytest
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackFormat
 from moeserve.experts.schedule.cost_model import Curve
+from moeserve.planner.pace import Pace
 from moeserve.planner.product_figures import ProductPool
-from moeserve.planner.step_figures import Pace, _Step
+from moeserve.planner.step_figures import _Step
 
 
 def test_a_step_is_as_long_as_on_the_machine_that_was_calibrated() -> None:

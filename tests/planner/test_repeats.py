@@ -8,7 +8,7 @@ import random
 import pytest
 
 from moeserve.core import MoeserveError
-from moeserve.planner.repeats import MOST_TOGETHER, Repeats, differing, limit, quantile, usual
+from moeserve.planner.repeats import MOST_TOGETHER, Repeats, differing, limit, summarise, usual
 
 SHORT = Repeats(at_least=3, at_most=3, limit_s=0.01)
 
@@ -27,8 +27,8 @@ def test_repeats_stop_when_the_figure_is_known_or_the_samples_end() -> None:
         SHORT.figure(lambda: -1.0)
 
 
-def test_a_burst_of_other_work_counts_as_twice_as_long() -> None:
-    """Times ten times as long for a third of the samples; a limit is as without."""
+def test_a_burst_of_other_work_changes_no_figure() -> None:
+    """Times ten times as long for a third of the samples."""
     rng = random.Random(seed := random.randrange(1 << 30))
     phase = rng.randrange(3)
     disturbed = [number % 3 == phase for number in range(400)]
@@ -39,7 +39,7 @@ def test_a_burst_of_other_work_counts_as_twice_as_long() -> None:
 
     repeats = Repeats(at_least=20, at_most=30, limit_s=60.0)
     for figure in repeats.measure([usual(sample)] * 4):
-        assert figure.value == pytest.approx(4 / 3, abs=0.1), f"seed {seed}"
+        assert figure.value < 1.02, f"seed {seed}"
     clock = iter(disturbed)
     assert repeats.measure([limit(lambda: 1 / sample())])[0].value > 0.98, f"seed {seed}"
 
@@ -50,20 +50,10 @@ def test_the_interval_holds_the_quantile_of_the_distribution(share: float) -> No
     inside = 0
     for _ in range(400):
         samples = [rng.expovariate(1.0) for _ in range(25)]
-        figure = quantile(samples, share)
-        true = -math.log(1 - share)
-        inside += abs(figure.value - true) <= 2 * figure.interval * figure.value
+        figure = summarise(samples, share)
+        quantile = -math.log(1 - share)
+        inside += abs(figure.value - quantile) <= 2 * figure.interval * figure.value
     assert inside >= 0.9 * 400, f"seed {seed}"
-
-
-def test_the_interval_holds_the_mean_of_the_distribution() -> None:
-    rng = random.Random(seed := random.randrange(1 << 30))
-    inside = 0
-    for _ in range(400):
-        repeats = Repeats(at_least=25, at_most=25, limit_s=60.0)
-        figure = repeats.figure(lambda: rng.uniform(0.8, 1.6))
-        inside += abs(figure.value - 1.2) <= figure.interval * figure.value
-    assert inside >= 0.88 * 400, f"seed {seed}"
 
 
 def test_a_turn_has_as_many_samples_as_there_is_time_for() -> None:
@@ -84,9 +74,8 @@ def test_figures_take_turns() -> None:
 def test_a_difference_is_of_samples_that_follow_each_other() -> None:
     more, less = iter([0.0, 30.0, 132.0, 900.0]), iter([0.0, 10.0, 110.0, 10.0])
     figure = SHORT.difference(lambda: next(more), lambda: next(less), 2)
-    mean = (20.0 + 22.0 + 2 * 22.0) / 3
-    assert figure.value == pytest.approx(mean / 2)
-    assert figure.spread == pytest.approx(((22 + 890) / 2 - (20 + 22) / 2) / mean)
+    assert figure.value == (132.0 - 110.0) / 2
+    assert figure.spread == pytest.approx(((22 + 890) / 2 - (20 + 22) / 2) / 22)
     with pytest.raises(MoeserveError, match="came out as nothing"):
         SHORT.difference(lambda: 1.0, lambda: 2.0, 1)
 
