@@ -127,7 +127,7 @@ def _cpu_plan(wishes: Wishes, num_threads: int) -> CpuPlan:
         shapes=tuple(dict.fromkeys(shapes)),
         rows=QUICK_ROWS if wishes.quick else ROWS,
         threads=(counts[0], counts[-1]) if wishes.quick else counts,
-        repeats=Repeats(limit_s=0.15 if wishes.quick else 0.25, turn_s=TURN_S),
+        repeats=Repeats(limit_s=0.15 if wishes.quick else 0.2, turn_s=TURN_S),
         pool_bytes=pool_bytes_here(2 * len(shapes)),
     )
 

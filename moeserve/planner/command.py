@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="profile to write (default: where `serve` looks, in the user's cache directory)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="fewer formats, rows and block sizes; seconds"
+        "--quick", action="store_true", help="fewer formats, rows and block sizes: half the time"
     )
     parser.add_argument(
         "--formats",
