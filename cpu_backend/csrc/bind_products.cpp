@@ -44,7 +44,8 @@ class Parts {
       if (expert < 0) refuse("experts", std::to_string(expert) + " is below 0");
     }
     const std::int64_t count = parts_.select(experts);
-    for (const std::int64_t id : parts_.selected()) {
+    for (const std::int64_t pair : parts_.selected()) {
+      const std::int64_t id = parts_.job().ids[pair];
       if (static_cast<std::size_t>(id) >= own.records.size()) {
         refuse("ids",
                std::to_string(id) + " is not within 0.." + std::to_string(own.records.size() - 1));

@@ -1,7 +1,6 @@
 #include "expert_parts.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "pair_sum.h"
 
@@ -27,11 +26,8 @@ std::int64_t ExpertParts::select(const std::vector<int> &experts) {
     if (at < num_ids_) wanted_[at] = 1;
   }
   chosen_.clear();
-  ids_.clear();
   for (std::int64_t pair = 0; pair < job_.num_pairs(); ++pair) {
-    if (wanted_[static_cast<std::size_t>(job_.ids[pair])] == 0) continue;
-    chosen_.push_back(pair);
-    ids_.push_back(job_.ids[pair]);
+    if (wanted_[static_cast<std::size_t>(job_.ids[pair])] != 0) chosen_.push_back(pair);
   }
   return static_cast<std::int64_t>(chosen_.size());
 }

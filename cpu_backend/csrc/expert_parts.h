@@ -72,7 +72,7 @@ class ExpertParts {
 
   // The choices of these experts, which no part had before; how many there are.
   std::int64_t select(const std::vector<int> &experts);
-  const std::vector<std::int64_t> &selected() const { return ids_; }  // their experts
+  const std::vector<std::int64_t> &selected() const { return chosen_; }
   // Computes what was selected. The experts must have records.
   void add(Runtime &runtime, const Experts &experts);
   // What was computed elsewhere: results [count, hidden] of choices numbered t * top_k + k.
@@ -92,7 +92,6 @@ class ExpertParts {
   std::size_t num_ids_ = 0;             // beyond the highest that was chosen
   std::vector<std::uint8_t> wanted_;    // by expert, of num_ids_
   std::vector<std::int64_t> chosen_;    // pairs that are to be computed
-  std::vector<std::int64_t> ids_;       // of these
 };
 
 }  // namespace moeserve
