@@ -23,6 +23,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
 from moeserve.core import EngineRequest, SamplingParams
@@ -246,7 +247,8 @@ def step_points(
             layers.extend(layer.faster(factor) for of_step in found for layer in of_step)
     points = [_point(slots is not None, kind.faster(factor)) for kind in kinds]
     if watching is not None:
-        points[0].layer_us[WATCHING] = watching
+        alike = structs.replace(watching, value=watching.value / factor)
+        points[0].layer_us[WATCHING] = alike
     return points
 
 
