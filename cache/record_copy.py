@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from math import ceil
 
 from moeserve.cache.tiers.source import RecordCheck, RecordMemory, StoreError
 from moeserve.cache.types import Load
+
+#: chunks begin at multiples of it: blocks of files, pages of memory
+ALIGNMENT = 4096
 
 
 class Urgency(IntEnum):
@@ -90,3 +94,15 @@ class RecordCopy:
         self._checking = False
         self._checked = stop
         self.error = self.error or error
+
+
+def num_chunks(record_bytes: int, about_bytes: int) -> int:
+    """Into how many equal chunks a record goes that are to be about so long. A short rest would be
+    a request of its own, and those cost the disk time too."""
+    return max(1, round(record_bytes / about_bytes))
+
+
+def equal_chunk(record_bytes: int, about_bytes: int) -> int:
+    """Bytes of each of these chunks; the last may be shorter."""
+    each = record_bytes / num_chunks(record_bytes, about_bytes)
+    return ceil(each / ALIGNMENT) * ALIGNMENT

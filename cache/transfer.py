@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from moeserve.cache.expert_cache import Load
-from moeserve.cache.record_copy import RecordCopy, Urgency
+from moeserve.cache.record_copy import RecordCopy, Urgency, equal_chunk
 from moeserve.cache.tiers.source import RecordSource, SlotMemory, StoreError
 from moeserve.cache.transfer_stats import TransferStats
 from moeserve.core import ExpertKey
@@ -61,7 +61,8 @@ class Transfers:
         timeline: Timeline | None = None,
         prefetch_threads: int | None = None,
     ) -> None:
-        """slot: the memory of a slot by its number, at least as long as a record.
+        """slot: the memory of a slot by its number, at least as long as a record. chunk_bytes: that
+        chunks of a record, which are equal, come nearest to.
         prefetch_threads: how many may read prefetches at a time; None: all."""
         self.stats = TransferStats()
         self.timeline = timeline or Timeline()
@@ -203,7 +204,7 @@ class Transfers:
             if self._in_flight[urgency] >= self._most_in_flight[urgency]:
                 continue
             for key, copy in queue.items():
-                start, stop = copy.take(self._chunk_bytes)
+                start, stop = copy.take(equal_chunk(len(copy.record), self._chunk_bytes))
                 if copy.all_given:
                     del queue[key]
                 if not any(self._in_flight.values()):

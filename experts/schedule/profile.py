@@ -18,8 +18,7 @@ from moeserve.core import ExpertSpec
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A measured value: the decile of the repeats that other work disturbs least (the first of
-    times, the last of rates), or a difference of the shortest.
+    """A measured value, of several repeats (`planner/repeats.py` says how).
 
     spread: the distance of the quartiles as a share of it. interval: half of its 95 % confidence
     interval, likewise. Both are 0 for a data sheet's number.

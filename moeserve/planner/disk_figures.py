@@ -31,7 +31,7 @@ from moeserve.cache.types import Load
 from moeserve.core import ConfigError, ExpertKey
 from moeserve.experts.disk_tier import CHUNK_BYTES
 from moeserve.experts.schedule.profile import DiskPoint
-from moeserve.planner.repeats import Repeats, usual
+from moeserve.planner.repeats import Repeats, lasting
 
 WRITE_BYTES = 4 << 20
 #: memory that is read into, in turn: what a processor's cache holds is another's business
@@ -76,7 +76,8 @@ def measure_file(
 ) -> list[DiskPoint]:
     """Of reads from a file that is there. Raises ConfigError where its file system has no O_DIRECT.
 
-    What varies is the disk's own, so a rate is the middle of its samples.
+    What varies is the disk's own, and steps wait for all of it: a rate is that of its samples
+    together.
     """
     points: list[DiskPoint] = []
     for block in plan.block_bytes:
@@ -106,7 +107,7 @@ def _points(plan: DiskPlan, path: Path, block: int) -> list[DiskPoint]:
     """Of one block size by depth, which take turns."""
     with ExitStack() as stack:
         wanted = [
-            usual(
+            lasting(
                 partial(
                     stack.enter_context(RecordReader(path, block, depth)).bytes_per_s,
                     max(depth, plan.sample_bytes // block),

@@ -2,7 +2,8 @@
 
 What else runs comes in bursts, and on a machine that others share it never ends. An engine will
 meet as much of it as calibration does, so a figure is the middle of its samples; a limit, which
-nothing is to exceed, is a quartile. Figures of one kind take turns: a burst meets some samples of
+nothing is to exceed, is a quartile; a rate of a disk, which is slow at times by itself, is that of
+all of them together. Figures of one kind take turns: a burst meets some samples of
 all of them and not all samples of one.
 """
 
@@ -45,6 +46,12 @@ def usual(sample: Sample) -> Measurement:
 def limit(sample: Sample) -> Measurement:
     """A rate that nothing is to exceed."""
     return Measurement((sample,), lambda columns: summarise(columns[0], LIMIT))
+
+
+def lasting(sample: Sample) -> Measurement:
+    """A rate over all samples together, of equal amounts: where what varies is the thing's own, who
+    waits for it waits for the slow samples most."""
+    return Measurement((sample,), lambda columns: over_all(columns[0]))
 
 
 def differing(more: Sample, less: Sample, count: int) -> Measurement:
@@ -145,6 +152,19 @@ def summarise(samples: Sequence[float], share: float = 0.5) -> Figure:
     high = min(count - 1, math.ceil(count * share + stray))
     interval = (ordered[high] - ordered[low]) / 2 / value
     return Figure(value=value, spread=_quartiles(samples) / value, interval=interval)
+
+
+def over_all(rates: Sequence[float]) -> Figure:
+    """The rate of equal amounts together: one over the mean of their times. Its interval is that of
+    a mean (as a share, the same for times and for rates)."""
+    times = [1 / rate for rate in rates]
+    mean = statistics.fmean(times)
+    stray = statistics.stdev(times) / math.sqrt(len(times)) if len(times) > 1 else mean
+    return Figure(
+        value=1 / mean,
+        spread=_quartiles(rates) * mean,
+        interval=CONFIDENCE_95 * stray / mean,
+    )
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

@@ -7,7 +7,13 @@ import random
 import pytest
 from support.randomness import fresh_seed
 
-from moeserve.cache.record_copy import RecordCopy, Urgency
+from moeserve.cache.record_copy import (
+    ALIGNMENT,
+    RecordCopy,
+    Urgency,
+    equal_chunk,
+    num_chunks,
+)
 from moeserve.cache.tiers.source import RecordCheck, StoreError
 from moeserve.cache.types import Load
 from moeserve.core import ExpertKey
@@ -95,3 +101,17 @@ def test_a_piece_that_cannot_be_read_ends_it_when_nobody_is_at_it() -> None:
         assert run(copy, rng, rng.randint(1, 12), rng.randrange(len(content))).count(True) == 1
         assert str(copy.error) == "gone"
         assert check.finished == 0
+
+
+def test_chunks_of_a_record_are_equal_and_about_as_long_as_they_are_to_be() -> None:
+    rng = random.Random(fresh_seed())
+    for _ in range(300):
+        about, size = rng.randint(1, 400) * ALIGNMENT, rng.randint(1, 8_000_000)
+        each = equal_chunk(size, about)
+        assert each % ALIGNMENT == 0
+        lengths = [min(each, size - start) for start in range(0, size, each)]
+        assert sum(lengths) == size
+        assert len(lengths) <= num_chunks(size, about)
+        assert each < 1.5 * about + ALIGNMENT
+        assert len(lengths) == 1 or each >= about / 1.5
+        assert max(lengths) - min(lengths) <= num_chunks(size, about) * ALIGNMENT

@@ -12,7 +12,7 @@ from support.expert_files import write_records
 from support.randomness import fresh_seed
 
 from moeserve.cache.expert_cache import Load
-from moeserve.cache.record_copy import Urgency
+from moeserve.cache.record_copy import Urgency, equal_chunk
 from moeserve.cache.tiers.disk_store import DiskStore
 from moeserve.cache.tiers.host_slots import HostSlots
 from moeserve.cache.transfer import Transfers
@@ -55,7 +55,7 @@ def test_layers_add_up_to_the_whole(tmp_path: Path) -> None:
         assert total == pytest.approx(getattr(stats, field.name)), field.name
     recorded = json.loads(timeline.stop().to_json())["traceEvents"]
     read = [event["args"] for event in recorded if event["name"] == "read"]
-    chunks = -(-written.record_bytes // 8192)
+    chunks = -(-written.record_bytes // equal_chunk(written.record_bytes, 8192))
     assert len(read) == chunks * len(keys)
     for about in read:
         assert urgency[about["layer"], about["expert"]].name.lower() == about["urgency"]

@@ -8,7 +8,16 @@ import random
 import pytest
 
 from moeserve.core import MoeserveError
-from moeserve.planner.repeats import MOST_TOGETHER, Repeats, differing, limit, summarise, usual
+from moeserve.planner.repeats import (
+    MOST_TOGETHER,
+    Repeats,
+    differing,
+    lasting,
+    limit,
+    over_all,
+    summarise,
+    usual,
+)
 
 SHORT = Repeats(at_least=3, at_most=3, limit_s=0.01)
 
@@ -91,3 +100,18 @@ def test_a_machine_that_becomes_slower_changes_no_difference() -> None:
     repeats = Repeats(at_least=20, at_most=20, limit_s=60.0)
     figure = repeats.measure([differing(lambda: takes(9.0), lambda: takes(8.0), 1)])[0]
     assert figure.value == pytest.approx(1.0, abs=0.15), f"seed {seed}"
+
+
+def test_a_rate_that_lasts_is_that_of_all_amounts_in_all_the_time() -> None:
+    """Against the sum of amounts over the sum of times, and the interval against resampling."""
+    rng = random.Random(seed := random.randrange(1 << 30))
+    rates = [rng.choice([1.0, 1.0, 1.0, 0.2]) * rng.uniform(9.0, 10.0) for _ in range(60)]
+    figure = Repeats(at_least=60, at_most=60, limit_s=60.0).measure(
+        [lasting(iter([5.0, *rates]).__next__)]
+    )[0]
+    assert figure.value == pytest.approx(60 * 7.0 / sum(7.0 / rate for rate in rates))
+    assert figure.value < 0.95 * summarise(rates).value, f"seed {seed}"
+    again = sorted(over_all(rng.choices(rates, k=60)).value for _ in range(2000))
+    half = (again[1949] - again[50]) / 2 / figure.value
+    assert figure.interval == pytest.approx(half, rel=0.3), f"seed {seed}"
+    assert over_all([3.0]).interval >= 1, "of one sample nothing is known"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import engine_profile as made
 from support.engine_profile import made_profile
@@ -23,10 +24,21 @@ def profile(tmp_path: Path) -> Profile:
 
 
 def test_reads_are_faster_together(profile: Profile) -> None:
-    record = 1 << 20
-    one, many = (read_time_us(profile.disk, record, count, None) for count in (1, 8))
+    """As if each chunk ended by itself: the fewer are left, the slower they are read."""
+    record, known = 1 << 20, {p.queue_depth: p.bytes_per_s.value for p in profile.disk}
+    deepest = max(known)
+    for count in (1, 2, deepest, 40):
+        expected_s = 0.0
+        for left in range(count, 0, -1):
+            rate = np.interp(min(left, deepest), sorted(known), [known[n] for n in sorted(known)])
+            expected_s += record / float(rate)
+        found_us = read_time_us(profile.disk, record, count, deepest)
+        assert found_us == pytest.approx(expected_s * 1e6)
+        whole = read_time_us(profile.disk, count * record, 1, deepest)
+        assert whole == pytest.approx(expected_s * 1e6), "chunks of one record"
+    one, many = (read_time_us(profile.disk, record, count, None) for count in (1, 1000))
     assert one == pytest.approx(record / (made.DISK_BYTES_PER_S / 2) * 1e6)
-    assert many == pytest.approx(8 * record / made.DISK_BYTES_PER_S * 1e6)
+    assert many == pytest.approx(1000 * record / made.DISK_BYTES_PER_S * 1e6, rel=0.01)
     assert read_time_us(profile.disk, record, 0, None) == 0
     assert read_time_us(profile.disk, record, 8, 1) == pytest.approx(8 * one)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from moeserve.cache.expert_cache import ExpertCache, Tier
 from moeserve.cache.policies.registry import build_policy
+from moeserve.cache.record_copy import num_chunks
 from moeserve.cache.tiers.disk_tuning import NEAR
 from moeserve.cache.types import ExpertState
 from moeserve.config import ExpertConfig
@@ -212,19 +213,21 @@ class DiskClock(ExpertsClock):
 def read_time_us(
     points: Sequence[DiskPoint], record_bytes: int, count: int, threads: int | None
 ) -> float:
-    """Of so many records together: chunk by chunk, by as many threads as there are chunks for.
+    """Of so many records together: chunk by chunk, by as many threads as there are chunks for. The
+    last ones have nothing beside them, and are read at the rates of fewer reads in flight.
 
     threads: that read; None: as few as `tune_disk` would take. 0 where nothing is to be read.
     """
     if not count:
         return 0.0
-    num_chunks = count * -(-record_bytes // CHUNK_BYTES)
     rates = {depth: _rate(points, record_bytes, depth) for depth in {p.queue_depth for p in points}}
     depths = sorted(rates)
     enough = [depth for depth in depths if rates[depth] >= NEAR * max(rates.values())]
-    depth = min(num_chunks, threads or enough[0])
-    rate = float(np.interp(depth, depths, [rates[each] for each in depths]))
-    return count * record_bytes / rate * 1e6
+    chunks = count * num_chunks(record_bytes, CHUNK_BYTES)
+    most = min(chunks, threads or enough[0])
+    in_flight = np.interp(np.arange(1, most + 1), depths, [rates[each] for each in depths])
+    of_full = (chunks - most) / in_flight[-1]
+    return float(of_full + (1 / in_flight).sum()) * count * record_bytes / chunks * 1e6
 
 
 def _rate(points: Sequence[DiskPoint], record_bytes: int, depth: int) -> float:
