@@ -64,6 +64,17 @@ class Ticket:
     def done(self) -> bool: ...
     def wait(self) -> None: ...
 
+class CoreWaker:
+    """Keeps cores from halting: `with waker:` around a wait.
+
+    Threads of the idle policy, one on each core. most_us: of a wait, through which they spin.
+    Raises ValueError for a core, RuntimeError where the system refuses them.
+    """
+
+    def __init__(self, cpus: list[int], most_us: int) -> None: ...
+    def __enter__(self) -> CoreWaker: ...
+    def __exit__(self, *args: object) -> None: ...
+
 class Runtime:
     """Compute threads and the kernels that they run.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 
 from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
@@ -93,7 +94,27 @@ class NativeRuntime:
         self.num_threads = plan.num_threads
         self.isa = name
         self.reason = f"{name} ({isa_reason}), {plan.num_threads} threads{place} ({plan.reason})"
+        self._cores = pinned or allowed_cores()[: plan.num_threads]
         self.handle = _native.Runtime(name, plan.num_threads, pinned, spin_us)
         if pinned:
             _native.pin_this_thread(pinned[0])
         logger.debug("native kernels: %s", self.reason)
+
+    def awake(self, most_us: int) -> AbstractContextManager[object]:
+        """`with` it around waits, time and again: cores are kept from halting for so long of each
+        (csrc/core_waker.h). Not where cores are rationed, and this would take from the ration."""
+        reason = _why_not_awake(most_us)
+        if reason is None:
+            try:
+                return _native.CoreWaker(self._cores, most_us)
+            except (ValueError, RuntimeError) as error:
+                reason = str(error)
+        logger.info("cores are not kept awake through stalls: %s", reason)
+        return nullcontext()
+
+
+def _why_not_awake(most_us: int) -> str | None:
+    if most_us == 0:
+        return "not asked for"
+    quota = cgroup_cores()
+    return None if quota is None else f"the cgroup grants {quota:g} cores' time"

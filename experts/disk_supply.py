@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from copy import copy
 
 from moeserve.cache.expert_cache import ExpertCache
@@ -58,13 +58,16 @@ class DiskSupply(ExpertSupply):
         slots: HostSlots,
         transfers: Reads,
         chores: Chores,
+        awake: AbstractContextManager[object],
     ) -> None:
-        """transfers: from that store into those slots. chores: done while a step waits for one."""
+        """transfers: from that store into those slots. chores: done while a step waits for one.
+        awake: entered while a step waits and there is nothing else to do."""
         self.timeline = transfers.timeline
         self.cache = cache
         self.slots = slots
         self.transfers = transfers
         self.chores = chores
+        self._awake = awake
         self.readers = OtherReaders()
         self._store = store
         self._layers: dict[int, PackedExperts] = {}
@@ -218,7 +221,7 @@ class DiskSupply(ExpertSupply):
             if not self.transfers.num_active:
                 raise CacheError(f"layer {layer}: none of {self.cache.num_slots} slots can be had")
             with self.timeline.span("stall", layer=layer):  # for a slot
-                self._take_all(self.transfers.wait(layer))
+                self._wait(layer)
         count = self.cache.num_obtainable(kept)
         return present + absent[:count], absent[count:]
 
@@ -237,7 +240,13 @@ class DiskSupply(ExpertSupply):
             else:
                 with self.timeline.span("stall", layer=layer, experts=missing):
                     self.chores.do_while(self.transfers.none_finished)
-                    self._take_all(self.transfers.wait(layer))
+                    self._wait(layer)
+
+    def _wait(self, layer: int) -> None:
+        """For records, until at least one has arrived."""
+        with self._awake:
+            arrivals = self.transfers.wait(layer)
+        self._take_all(arrivals)
 
     def _state(self, layer: int, expert: int) -> ExpertState:
         return self.cache.state(ExpertKey(layer, expert))

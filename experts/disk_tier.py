@@ -102,5 +102,6 @@ def build_disk_tier(
         f"{min(num_threads, tuning.prefetch_threads)} of them on a guess, {how}",
         "policy": policy,
     }
-    supply = DiskSupply(cache, store, slots, transfers, chores)
+    awake = native.awake(config.stall_spin_us)
+    supply = DiskSupply(cache, store, slots, transfers, chores, awake)
     return DiskTier(cache, supply, FetchOrder(costs), notes)

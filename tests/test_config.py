@@ -50,6 +50,7 @@ from moeserve.core import ConfigError
         (ExpertConfig, "worker_curve_dir", Path("keys")),
         (ExpertConfig, "num_threads", 0),
         (ExpertConfig, "spin_us", -1),
+        (ExpertConfig, "stall_spin_us", -1),
         (HttpConfig, "port", 70_000),
         (HttpConfig, "max_body_bytes", 0),
         (HttpConfig, "allowed_hosts", ("fine.example", "http://name")),

@@ -14,6 +14,7 @@
 #endif
 
 #include "bindings.h"
+#include "core_waker.h"
 #include "dispatch.h"
 #include "runtime.h"
 
@@ -152,6 +153,19 @@ void bind_runtime(nb::module_ &m) {
   nb::class_<Ticket>(m, "Ticket", "The handle of submitted work.")
       .def("done", &Ticket::done)
       .def("wait", &Ticket::wait, nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<CoreWaker>(m, "CoreWaker", "Keeps cores from halting: `with waker:` around a wait.")
+      .def(nb::init<const std::vector<int> &, int>(), nb::arg("cpus"), nb::arg("most_us"),
+           "Threads of the idle policy, one on each core. most_us: of a wait, through which they\n"
+           "spin. Raises ValueError for a core, RuntimeError where the system refuses them.")
+      .def(
+          "__enter__",
+          [](CoreWaker &waker) -> CoreWaker & {
+            waker.begin();
+            return waker;
+          },
+          nb::rv_policy::reference)
+      .def("__exit__", [](CoreWaker &waker, const nb::args &) { waker.end(); });
 
   nb::class_<Runtime>(m, "Runtime", "Compute threads and the kernels that they run.")
       .def(

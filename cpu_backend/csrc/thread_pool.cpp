@@ -6,25 +6,14 @@
 #include <system_error>
 #include <utility>
 
+#include "relax.h"
+
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
 #endif
 
 namespace moeserve {
-namespace {
-
-// A hint to the core that this loop waits; without it, leaving the loop costs a pipeline flush.
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ __volatile__("yield");
-#endif
-}
-
-}  // namespace
-
 void pin_this_thread(int cpu) {
 #if defined(__linux__)
   cpu_set_t set;

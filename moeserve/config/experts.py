@@ -114,6 +114,11 @@ class ExpertConfig:
     spin_us: int = setting(
         100, "microseconds that a compute thread without work looks for more before it sleeps"
     )
+    stall_spin_us: int = setting(
+        20_000,
+        "microseconds of a wait for experts from disk through which threads of the idle policy "
+        "keep the cores from halting; 0: they halt",
+    )
     huge_pages: bool = setting(
         True,
         "move the weights of a packed model from the page cache into huge pages of memory, piece "
@@ -202,6 +207,7 @@ class ExpertConfig:
         if self.num_threads is not None:
             at_least("num_threads", self.num_threads, 1)
         at_least("spin_us", self.spin_us, 0)
+        at_least("stall_spin_us", self.stall_spin_us, 0)
         self._check_workers()
 
     def _check_workers(self) -> None:

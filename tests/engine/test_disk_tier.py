@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import shutil
+import threading
 import traceback
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from moeserve.core import (
     FinishReason,
     ModelError,
 )
+from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.engine.engine import Engine
 from moeserve.experts.disk_supply import DiskSupply
 from moeserve.models.packed_model import MANIFEST
@@ -68,6 +70,34 @@ def test_same_bits_whatever_the_machinery(policy: str, packed: Path, resident: E
                 assert counts["prefetches_begun"] == counts["prefetches_wasted"] == 0
         finally:
             engine.close()
+
+
+def test_cores_are_kept_awake_while_a_step_waits(
+    packed: Path, resident: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each stall once, and never else; with the same bits."""
+    requests = make_requests(random.Random(fresh_seed()), resident.info.vocab_size)
+    expected = answers(resident, requests)
+    awake, entered = threading.Lock(), [0]
+
+    class Awake:
+        def __enter__(self) -> None:
+            assert awake.acquire(blocking=False)
+            entered[0] += 1
+
+        def __exit__(self, *_: object) -> None:
+            awake.release()
+
+    monkeypatch.setattr(NativeRuntime, "awake", lambda *_: Awake())
+    engine = make_engine(packed, host_slots=4)
+    try:
+        engine.timeline.start()
+        assert answers(engine, requests) == expected
+        stalls = [span for span in engine.timeline.stop().spans if span.name == "stall"]
+    finally:
+        engine.close()
+    assert entered == [len(stalls)]
+    assert stalls
 
 
 def test_same_bits_while_the_cache_changes_its_size(packed: Path, resident: Engine) -> None:

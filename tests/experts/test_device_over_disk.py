@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -96,7 +96,7 @@ class Tiers:
         transfers = Transfers(store, slots.__getitem__, 2, 4096)
         chores = Chores(most=2)
         host_cache.policy.put_off = chores.put_off
-        self.disk = DiskSupply(host_cache, store, slots, transfers, chores)
+        self.disk = DiskSupply(host_cache, store, slots, transfers, chores, nullcontext())
         self.clock = ModelledClock(5.0)
         if modelled:
             self.disk.read_with(
