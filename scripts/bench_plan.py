@@ -12,7 +12,7 @@ Predicted: by stage 2 of the plan from the profile that `moeserve calibrate` wro
 experts of another size (2048 x 768) and another small model, none of these. Hit rates follow from
 routing that is recorded of other prompts than the timed ones, as `moeserve trace` would.
 Measured: the engine in a process of its own, clients that send their next request when the last has
-ended; once to warm up, then played until 5 s have passed; medians. The cases of a model take turns,
+ended; once to warm up, then played until 8 s have passed; medians. The cases of a model take turns,
 --rounds times, and medians of the rounds count.
 
 A machine that others share computes a third faster or slower some minutes later (docs/log.md). With

@@ -25,7 +25,7 @@ from plan_bench.cases import OUTPUT_TOKENS, SHAPES, Case, num_experts
 
 BLOCK_TOKENS = 16
 #: a case is played until so much time has passed, and at least so often
-LEAST_S, LEAST_TIMES = 5.0, 1
+LEAST_S, LEAST_TIMES = 8.0, 1
 #: sequences whose routing is recorded, by the tokens of their prompts: other prompts than those
 #: that are timed, but as long, because what a token chooses follows from what it can see
 TRACED = {64: 24, 256: 16, 768: 12}
@@ -87,7 +87,7 @@ def disk_points(model: Path, case: Case) -> list[dict[str, float]]:
     if case.share == 100:
         return []
     path = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
-    once = Repeats(at_least=3, at_most=8, limit_s=0.1)
+    once = Repeats(at_least=3, at_most=8, limit_s=0.2)
     plan = DiskPlan(model, 0, DISK_BLOCKS, DISK_DEPTHS, DISK_SAMPLE_BYTES, once)
     return [
         {"block": p.block_bytes, "depth": p.queue_depth, "bytes_per_s": p.bytes_per_s.value}
