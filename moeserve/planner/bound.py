@@ -16,15 +16,9 @@ from moeserve.planner.moe_lens import (
     sequences_in_step,
     tokens_to_saturate,
 )
-from moeserve.planner.plan_types import (
-    AttentionShape,
-    Deployment,
-    Estimate,
-    LayerShape,
-    Limit,
-    Range,
-)
+from moeserve.planner.plan_types import Deployment, Estimate, Limit, Range
 from moeserve.planner.rates import Rates
+from moeserve.planner.shapes import AttentionShape, LayerShape
 from moeserve.planner.work import Machine, Times, Work
 
 

@@ -11,12 +11,8 @@ from moeserve.engine.kv_limit import num_kv_blocks
 from moeserve.experts.schedule.profile import Profile
 from moeserve.experts.schedule.profile_file import profile_names
 from moeserve.planner.memory import Room, computing_bytes, memory_plan, slot_bytes
-from moeserve.planner.plan_types import (
-    Deployment,
-    ModelShape,
-    PlanRequest,
-    Traffic,
-)
+from moeserve.planner.plan_types import Deployment, PlanRequest, Traffic
+from moeserve.planner.shapes import ModelShape
 
 #: of a process without a model where nobody measured it: as on our own test machine
 ASSUMED_PROCESS_BYTES = 257 << 20

@@ -8,7 +8,8 @@ from typing import Protocol
 import numpy as np
 
 from moeserve.cache.routing_trace import load_trace
-from moeserve.planner.plan_types import Deployment, ModelShape
+from moeserve.planner.plan_types import Deployment
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.simulate.routing import (
     HIGH_SKEW,
     SimulatedRouting,

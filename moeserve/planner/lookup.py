@@ -17,7 +17,7 @@ from moeserve.experts.schedule.profile_file import (
     shipped_profile,
 )
 from moeserve.planner.model_shape import read_shape
-from moeserve.planner.plan_types import ModelShape
+from moeserve.planner.shapes import ModelShape
 
 
 def find_shape(engine: EngineConfig) -> ModelShape:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moeserve.cache.expert_cache import Tier
-from moeserve.planner.plan_types import MemoryPart, MemoryPlan, ModelShape
+from moeserve.planner.plan_types import MemoryPart, MemoryPlan
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.workspace import (
     Steps,
     choices_bytes,

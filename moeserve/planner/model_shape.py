@@ -30,13 +30,7 @@ from moeserve.models.stores import Store
 from moeserve.models.targets import EMBEDDING, HEAD
 from moeserve.models.weight_formats import ChooseForm, weight_formats
 from moeserve.models.weight_map import Use, WeightRule
-from moeserve.planner.plan_types import (
-    AttentionShape,
-    ExpertsShape,
-    LayerShape,
-    Matrix,
-    ModelShape,
-)
+from moeserve.planner.shapes import AttentionShape, ExpertsShape, LayerShape, Matrix, ModelShape
 
 #: what a family's published checkpoints call the codes and scales of a tensor
 CODE_SUFFIXES: Mapping[Quantization, tuple[str, ...]] = {

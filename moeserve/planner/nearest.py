@@ -12,7 +12,8 @@ from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.deployment import sized, traffic_blocks
 from moeserve.planner.lookup import find_shape
 from moeserve.planner.memory import slot_bytes
-from moeserve.planner.plan_types import Deployment, MemoryPlan, ModelShape, PlanRequest
+from moeserve.planner.plan_types import Deployment, MemoryPlan, PlanRequest
+from moeserve.planner.shapes import ModelShape
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.nearest import plan_on
-from moeserve.planner.plan_types import ModelShape, PlanRequest, Traffic
+from moeserve.planner.plan_types import PlanRequest, Traffic
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.simulate.traffic import TrafficEstimate, check_lengths, simulate_traffic
 from moeserve.planner.workload import Workload
 from moeserve.planner.workload_outcome import SloTargets, outcome_rows

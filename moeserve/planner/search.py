@@ -17,7 +17,8 @@ from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.bound import bound
 from moeserve.planner.deployment import sized, traffic_kv_bytes
 from moeserve.planner.memory import slot_bytes
-from moeserve.planner.plan_types import Deployment, Estimate, ModelShape, PlanRequest
+from moeserve.planner.plan_types import Deployment, Estimate, PlanRequest
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.simulate.system import simulate_quickly
 
 #: of the memory that there is, what a server should leave to everybody else

@@ -23,14 +23,8 @@ from moeserve.core import ConfigError, ExpertSpec, MoeserveError
 from moeserve.experts.schedule.cost_model import CostModel, Curve, expert_curve
 from moeserve.experts.schedule.profile import Processor, Profile, StepFigures
 from moeserve.planner.model_shape import read_shape
-from moeserve.planner.plan_types import (
-    AttentionShape,
-    ExpertsShape,
-    Matrix,
-    ModelShape,
-    Resource,
-    StepLoad,
-)
+from moeserve.planner.plan_types import Resource, StepLoad
+from moeserve.planner.shapes import AttentionShape, ExpertsShape, Matrix, ModelShape
 from moeserve.planner.step_fit import (
     EngineCosts,
     ProductCosts,

@@ -21,7 +21,7 @@ from moeserve.experts.schedule.profile import (
     TierPoint,
 )
 from moeserve.planner.least_squares import Costs, fit_costs
-from moeserve.planner.plan_types import AttentionShape, LayerShape, ModelShape
+from moeserve.planner.shapes import AttentionShape, LayerShape, ModelShape
 from moeserve.planner.tier_fit import LayerProducts, TierCosts, fit_tier
 
 #: keys that attention computes together (csrc/attention.h): a row pays for whole blocks

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moeserve.models.layers import ROWS_AT_ONCE
-from moeserve.planner.plan_types import LayerShape, ModelShape
+from moeserve.planner.shapes import LayerShape, ModelShape
 
 #: outputs of a panel, and what a thread has at once where rows are many: rows and panels of a
 #: linear layer (linear.cpp); panels of gate and up (expert_list.cpp) and of down (moe.cpp)

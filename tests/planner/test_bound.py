@@ -25,8 +25,9 @@ from moeserve.planner.bound import bound as best_bound
 from moeserve.planner.deployment import sized
 from moeserve.planner.expert_use import RoutedUse, touched_experts
 from moeserve.planner.model_shape import read_shape
-from moeserve.planner.plan_types import ModelShape, PlanRequest, Resource, Traffic
+from moeserve.planner.plan_types import PlanRequest, Resource, Traffic
 from moeserve.planner.rates import peak_of
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.simulate.routing import recorded
 from moeserve.planner.simulate.system import simulate_quickly
 

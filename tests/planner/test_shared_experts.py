@@ -15,14 +15,8 @@ from support.routing_samples import topical_trace
 from moeserve.config import EngineConfig, ExpertConfig, ModelConfig
 from moeserve.experts.schedule.profile import Profile
 from moeserve.planner.deployment import sized
-from moeserve.planner.plan_types import (
-    Deployment,
-    LayerShape,
-    ModelShape,
-    PlanRequest,
-    StepLoad,
-    Traffic,
-)
+from moeserve.planner.plan_types import Deployment, PlanRequest, StepLoad, Traffic
+from moeserve.planner.shapes import LayerShape, ModelShape
 from moeserve.planner.simulate.over_disk import DiskClock
 from moeserve.planner.simulate.routing import recorded
 from moeserve.planner.simulate.system import simulate_quickly

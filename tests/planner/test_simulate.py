@@ -26,12 +26,12 @@ from moeserve.planner.deployment import sized
 from moeserve.planner.plan_types import (
     Deployment,
     Estimate,
-    ModelShape,
     PlanRequest,
     Resource,
     StepLoad,
     Traffic,
 )
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.simulate import traffic
 from moeserve.planner.simulate.closed import requests_of
 from moeserve.planner.simulate.over_disk import DiskClock

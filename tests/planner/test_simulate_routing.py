@@ -15,7 +15,7 @@ from moeserve.cache.numbering import ExpertNumbers
 from moeserve.cache.policies.lru import LruPolicy
 from moeserve.cache.replay import Contender, Rules, TierReplay, replay
 from moeserve.cache.routing_trace import Request, RoutingTrace
-from moeserve.planner.plan_types import ModelShape
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.simulate.routing import (
     HIGH_SKEW,
     LOW_SKEW,

@@ -14,7 +14,8 @@ from support.randomness import fresh_seed
 
 from moeserve.experts.schedule.profile import TierPoint
 from moeserve.planner.least_squares import fit_costs
-from moeserve.planner.plan_types import Chunk, ModelShape, Resource, StepLoad
+from moeserve.planner.plan_types import Chunk, Resource, StepLoad
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.step_costs import PER_HEAD, EngineStepCosts, Products, on_other_cpu
 from moeserve.planner.step_fit import EngineCosts
 

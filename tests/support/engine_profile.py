@@ -28,7 +28,7 @@ from moeserve.experts.schedule.profile import (
 )
 from moeserve.experts.schedule.profile_file import PROFILE_VERSION
 from moeserve.planner.model_shape import read_shape
-from moeserve.planner.plan_types import ModelShape
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.step_fit import WATCHING, rows_at_random
 
 FORMS = ("float32", "bfloat16", "int8")

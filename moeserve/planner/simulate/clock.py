@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from moeserve.engine.batch import ScheduledBatch
-from moeserve.planner.plan_types import Chunk, LayerShape, StepLoad
+from moeserve.planner.plan_types import Chunk, StepLoad
+from moeserve.planner.shapes import LayerShape
 from moeserve.planner.simulate.busy import DECODE, PREFILL, Busy
 from moeserve.planner.simulate.experts import ExpertsClock, ExpertsTime
 from moeserve.planner.step_costs import LayerCosts

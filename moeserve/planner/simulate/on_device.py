@@ -3,8 +3,9 @@ multiplying."""
 
 from __future__ import annotations
 
-from moeserve.planner.plan_types import Deployment, Matrix, Resource, StepLoad
+from moeserve.planner.plan_types import Deployment, Resource, StepLoad
 from moeserve.planner.rates import Rates
+from moeserve.planner.shapes import Matrix
 from moeserve.planner.step_costs import Work, attention_ops
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.cache.routing_trace import RoutingTrace, check_for_model
-from moeserve.planner.plan_types import ModelShape
+from moeserve.planner.shapes import ModelShape
 
 Ids = NDArray[np.int64]
 #: tokens that are drawn from a popularity

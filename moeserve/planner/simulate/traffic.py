@@ -13,8 +13,9 @@ from moeserve.core import ConfigError
 from moeserve.engine.batch import ScheduledBatch
 from moeserve.engine.simulation import Arrival, Simulation
 from moeserve.planner.deployment import kv_blocks_of
-from moeserve.planner.plan_types import Deployment, Limit, ModelShape, PlanRequest
+from moeserve.planner.plan_types import Deployment, Limit, PlanRequest
 from moeserve.planner.second_process import second_process
+from moeserve.planner.shapes import ModelShape
 from moeserve.planner.simulate.clock import EngineClock
 from moeserve.planner.simulate.routing import SimulatedRouting
 from moeserve.planner.simulate.system import (
