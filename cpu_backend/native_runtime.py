@@ -116,5 +116,7 @@ class NativeRuntime:
 def _why_not_awake(most_us: int) -> str | None:
     if most_us == 0:
         return "not asked for"
-    quota = cgroup_cores()
-    return None if quota is None else f"the cgroup grants {quota:g} cores' time"
+    quota, allowed = cgroup_cores(), affinity_cores()
+    if quota is None or quota >= allowed:
+        return None
+    return f"the cgroup grants the time of {quota:g} of {allowed} cores"

@@ -96,9 +96,8 @@ def test_a_core_that_is_not_ours() -> None:
 
 
 def test_where_cores_are_rationed_they_halt(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = NativeRuntime(1)
-    monkeypatch.setattr(native_runtime, "cgroup_cores", lambda: None)
-    assert isinstance(runtime.awake(1000), native.CoreWaker)
-    assert isinstance(runtime.awake(0), nullcontext)
-    monkeypatch.setattr(native_runtime, "cgroup_cores", lambda: 1.5)
-    assert isinstance(runtime.awake(1000), nullcontext)
+    runtime, cores = NativeRuntime(1), len(os.sched_getaffinity(0))
+    for quota, awake in ((None, True), (cores + 0.5, True), (cores, True), (cores - 0.5, False)):
+        monkeypatch.setattr(native_runtime, "cgroup_cores", lambda given=quota: given)
+        assert isinstance(runtime.awake(1000), native.CoreWaker if awake else nullcontext)
+        assert isinstance(runtime.awake(0), nullcontext)
