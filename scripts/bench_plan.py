@@ -1,6 +1,6 @@
 """What `moeserve plan` predicts beside what the engine then does, over 36 configurations.
 
-    python scripts/bench_plan.py [--profile FILE | --calibrate] [--rounds 1] [--configs 36]
+    python scripts/bench_plan.py [--profile FILE | --calibrate] [--rounds 4] [--configs 36]
         [--out benchmarks/results] [--state DIR] [--again]
 
 Three shapes of models (plan_bench/cases.py) in three formats, each with all, three quarters, half
@@ -12,13 +12,14 @@ Predicted: by stage 2 of the plan from the profile that `moeserve calibrate` wro
 experts of another size (2048 x 768) and another small model, none of these. Hit rates follow from
 routing that is recorded of other prompts than the timed ones, as `moeserve trace` would.
 Measured: the engine in a process of its own, clients that send their next request when the last has
-ended; once to warm up, then played until 8 s have passed; medians. The cases of a model take turns,
---rounds times, and medians of the rounds count.
+ended; once to warm up, then played until 4 s have passed; medians. The cases of a model take turns,
+--rounds times, and medians of the rounds count: of many, since a machine that others share is a
+third slower for ten seconds at times.
 
-A machine that others share computes a third faster or slower some minutes later (docs/log.md). With
---calibrate it is calibrated, in the format of the model, right before the first round of a model's
-four cases, between rounds and after the last, for a minute each time, and the prediction is the
-mean of those from all: what is tested is the planner and not how long the machine stays as it was.
+It also computes a third faster or slower some minutes later (docs/log.md). With --calibrate it is
+calibrated, in the format of the model, right before the first round of a model's four cases, after
+every second one and after the last, for a minute each time, and the prediction is the mean of those
+from all: what is tested is the planner and not how long the machine stays as it was.
 
 The disk of a virtual machine may read half as much again a minute later, and no plan can know. So
 the disk is looked at again right before and right after a case that reads from it (records of
@@ -81,9 +82,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--profile", help="default: this machine's own")
     parser.add_argument(
-        "--calibrate", action="store_true", help="around each round of a model's cases"
+        "--calibrate", action="store_true", help="between rounds of a model's cases and around them"
     )
-    parser.add_argument("--rounds", type=int, default=1, help="how often each case is measured")
+    parser.add_argument("--rounds", type=int, default=4, help="how often each case is measured")
     parser.add_argument("--foreign", action="store_true", help="a profile that is not of here")
     parser.add_argument("--configs", type=int, help="only so many, spread over the models")
     parser.add_argument("--only", default="", help="cases whose names hold this")
@@ -154,7 +155,7 @@ def all_rows(
         finds = {case: [] if args.again else measured(args.state, case, of) for case in own}
         for number in range(args.rounds):
             measure_round(args, model, finds, number, of)
-            if known is None:
+            if known is None and calibrations.is_due(number + 1):
                 profiles.append(calibrations.after(name, number + 1))
         for case, rounds in finds.items():
             found = middle_of(rounds)

@@ -1,4 +1,4 @@
-"""This machine as it was before, between and after the rounds of each model's cases."""
+"""This machine as it was before the rounds of each model's cases, between some, and after them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from moeserve.planner.lookup import find_hardware
 
 #: what a model has in each format beside what every engine needs (`calibrate --formats`)
 MEASURED = {"none": "bfloat16", "int8": "int8", "int4": "int4/32"}
+#: rounds from one calibration to the next: each takes as long as a round of four cases
+ROUNDS_BETWEEN = 2
 
 
 class Calibrations:
-    """Profiles in a folder, by model and number: 0 before its first round, n after its n-th."""
+    """Profiles in a folder, by model and number: 0 before its first round, n after its n-th, where
+    one is due then."""
 
     def __init__(self, folder: Path, again: bool, rounds: int) -> None:
         """again: do without those that there are."""
         self._folder = folder
         self._again = again
-        self._numbers = range(rounds + 1)
+        self._numbers = sorted({*range(0, rounds, ROUNDS_BETWEEN), rounds})
         self._latest: Path | None = None  # of the model before, when its last round had ended
 
     def first(self, model: str, is_measured: Callable[[Profile], bool]) -> Profile:
@@ -41,8 +44,13 @@ class Calibrations:
         shutil.copy(self._latest, paths[0])
         return find_hardware(str(paths[0]), False)
 
+    def is_due(self, number: int) -> bool:
+        """After so many rounds."""
+        return number in self._numbers
+
     def after(self, model: str, number: int) -> Profile:
         """As it was after that round, which has just ended if there is no such profile."""
+        assert self.is_due(number), f"nothing is calibrated after round {number}"
         path = self._path(model, number)
         if path.exists():
             return find_hardware(str(path), False)

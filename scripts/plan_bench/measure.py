@@ -25,7 +25,7 @@ from plan_bench.cases import OUTPUT_TOKENS, SHAPES, Case, num_experts
 
 BLOCK_TOKENS = 16
 #: a case is played until so much time has passed, and at least so often
-LEAST_S, LEAST_TIMES = 8.0, 1
+LEAST_S, LEAST_TIMES = 4.0, 1
 #: sequences whose routing is recorded, by the tokens of their prompts: other prompts than those
 #: that are timed, but as long, because what a token chooses follows from what it can see
 TRACED = {64: 24, 256: 16, 768: 12}

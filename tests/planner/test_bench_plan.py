@@ -121,23 +121,29 @@ def test_a_model_s_first_profile_may_be_the_last_of_another(
 
     monkeypatch.setattr("plan_bench.calibrations.find_hardware", find)
 
-    def run(models: list[str], again: bool = False, is_measured: bool = False) -> list[str]:
+    def run(
+        models: list[str], again: bool = False, is_measured: bool = False, rounds: int = 3
+    ) -> list[str]:
         made.clear()
-        calibrations = Calibrations(tmp_path, again, rounds=2)
+        calibrations = Calibrations(tmp_path, again, rounds)
         for model in models:
             calibrations.first(model, lambda profile: is_measured)
-            for number in (1, 2):
-                calibrations.after(model, number)
+            for number in range(1, rounds + 1):
+                if calibrations.is_due(number):
+                    calibrations.after(model, number)
         return list(made)
 
     both = ["few-int8", "many-int8", "many-int4"]
-    wanted = ["few-int8-0", "few-int8-1", "few-int8-2", "many-int8-1", "many-int8-2"]
-    wanted += ["many-int4-0", "many-int4-1", "many-int4-2"]
+    wanted = ["few-int8-0", "few-int8-2", "few-int8-3", "many-int8-2", "many-int8-3"]
+    wanted += ["many-int4-0", "many-int4-2", "many-int4-3"]
     assert run(both) == wanted
     assert run(both, is_measured=True) == []
     assert run(both, again=True, is_measured=True) == wanted
-    (tmp_path / "many-int8-1.profile.json").unlink()
-    assert run(both, is_measured=True) == ["many-int8-0", "many-int8-1", "many-int8-2"]
+    (tmp_path / "many-int8-2.profile.json").unlink()
+    assert run(both, is_measured=True) == ["many-int8-0", "many-int8-2", "many-int8-3"]
+    for rounds, numbers in ((1, [0, 1]), (2, [0, 2]), (4, [0, 2, 4])):
+        alone = run(["few-int8"], again=True, rounds=rounds)
+        assert alone == [f"few-int8-{number}" for number in numbers]
 
 
 def test_rounds_and_profiles_are_put_together() -> None:
