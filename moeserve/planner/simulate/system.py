@@ -33,7 +33,7 @@ from moeserve.planner.step_costs import EngineStepCosts
 
 #: around a prediction, and of the cases of `make bench-plan` the share that at least lay between
 #: the ends of their ranges (a test compares with what benchmarks/results has)
-CONFIDENCE, MODEL_ERROR = 0.85, 0.12
+CONFIDENCE, MODEL_ERROR = 0.8, 0.12
 #: for machines whose profile was not measured: rates of data sheets, and nothing of our engine. A
 #: guess: no such prediction was compared with anything
 SHEET_CONFIDENCE, SHEET_ERROR = 0.5, 0.35
