@@ -24,7 +24,8 @@ from moeserve.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-#: what one thread reads at a time, and so the longest that a demand waits for a prefetch to yield
+#: about what one thread reads at a time, and so the longest that a demand waits for a prefetch to
+#: yield
 CHUNK_BYTES = 1 << 20
 #: read to measure memory bandwidth: far more than any cache holds. No more than the slots will
 #: take, which are not written yet: so the start needs no memory that is not needed later

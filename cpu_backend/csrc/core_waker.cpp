@@ -2,11 +2,10 @@
 
 #include <cerrno>
 #include <chrono>
-#include <stdexcept>
-#include <string>
 #include <system_error>
 
 #include "relax.h"
+#include "thread_pool.h"
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -16,23 +15,16 @@
 namespace moeserve {
 namespace {
 
-// An errno value; 0 where the thread may now only run on that core when nothing else wants to.
-int make_idle(std::thread &thread, int cpu) {
+// From now on the thread runs only when nothing else wants to.
+void make_idle(std::thread &thread) {
 #if defined(__linux__)
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpu, &set);
-  const int error = pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
-  if (error != 0) {
-    throw std::invalid_argument("cpus: cannot pin a thread to core " + std::to_string(cpu) + ": " +
-                                std::generic_category().message(error));
-  }
   const sched_param param{};
-  return pthread_setschedparam(thread.native_handle(), SCHED_IDLE, &param);
+  const int error = pthread_setschedparam(thread.native_handle(), SCHED_IDLE, &param);
 #else
-  (void)thread, (void)cpu;
-  return ENOTSUP;
+  (void)thread;
+  const int error = ENOTSUP;
 #endif
+  if (error != 0) throw std::system_error(error, std::generic_category(), "SCHED_IDLE");
 }
 
 }  // namespace
@@ -41,8 +33,8 @@ CoreWaker::CoreWaker(const std::vector<int> &cpus, int most_us) : most_us_(most_
   try {
     for (const int cpu : cpus) {
       threads_.emplace_back([this] { serve(); });
-      const int error = make_idle(threads_.back(), cpu);
-      if (error != 0) throw std::system_error(error, std::generic_category(), "SCHED_IDLE");
+      pin_thread(threads_.back().native_handle(), cpu);
+      make_idle(threads_.back());
     }
   } catch (...) {
     stop();

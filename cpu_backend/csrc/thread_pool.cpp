@@ -14,18 +14,27 @@
 #endif
 
 namespace moeserve {
-void pin_this_thread(int cpu) {
+
+void pin_thread(std::thread::native_handle_type thread, int cpu) {
 #if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(cpu, &set);
-  const int error = pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+  const int error = pthread_setaffinity_np(thread, sizeof set, &set);
   if (error != 0) {
     throw std::invalid_argument("cpus: cannot pin a thread to core " + std::to_string(cpu) + ": " +
                                 std::generic_category().message(error));
   }
 #else
-  (void)cpu;  // no such call; the OS places threads
+  (void)thread, (void)cpu;  // no such call; the OS places threads
+#endif
+}
+
+void pin_this_thread(int cpu) {
+#if defined(__linux__)
+  pin_thread(pthread_self(), cpu);
+#else
+  (void)cpu;
 #endif
 }
 

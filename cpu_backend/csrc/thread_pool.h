@@ -133,7 +133,9 @@ class ThreadPool {
   std::thread dispatcher_;  // starts with the first `submit`
 };
 
-// Pins the calling thread to one core. Throws std::invalid_argument where the kernel refuses.
+// Pins a thread to one core, or the calling one. Throw std::invalid_argument where the kernel
+// refuses.
+void pin_thread(std::thread::native_handle_type thread, int cpu);
 void pin_this_thread(int cpu);
 
 template <class Items>

@@ -3,8 +3,8 @@
 What else runs comes in bursts, and on a machine that others share it never ends. An engine will
 meet as much of it as calibration does, so a figure is the middle of its samples; a limit, which
 nothing is to exceed, is a quartile; a rate of a disk, which is slow at times by itself, is that of
-all of them together. Figures of one kind take turns: a burst meets some samples of
-all of them and not all samples of one.
+all of them together. Figures of one kind take turns: a burst meets some samples of all of them and
+not all samples of one.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ Sample = Callable[[], float]
 @dataclass(frozen=True)
 class Measurement:
     """samples: each measures once; taken one after the other, again and again. figure: of the
-    columns of what they gave."""
+    columns of what they gave. of_turn: of what one of them gave in a turn."""
 
     samples: tuple[Sample, ...]
     figure: Callable[[Sequence[list[float]]], Figure]
+    of_turn: Callable[[Sequence[float]], float] = statistics.median
 
 
 def usual(sample: Sample) -> Measurement:
@@ -51,7 +52,9 @@ def limit(sample: Sample) -> Measurement:
 def lasting(sample: Sample) -> Measurement:
     """A rate over all samples together, of equal amounts: where what varies is the thing's own, who
     waits for it waits for the slow samples most."""
-    return Measurement((sample,), lambda columns: over_all(columns[0]))
+    return Measurement(
+        (sample,), lambda columns: over_all(columns[0]), of_turn=statistics.harmonic_mean
+    )
 
 
 def differing(more: Sample, less: Sample, count: int) -> Measurement:
@@ -64,7 +67,7 @@ def differing(more: Sample, less: Sample, count: int) -> Measurement:
 class Repeats:
     """How long figures are measured: at_least samples of each, then on until it is known to within
     `known_to` (a share of it, 95 % confidence), or limit_s have passed for each, or at_most
-    samples. A sample of what takes less than turn_s is the middle of several."""
+    samples. A sample of what takes less than turn_s is put together from several."""
 
     at_least: int = 5
     at_most: int = 25
@@ -129,7 +132,7 @@ class _Job:
         while time.perf_counter() < ends_s and len(found) < MOST_TOGETHER:
             found.append([sample() for sample in self._wanted.samples])
         for column, values in zip(self._columns, zip(*found, strict=True), strict=True):
-            column.append(statistics.median(values))
+            column.append(self._wanted.of_turn(values))
 
     def judge(self) -> None:
         self.figure = self._wanted.figure(self._columns)
@@ -155,16 +158,12 @@ def summarise(samples: Sequence[float], share: float = 0.5) -> Figure:
 
 
 def over_all(rates: Sequence[float]) -> Figure:
-    """The rate of equal amounts together: one over the mean of their times. Its interval is that of
-    a mean (as a share, the same for times and for rates)."""
-    times = [1 / rate for rate in rates]
-    mean = statistics.fmean(times)
-    stray = statistics.stdev(times) / math.sqrt(len(times)) if len(times) > 1 else mean
-    return Figure(
-        value=1 / mean,
-        spread=_quartiles(rates) * mean,
-        interval=CONFIDENCE_95 * stray / mean,
-    )
+    """The rate of equal amounts together. Its interval is that of the mean of their times: as a
+    share it is the same for the rate."""
+    value = statistics.harmonic_mean(rates)
+    times = [value / rate for rate in rates]  # as shares of their mean
+    stray = statistics.stdev(times) / math.sqrt(len(times)) if len(times) > 1 else 1.0
+    return Figure(value=value, spread=_quartiles(rates) / value, interval=CONFIDENCE_95 * stray)
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

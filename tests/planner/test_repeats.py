@@ -115,3 +115,7 @@ def test_a_rate_that_lasts_is_that_of_all_amounts_in_all_the_time() -> None:
     half = (again[1949] - again[50]) / 2 / figure.value
     assert figure.interval == pytest.approx(half, rel=0.3), f"seed {seed}"
     assert over_all([3.0]).interval >= 1, "of one sample nothing is known"
+    in_one_turn = Repeats(at_least=1, at_most=1, limit_s=60.0, turn_s=1000.0)
+    some = iter([5.0, *rates[:MOST_TOGETHER]])
+    together = in_one_turn.measure([lasting(some.__next__)])[0]
+    assert together.value == pytest.approx(over_all(rates[:MOST_TOGETHER]).value)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from support import engine_profile as made
-from support.engine_profile import made_profile
 
 from moeserve.cache.expert_cache import ExpertCache, Tier
 from moeserve.cache.policies.registry import build_policy
@@ -16,11 +13,6 @@ from moeserve.core import ExpertKey, Placement
 from moeserve.experts.schedule.profile import DiskPoint, Figure, Profile
 from moeserve.planner.simulate.link import SimulatedLink
 from moeserve.planner.simulate.over_disk import read_time_us
-
-
-@pytest.fixture
-def profile(tmp_path: Path) -> Profile:
-    return made_profile(tmp_path)
 
 
 def test_reads_are_faster_together(profile: Profile) -> None:
