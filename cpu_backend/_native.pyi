@@ -91,7 +91,9 @@ class Runtime:
     def take_part_times(self) -> dict[str, float]:
         """Seconds by part of a decoder layer, since they were last taken."""
     def measure_read_bandwidth(self, num_bytes: int, repeats: int = 3) -> float:
-        """Bytes per second that the threads read together."""
+        """Bytes per second that the threads read together, of so many that are allocated for it."""
+    def measure_reading(self, memory: _Array) -> float:
+        """Bytes per second that the threads read together, of [N] bytes, once."""
     def measure_dot_peak(self, type: str, repeats: int = 3, rounds: int = 400_000) -> float:
         """Operations per second (a multiply-add is two) on f32, bf16 or int8 in registers: the best
         of `repeats` times `rounds` times 24 vectors for each thread."""

@@ -18,7 +18,8 @@ from moeserve.config import ExpertConfig
 from moeserve.core import ExpertKey, ExpertSpec
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.experts.disk_supply import DiskSupply
-from moeserve.experts.schedule.cost_model import CostModel, Curve, roofline
+from moeserve.experts.schedule.cost_model import CostModel, roofline
+from moeserve.experts.schedule.curve import Curve
 from moeserve.experts.schedule.intra_layer import FetchOrder
 from moeserve.timeline import Timeline
 
@@ -93,7 +94,7 @@ def build_disk_tier(
         num_bytes = records[ExpertKey(layer, 0)].num_bytes
         costs[layer] = CostModel(
             expert_bytes=num_bytes,
-            cpu=roofline(num_bytes, spec, read_rate, dot_rate),
+            cpu=roofline(num_bytes, spec.num_weights, read_rate, dot_rate),
             cpu_start_us=0.0,
             disk=Curve([num_bytes], [num_bytes / tuning.best_bytes_per_s * 1e6]),
         )

@@ -25,7 +25,8 @@ from moeserve.experts.device_tier import (
 from moeserve.experts.disk_tier import DiskTier
 from moeserve.experts.host_over_disk import HostOverDisk
 from moeserve.experts.host_side import HostSide, WholeHost
-from moeserve.experts.schedule.cost_model import CostModel, Curve, expert_curve
+from moeserve.experts.schedule.cost_model import CostModel, expert_curve
+from moeserve.experts.schedule.curve import Curve
 from moeserve.experts.schedule.profile import Processor
 from moeserve.experts.watch import Watch
 

@@ -125,6 +125,11 @@ class ExpertSpec:
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
 
+    @property
+    def num_weights(self) -> int:
+        """Of one expert: gate, up and down."""
+        return 3 * self.hidden_size * self.intermediate_size
+
 
 @dataclass(frozen=True)
 class ExpertWeights:

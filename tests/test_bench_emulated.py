@@ -16,7 +16,8 @@ from support.randomness import fresh_seed
 from moeserve.cache.policies.registry import build_policy
 from moeserve.cache.routing_trace import RoutingTrace
 from moeserve.cpu_backend.native_runtime import NativeRuntime
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.curve import Curve
 from moeserve.planner.ablation import STRATEGIES, DecodeSimulation, Setting, popularity
 from moeserve.predictors.base import Prediction
 from moeserve.predictors.none import NonePredictor

@@ -84,26 +84,49 @@ double shortest(int repeats, const Work &work) {
   return best;
 }
 
-double measure_read_bandwidth(Runtime &runtime, std::size_t num_bytes, int repeats) {
-  constexpr std::size_t kItem = 256 * 1024;
-  const std::size_t items = std::max<std::size_t>(1, num_bytes / kItem);
-  const nb::gil_scoped_release release;
-  const Memory memory(items * kItem);
-  const auto for_items = [&](const auto &body) {
-    runtime.pool.run([&](Worker &worker) {
-      worker.share(static_cast<std::int64_t>(items), [&](std::int64_t item) {
-        body(memory.data() + static_cast<std::size_t>(item) * kItem);
-      });
+constexpr std::size_t kReadItem = 256 * 1024;
+
+// body(start of an item), by all threads.
+template <class Data, class Body>
+void for_items(Runtime &runtime, Data *data, std::size_t items, const Body &body) {
+  runtime.pool.run([&](Worker &worker) {
+    worker.share(static_cast<std::int64_t>(items), [&](std::int64_t item) {
+      body(data + static_cast<std::size_t>(item) * kReadItem);
     });
-  };
-  for_items([](std::uint8_t *data) { std::memset(data, 1, kItem); });
+  });
+}
+
+double read_rate(Runtime &runtime, const std::uint8_t *data, std::size_t items, int repeats) {
   const double best = shortest(repeats, [&] {
-    for_items([&](const std::uint8_t *data) {
-      volatile float kept = runtime.kernels.read_all(data, kItem);
+    for_items(runtime, data, items, [&](const std::uint8_t *item) {
+      volatile float kept = runtime.kernels.read_all(item, kReadItem);
       (void)kept;
     });
   });
-  return static_cast<double>(items * kItem) / best;
+  return static_cast<double>(items * kReadItem) / best;
+}
+
+double measure_read_bandwidth(Runtime &runtime, std::size_t num_bytes, int repeats) {
+  const std::size_t items = std::max<std::size_t>(1, num_bytes / kReadItem);
+  const nb::gil_scoped_release release;
+  const Memory memory(items * kReadItem);
+  for_items(runtime, memory.data(), items,
+            [](std::uint8_t *item) { std::memset(item, 1, kReadItem); });
+  return read_rate(runtime, memory.data(), items, repeats);
+}
+
+double measure_reading(Runtime &runtime, const ConstArray &memory) {
+  check_dtype<std::uint8_t>(memory, "memory", "uint8");
+  if (memory.ndim() != 1 || memory.stride(0) != 1 || memory.shape(0) < kReadItem) {
+    refuse("memory", "must be contiguous bytes, " + std::to_string(kReadItem) + " or more, not " +
+                         shape_of(memory));
+  }
+  const auto *data = static_cast<const std::uint8_t *>(memory.data());
+  if (reinterpret_cast<std::uintptr_t>(data) % 64 != 0) {
+    refuse("memory", "its address is no multiple of 64");
+  }
+  const nb::gil_scoped_release release;
+  return read_rate(runtime, data, memory.shape(0) / kReadItem, 1);
 }
 
 double measure_dot_peak(Runtime &runtime, const std::string &type, int repeats,
@@ -189,7 +212,10 @@ void bind_runtime(nb::module_ &m) {
           },
           "Seconds by part of a decoder layer, since they were last taken.")
       .def("measure_read_bandwidth", &measure_read_bandwidth, nb::arg("num_bytes"),
-           nb::arg("repeats") = 3, "Bytes per second that the threads read together.")
+           nb::arg("repeats") = 3,
+           "Bytes per second that the threads read together, of so many that are allocated for it.")
+      .def("measure_reading", &measure_reading, nb::arg("memory"),
+           "Bytes per second that the threads read together, of [N] bytes, once.")
       .def("measure_dot_peak", &measure_dot_peak, nb::arg("type"), nb::arg("repeats") = 3,
            nb::arg("rounds") = 400000,
            "Operations per second (a multiply-add is two) on f32, bf16 or int8 in registers: the\n"

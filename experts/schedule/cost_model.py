@@ -2,39 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeserve.core import ConfigError, ExpertSpec
+from moeserve.experts.schedule.curve import Curve
+from moeserve.experts.schedule.product_sizes import Size, SizedCurve, curve_of_size
 from moeserve.experts.schedule.profile import DiskPoint, Processor, Profile
-
-
-class Curve(dict[int, float]):
-    """A cost in microseconds over a count: exact at the measured points, straight between them.
-
-    `curve[count]`. Below the first point the first cost holds, beyond the last the last slope goes
-    on; a single point is a constant. Costs that were asked for are kept, since the scheduler asks
-    for the same few in every layer of every step.
-    """
-
-    def __init__(self, counts: Sequence[int], us: Sequence[float]) -> None:
-        """counts: ascending."""
-        super().__init__(zip(counts, us, strict=True))
-        self._counts = tuple(counts)
-        self._us = tuple(us)
-
-    def __missing__(self, count: int) -> float:
-        counts, us = self._counts, self._us
-        after = bisect_right(counts, count)
-        if after == 0 or len(counts) == 1:
-            cost = us[0]
-        else:
-            left = min(after, len(counts) - 1) - 1
-            slope = (us[left + 1] - us[left]) / (counts[left + 1] - counts[left])
-            cost = us[left] + slope * (count - counts[left])
-        self[count] = cost
-        return cost
 
 
 @dataclass(frozen=True)
@@ -123,19 +97,26 @@ def _there(curve: Curve | None, what: str) -> Curve:
 
 
 def expert_curve(processor: Processor, spec: ExpertSpec, weights: str, expert_bytes: int) -> Curve:
-    """Costs by rows from the measured curve of the format, else from the rates.
-
-    An expert of another size than the measured one costs in proportion to its weights: at few rows
-    they are what is read, at many what is multiplied.
-    """
-    curve = processor.curve(weights, spec)
-    if curve is None:
-        return _roofline(processor, spec, weights, expert_bytes)
-    scale = 3 * spec.hidden_size * spec.intermediate_size / curve.num_weights
-    return Curve(curve.rows, [figure.value * scale for figure in curve.us])
+    """Costs by rows from the measured curves of the format, else from the rates."""
+    return as_experts(processor, Size.of_expert(spec), weights, expert_bytes)
 
 
-def _roofline(processor: Processor, spec: ExpertSpec, weights: str, expert_bytes: int) -> Curve:
+def as_experts(processor: Processor, size: Size, weights: str, num_bytes: int) -> Curve:
+    """The same for whatever is multiplied as experts are: num_bytes are its weights'."""
+    measured = [
+        SizedCurve(
+            Size.of_expert_sizes(curve.hidden_size, curve.intermediate_size),
+            Curve(curve.rows, [figure.value for figure in curve.us]),
+        )
+        for curve in processor.expert_curves
+        if curve.weights == weights
+    ]
+    if not measured:
+        return _roofline(processor, size.weights, weights, num_bytes)
+    return curve_of_size(size, measured)
+
+
+def _roofline(processor: Processor, num_weights: int, weights: str, num_bytes: int) -> Curve:
     """The longer of reading the weights and multiplying them: flat, then a line through 0.
 
     Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009.
@@ -150,16 +131,16 @@ def _roofline(processor: Processor, spec: ExpertSpec, weights: str, expert_bytes
             field="profile",
             hint="measure again with `moeserve calibrate`",
         )
-    return roofline(expert_bytes, spec, rate.bytes_per_s.value, peak)
+    return roofline(num_bytes, num_weights, rate.bytes_per_s.value, peak)
 
 
-def roofline(expert_bytes: int, spec: ExpertSpec, bytes_per_s: float, ops_per_s: float) -> Curve:
-    """Microseconds of an expert by rows: the longer of reading its weights and multiplying them.
+def roofline(num_bytes: int, num_weights: int, bytes_per_s: float, ops_per_s: float) -> Curve:
+    """Microseconds of a product by rows: the longer of reading its weights and multiplying them.
 
     bytes_per_s: of memory; ops_per_s: a multiply-add is two.
     """
-    read_us = expert_bytes / bytes_per_s * 1e6
-    row_us = 6 * spec.hidden_size * spec.intermediate_size / ops_per_s * 1e6
+    read_us = num_bytes / bytes_per_s * 1e6
+    row_us = 2 * num_weights / ops_per_s * 1e6
     ridge = int(read_us / row_us) + 1  # the first number of rows at which products take longer
     points = {1: max(read_us, row_us), ridge: ridge * row_us, ridge + 1: (ridge + 1) * row_us}
     if ridge > 2:

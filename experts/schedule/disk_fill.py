@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moeserve.core import ConfigError
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.curve import Curve
 
 Times = NDArray[np.float64]
 

@@ -14,8 +14,6 @@ from typing import Literal
 
 import msgspec
 
-from moeserve.core import ExpertSpec
-
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A measured value, of several repeats (`planner/repeats.py` says how).
@@ -88,19 +86,17 @@ class ExpertCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if not self.rows or len(self.rows) != len(self.us) or not ascending or self.rows[0] < 1:
             raise ValueError(f"rows {self.rows} must be ascending from 1, with a time each")
 
-    @property
-    def num_weights(self) -> int:
-        return 3 * self.hidden_size * self.intermediate_size
-
 
 class ProductCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Picoseconds that a linear layer takes for each of its weights, by the rows it multiplies.
 
     weights: a `PackFormat.describe()`, or a dtype and "per head": what latent attention multiplies
-    head by head, with torch. rows: ascending.
+    head by head, with torch. outputs, inputs: of the measured matrix. rows: ascending.
     """
 
     weights: str
+    outputs: int
+    inputs: int
     rows: list[int]
     ps: list[Figure]
 
@@ -155,16 +151,6 @@ class Processor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             wanted = wanted[1:] or wanted
         found = [self.ops_per_s[kind].value for kind in wanted if kind in self.ops_per_s]
         return found[0] if found else None
-
-    def curve(self, weights: str, spec: ExpertSpec) -> ExpertCurve | None:
-        """The curve of a format whose experts are nearest in size; None: no curve of it."""
-        wanted = 3 * spec.hidden_size * spec.intermediate_size
-
-        def distance(curve: ExpertCurve) -> float:
-            return max(curve.num_weights / wanted, wanted / curve.num_weights)
-
-        curves = [curve for curve in self.expert_curves if curve.weights == weights]
-        return min(curves, key=distance, default=None)
 
 
 class TransferPoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -11,7 +11,7 @@ from moeserve.core import ConfigError
 from moeserve.experts.schedule.profile import Hardware, Profile
 
 #: to be raised when a field of the profile changes its meaning
-PROFILE_VERSION = 4
+PROFILE_VERSION = 5
 #: where the package keeps profiles of machines that are not at hand
 SHIPPED = files("moeserve") / "planner" / "profiles"
 

@@ -37,7 +37,7 @@ from moeserve.planner.process_memory import measure_process_bytes
 from moeserve.planner.repeats import Repeats
 from moeserve.planner.step_figures import measure_steps
 
-#: hidden and intermediate size of the experts of Qwen3-30B-A3B; other sizes are scaled from it
+#: hidden and intermediate size of the experts of Qwen3-30B-A3B
 DEFAULT_SHAPE = (2048, 768)
 FORMATS = (
     PackFormat("bfloat16"),
@@ -55,6 +55,8 @@ QUICK_FORMATS = FORMATS[:3]
 STEP_FORMATS = (PackFormat("int8"), PackFormat("float32"))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 QUICK_ROWS = (1, 4, 16, 64, 256)
+#: of small experts and matrices: what numbers cost grows evenly with them
+SMALL_ROWS = (1, 16, 256)
 DISK_BLOCKS = (256 << 10, 1 << 20, 4 << 20, 16 << 20)
 QUICK_DISK_BLOCKS = (1 << 20, 4 << 20)
 QUEUE_DEPTHS = (1, 2, 4, 8)
@@ -126,9 +128,10 @@ def _cpu_plan(wishes: Wishes, num_threads: int) -> CpuPlan:
     return CpuPlan(
         shapes=tuple(dict.fromkeys(shapes)),
         rows=QUICK_ROWS if wishes.quick else ROWS,
+        small_rows=SMALL_ROWS,
         threads=(counts[0], counts[-1]) if wishes.quick else counts,
-        repeats=Repeats(limit_s=0.15 if wishes.quick else 0.2, turn_s=TURN_S),
-        pool_bytes=pool_bytes_here(2 * len(shapes)),
+        repeats=Repeats(limit_s=0.15 if wishes.quick else 0.17, turn_s=TURN_S),
+        pool_bytes=pool_bytes_here(4 * len(shapes), num_threads, TURN_S),
     )
 
 

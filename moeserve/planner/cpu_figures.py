@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,21 +12,23 @@ from moeserve.cpu_backend.machine import cpu_model, memory_bytes
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
 from moeserve.experts.schedule.profile import ExpertCurve, Figure, Processor, ProductCurve, ReadRate
-from moeserve.planner.expert_jobs import ExpertJobs, expert_pool
+from moeserve.planner.expert_jobs import EXPERTS, ExpertJobs, expert_pool
 from moeserve.planner.hardware import last_level_cache_bytes
-from moeserve.planner.product_figures import product_pools
+from moeserve.planner.product_figures import SMALL_SIZE, Kind, Pool, per_head_pools, product_pools
 from moeserve.planner.repeats import Measurement, Repeats, limit, usual
 
 DOT_TYPES = ("f32", "bf16", "int8")
+#: hidden and intermediate size of the small experts (schedule/product_sizes.py)
+SMALL_EXPERT = (1024, 256)
 #: an expert with next to no weights: its job costs what every job costs
 SMALL_INTERMEDIATE = 16
-#: of the two jobs whose difference is taken, and of one job of many rows
-EXPERTS, EXPERTS_OF_MANY_ROWS = (2, 8), 8
+#: of a job of many rows
+EXPERTS_OF_MANY_ROWS = EXPERTS[1]
+#: read once to know the rate of memory
+RATE_BYTES = 256 << 20
 #: from so many on the kernels go through experts another way (csrc/moe.cpp)
 MANY_ROWS = 8
 Report = Callable[[str], None]
-#: of a figure: what it is of, and the threads or rows
-Key = tuple[str | int, int | str]
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,32 @@ class ExpertShape:
 
 @dataclass(frozen=True)
 class CpuPlan:
-    """What is measured. threads: the numbers of threads for which reads are."""
+    """What is measured. small_rows: for which small experts and matrices are, in the formats of
+    shapes. threads: the numbers of threads for which reads are."""
 
     shapes: tuple[ExpertShape, ...]
     rows: tuple[int, ...]
+    small_rows: tuple[int, ...]
     threads: tuple[int, ...]
     repeats: Repeats
     pool_bytes: int
 
 
-def pool_bytes_here(num_pools: int) -> int:
-    """Enough that weights are read from memory, and no more than half of what is free for all."""
+#: and what is measured of them, for so many rows
+ExpertKinds = dict[ExpertShape, tuple[PackedExperts, tuple[int, ...]]]
+ProductKinds = dict[Kind, tuple[Pool, tuple[int, ...]]]
+#: of a figure: what it is of, and the threads or rows
+Key = tuple[str | ExpertShape | Kind, int | str]
+
+
+def pool_bytes_here(num_pools: int, num_threads: int, turn_s: float) -> int:
+    """Enough that weights are read from memory: more than caches hold, unless a turn reads less,
+    since from turn to turn everything else is read. No more than half of what is free for all."""
     memory = memory_bytes()
     free_bytes = (2 << 30) if memory is None else memory[1] // 2
-    return min(max(256 << 20, 2 * last_level_cache_bytes()), free_bytes // num_pools)
+    rate = NativeRuntime(num_threads).handle.measure_read_bandwidth(RATE_BYTES, 1)
+    enough = max(RATE_BYTES, min(2 * last_level_cache_bytes(), round(rate * turn_s)))
+    return min(enough, free_bytes // num_pools)
 
 
 def thread_counts(num_threads: int) -> tuple[int, ...]:
@@ -68,28 +82,28 @@ def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
     everything = runtimes[max(plan.threads)]
     memory = memory_bytes()
     report(f"the CPU: packing {len(plan.shapes)} kinds of experts, and matrices")
-    experts = [_pool(everything, shape, plan.pool_bytes) for shape in plan.shapes]
-    products = product_pools(everything, [s.form for s in plan.shapes], plan.pool_bytes)
+    experts = _expert_kinds(everything, plan)
+    products = _product_kinds(everything, plan)
     wanted: dict[Key, Measurement] = {}
+    memory_read = experts[plan.shapes[0]][0].records.reshape(-1)
     for count, runtime in runtimes.items():
-        sample = partial(runtime.handle.measure_read_bandwidth, plan.pool_bytes, 1)
-        wanted["read", count] = limit(sample)
-        for pool in experts:
+        wanted["read", count] = limit(partial(runtime.handle.measure_reading, memory_read))
+        for pool in _by_format(experts).values():
             kernel = pool.gate_up_form.describe()
-            wanted.setdefault((kernel, count), ExpertJobs.on(runtime, pool).one_more(1, *EXPERTS))
+            wanted[kernel, count] = ExpertJobs.on(runtime, pool).one_more(1, *EXPERTS)
     for name in DOT_TYPES:
         wanted["peak", name] = limit(partial(everything.handle.measure_dot_peak, name, 1))
     start = _start_of_a_job(everything, plan.shapes[0])
     wanted["start", 0] = usual(start)
-    for number, pool in enumerate(experts):
+    for shape, (pool, counts) in experts.items():
         jobs = ExpertJobs.on(everything, pool)
-        for rows in plan.rows:
+        for rows in counts:
             if rows < MANY_ROWS:
-                wanted[number, rows] = jobs.one_more(rows, *EXPERTS)
+                wanted[shape, rows] = jobs.one_more(rows, *EXPERTS)
             else:
-                wanted[number, rows] = jobs.one_of(rows, EXPERTS_OF_MANY_ROWS, start)
-    for form, matrices in products.items():
-        wanted |= {(f"product {form}", rows): matrices.of_rows(rows) for rows in plan.rows}
+                wanted[shape, rows] = jobs.one_of(rows, EXPERTS_OF_MANY_ROWS, start)
+    for kind, (matrices, counts) in products.items():
+        wanted |= {(kind, rows): matrices.of_rows(rows) for rows in counts}
     report(f"the CPU: memory, arithmetic, experts and products, {len(wanted)} figures")
     figures = dict(zip(wanted, plan.repeats.measure(list(wanted.values())), strict=True))
     return Processor(
@@ -104,20 +118,43 @@ def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
                 hidden_size=shape.hidden_size,
                 intermediate_size=shape.intermediate_size,
                 record_bytes=pool.record_bytes,
-                rows=list(plan.rows),
-                us=[figures[number, rows] for rows in plan.rows],
+                rows=list(counts),
+                us=[figures[shape, rows] for rows in counts],
             )
-            for number, (shape, pool) in enumerate(zip(plan.shapes, experts, strict=True))
+            for shape, (pool, counts) in experts.items()
         ],
         product_curves=[
             ProductCurve(
-                weights=form,
-                rows=list(plan.rows),
-                ps=[figures[f"product {form}", rows] for rows in plan.rows],
+                weights=kind.weights,
+                outputs=kind.outputs,
+                inputs=kind.inputs,
+                rows=list(counts),
+                ps=[figures[kind, rows] for rows in counts],
             )
-            for form in products
+            for kind, (_, counts) in products.items()
         ],
     )
+
+
+def _expert_kinds(runtime: NativeRuntime, plan: CpuPlan) -> ExpertKinds:
+    """What is asked for, then small ones of the same formats."""
+    rows = dict.fromkeys(plan.shapes, plan.rows)
+    for shape in plan.shapes:
+        rows.setdefault(ExpertShape(*SMALL_EXPERT, shape.form), plan.small_rows)
+    return {shape: (_pool(runtime, shape, plan.pool_bytes), rows[shape]) for shape in rows}
+
+
+def _product_kinds(runtime: NativeRuntime, plan: CpuPlan) -> ProductKinds:
+    forms = [shape.form for shape in plan.shapes]
+    mid = product_pools(runtime, forms, plan.pool_bytes) | per_head_pools(forms, plan.pool_bytes)
+    small = product_pools(runtime, forms, plan.pool_bytes, SMALL_SIZE)
+    kinds: ProductKinds = {kind: (pool, plan.rows) for kind, pool in mid.items()}
+    return kinds | {kind: (pool, plan.small_rows) for kind, pool in small.items()}
+
+
+def _by_format(experts: ExpertKinds) -> dict[str, PackedExperts]:
+    """The first of each."""
+    return {shape.form.describe(): pool for shape, (pool, _) in reversed(experts.items())}
 
 
 def _pool(runtime: NativeRuntime, shape: ExpertShape, pool_bytes: int) -> PackedExperts:
@@ -130,14 +167,13 @@ def _start_of_a_job(runtime: NativeRuntime, shape: ExpertShape) -> Callable[[], 
 
 
 def _reads(
-    figures: Mapping[Key, Figure], counts: Iterable[int], experts: Sequence[PackedExperts]
+    figures: Mapping[Key, Figure], counts: Iterable[int], experts: ExpertKinds
 ) -> Iterator[ReadRate]:
     """Loads alone, then the kernel of each format with one row."""
     for count in counts:
         yield ReadRate(kernel="read", num_threads=count, bytes_per_s=figures["read", count])
-    records = {pool.gate_up_form.describe(): pool.record_bytes for pool in reversed(experts)}
-    for kernel, record_bytes in reversed(records.items()):
+    for kernel, pool in _by_format(experts).items():
         for count in counts:
             us = figures[kernel, count]
-            rate = structs.replace(us, value=record_bytes / us.value * 1e6)
+            rate = structs.replace(us, value=pool.record_bytes / us.value * 1e6)
             yield ReadRate(kernel=kernel, num_threads=count, bytes_per_s=rate)

@@ -14,22 +14,29 @@ from moeserve.cpu_backend.backend import CpuBackend, ExpertJob
 from moeserve.cpu_backend.native_backend import NativeBackend
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedExperts, PackFormat
-from moeserve.planner.repeats import Measurement, differing
+from moeserve.planner.repeats import MOST_TOGETHER, Measurement, differing
 
 #: inputs under one scale in a checkpoint's own codes (packing.py)
 MXFP4_GROUP, FP8_GROUP = 32, 128
+
+
+#: in a job, and in the other of the two whose difference is taken
+EXPERTS = (2, 8)
+#: of a pool: that a turn of samples runs through
+MOST_EXPERTS = sum(EXPERTS) * MOST_TOGETHER
 
 
 def expert_pool(
     runtime: NativeRuntime, hidden_size: int, intermediate_size: int, form: PackFormat,
     pool_bytes: int,
 ) -> PackedExperts:  # fmt: skip
-    """As many experts as fill pool_bytes, at least 16. All have the same numbers, each at its own
-    place in memory: packing more takes longer than everything that is measured."""
+    """As many experts as fill pool_bytes or as a turn reads, at least 16. All have the same
+    numbers, each at its own place in memory: packing more takes longer than all that is
+    measured."""
     spec = ExpertSpec(num_experts=2, hidden_size=hidden_size, intermediate_size=intermediate_size)
     record_bytes = PackedExperts.bytes_of_record(spec, form, form)
     spec = ExpertSpec(
-        num_experts=max(16, pool_bytes // record_bytes),
+        num_experts=max(16, min(MOST_EXPERTS, pool_bytes // record_bytes)),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackFormat
-from moeserve.experts.schedule.cost_model import Curve
+from moeserve.experts.schedule.curve import Curve
 from moeserve.experts.schedule.profile import Processor
 from moeserve.planner.product_figures import SIZE, Pool, ProductPool
 
@@ -26,7 +26,8 @@ class Pace:
     @classmethod
     def of(cls, runtime: NativeRuntime, cpu: Processor, form: PackFormat) -> Pace:
         """cpu: whose products in that format are known."""
-        (known,) = (curve for curve in cpu.product_curves if curve.weights == form.describe())
+        wanted = (form.describe(), *SIZE)
+        (known,) = (c for c in cpu.product_curves if (c.weights, c.outputs, c.inputs) == wanted)
         pool = ProductPool(runtime, form, SIZE, PRODUCTS_BYTES)
         return cls(pool, Curve(known.rows, [figure.value for figure in known.ps]))
 

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from typing import Protocol
 
 import torch
 
+from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_linear import NativeLinear
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackedWeight, PackFormat
 from moeserve.models.layers import per_head_into
-from moeserve.planner.repeats import Measurement, usual
+from moeserve.planner.repeats import MOST_TOGETHER, Measurement, usual
 from moeserve.planner.step_costs import PER_HEAD
 
-#: rows and columns of the measured matrices: as of attention in mid-size models
-SIZE = 2048
+#: outputs and inputs of the measured matrices: as of attention in mid-size models
+SIZE = (2048, 2048)
+#: of others, by which it is known what rows cost beside weights (schedule/product_sizes.py)
+SMALL_SIZE = (512, 512)
 #: products that are timed together, as the matrices of layers follow each other
 TOGETHER = 4
 #: formats that linear layers are rounded to; codes of checkpoints cost as their experts do
@@ -44,37 +48,60 @@ class Pool(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Kind:
+    """weights: `ProductCurve.weights`. outputs, inputs: of one matrix."""
+
+    weights: str
+    outputs: int
+    inputs: int
+
+
 def product_pools(
-    runtime: NativeRuntime, forms: Sequence[PackFormat], pool_bytes: int, size: int = SIZE
-) -> dict[str, Pool]:
-    """For each format of linear layers among `forms`, by its description."""
-    pools: dict[str, Pool] = {
-        form.describe(): ProductPool(runtime, form, size, pool_bytes)
+    runtime: NativeRuntime,
+    forms: Sequence[PackFormat],
+    pool_bytes: int,
+    size: tuple[int, int] = SIZE,
+) -> dict[Kind, Pool]:
+    """Linear layers of each format that they have, among `forms`."""
+    return {
+        Kind(form.describe(), *size): ProductPool(runtime, form, size, pool_bytes)
         for form in dict.fromkeys(forms)
         if form.name in PRODUCT_FORMATS
     }
-    for name, dtype in PER_HEAD_DTYPES.items():
-        if name in pools:
-            pools[f"{name} {PER_HEAD}"] = PerHeadPool(dtype, pool_bytes)
-    return pools
+
+
+def per_head_pools(forms: Sequence[PackFormat], pool_bytes: int) -> dict[Kind, Pool]:
+    """The ups of latent attention in what it computes in, among `forms`."""
+    names = {form.name for form in forms}
+    return {
+        Kind(f"{name} {PER_HEAD}", *HEADS[1:]): PerHeadPool(dtype, pool_bytes)
+        for name, dtype in PER_HEAD_DTYPES.items()
+        if name in names
+    }
 
 
 class ProductPool:
     """Linear layers with the same numbers, each at its own place in memory, that take turns."""
 
     def __init__(
-        self, runtime: NativeRuntime, form: PackFormat, size: int, pool_bytes: int
+        self, runtime: NativeRuntime, form: PackFormat, size: tuple[int, int], pool_bytes: int
     ) -> None:
+        """size: outputs and inputs. pool_bytes: at most, where a turn reads less."""
+        outputs, inputs = size
         generator = torch.Generator().manual_seed(0)
-        first = PackedWeight(runtime.handle, (size, size), form)
-        first.put(torch.arange(size), torch.randn(size, size, generator=generator) / size**0.5)
-        count = max(TOGETHER, pool_bytes // first.nbytes)
-        weights = [first] + [
-            PackedWeight(runtime.handle, (size, size), form, first.data.copy())
-            for _ in range(count - 1)
-        ]
+        first = PackedWeight(runtime.handle, size, form)
+        numbers = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        first.put(torch.arange(outputs), numbers)
+        most = (1 + TOGETHER) * MOST_TOGETHER
+        count = max(TOGETHER, min(most, pool_bytes // first.nbytes))
+        # In one piece, so that small ones stand in huge pages too, as a model's do.
+        memory = _native.allocate(count * first.nbytes).reshape(count, first.nbytes)
+        memory[:] = first.data
+        weights = [PackedWeight(runtime.handle, size, form, data) for data in memory]
         self._turns = cycle([NativeLinear(weight) for weight in weights])
-        self._size = size
+        self._inputs = inputs
+        self._num_weights = outputs * inputs
         self._dtype = torch.float32 if form.name == "float32" else torch.bfloat16
 
     def of_rows(self, num_rows: int) -> Measurement:
@@ -83,13 +110,13 @@ class ProductPool:
     def ps(self, num_rows: int) -> float:
         """Of a few products one after the other, for each weight, in picoseconds. Behind another,
         as in a step: the threads are awake."""
-        x = torch.randn(num_rows, self._size).to(self._dtype)
+        x = torch.randn(num_rows, self._inputs).to(self._dtype)
         next(self._turns)(x)
         layers = [next(self._turns) for _ in range(TOGETHER)]
         started_s = time.perf_counter()
         for layer in layers:
             layer(x)
-        return (time.perf_counter() - started_s) * 1e12 / (TOGETHER * self._size**2)
+        return (time.perf_counter() - started_s) * 1e12 / (TOGETHER * self._num_weights)
 
 
 class PerHeadPool:

@@ -24,7 +24,7 @@ LIMIT = 0.75
 CONFIDENCE_95 = 1.96
 #: times as many samples are taken of a difference that has not shown yet
 PATIENCE = 8
-#: in a turn, at most
+#: samples of a turn, at most
 MOST_TOGETHER = 16
 Sample = Callable[[], float]
 
@@ -86,12 +86,13 @@ class Repeats:
     def measure(self, wanted: Sequence[Measurement]) -> list[Figure]:
         """Figures that take turns, so that a burst of other work meets some samples of all.
 
-        What samples give the first time is dropped: caches and threads are cold then, which is a
-        cost of its own and not this one. Raises MoeserveError where nothing can be made out.
+        What the first turn gives is dropped: caches and threads are cold then, and a virtual
+        machine's memory may be, which are costs of their own and not this one. Raises
+        MoeserveError where nothing can be made out.
         """
         jobs = [_Job(each) for each in wanted]
         for job in jobs:
-            job.warm_up()
+            job.samples(self.turn_s)
         ends_s = time.perf_counter() + self.limit_s * len(jobs)
         waiting = list(jobs)
         while waiting:
@@ -122,15 +123,16 @@ class _Job:
     def count(self) -> int:
         return len(self._columns[0])
 
-    def warm_up(self) -> None:
-        for sample in self._wanted.samples:
-            sample()
-
-    def take(self, turn_s: float) -> None:
+    def samples(self, turn_s: float) -> list[list[float]]:
+        """Of one turn."""
         ends_s = time.perf_counter() + turn_s
         found = [[sample() for sample in self._wanted.samples]]
         while time.perf_counter() < ends_s and len(found) < MOST_TOGETHER:
             found.append([sample() for sample in self._wanted.samples])
+        return found
+
+    def take(self, turn_s: float) -> None:
+        found = self.samples(turn_s)
         for column, values in zip(self._columns, zip(*found, strict=True), strict=True):
             column.append(self._wanted.of_turn(values))
 

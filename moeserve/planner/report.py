@@ -73,11 +73,12 @@ def _show_processor(console: Console, processor: Processor) -> None:
     console.print(table)
     if not processor.product_curves:
         return
-    table = _table("linear layers, ps per weight by rows", ("format", *map(str, rows)))
+    table = _table("linear layers, ps per weight by rows", ("matrices", *map(str, rows)))
     for product in processor.product_curves:
         ps = dict(zip(product.rows, product.ps, strict=True))
         cells = [_text(ps[count], 1) if count in ps else "" for count in rows]
-        table.add_row(product.weights, *cells)
+        size = f"{product.outputs} x {product.inputs}"
+        table.add_row(f"{product.weights}, {size}", *cells)
     console.print(table)
 
 

@@ -19,8 +19,10 @@ import numpy as np
 from msgspec import structs
 
 from moeserve.config import ModelConfig
-from moeserve.core import ConfigError, ExpertSpec, MoeserveError
-from moeserve.experts.schedule.cost_model import CostModel, Curve, expert_curve
+from moeserve.core import ConfigError, MoeserveError
+from moeserve.experts.schedule.cost_model import CostModel, as_experts
+from moeserve.experts.schedule.curve import Curve
+from moeserve.experts.schedule.product_sizes import Size, SizedCurve, curve_of_size
 from moeserve.experts.schedule.profile import Processor, Profile, StepFigures
 from moeserve.planner.model_shape import read_shape
 from moeserve.planner.plan_types import Resource, StepLoad
@@ -37,12 +39,8 @@ from moeserve.planner.step_fit import (
 ROUTER, SHARED = "router", "shared"
 #: after the format: what torch multiplies head by head
 PER_HEAD = "per head"
-#: what is computed as one expert
-FFN = "ffn"
 #: at which arithmetic is at its best
 MANY_ROWS = 512
-#: at which a roofline is asked for
-ROOFLINE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass
@@ -81,54 +79,54 @@ class Products:
         """num_threads: that compute; None: as many as the profile's curves were measured with."""
         self._profile = profile
         self._num_threads = num_threads
-        self._curves: dict[str, Curve] = {}
+        self._curves: dict[Matrix, Curve] = {}
 
     def us(self, matrix: Matrix, num_rows: int) -> float:
         """Microseconds of [num_rows, cols] times the matrix."""
-        return self._curve(matrix)[num_rows] * matrix.rows * matrix.cols
+        return self._curve(matrix)[num_rows]
 
     def add(self, work: Work, matrix: Matrix, num_rows: int) -> None:
         """Reading the weights is what one row takes, multiplying what many rows take of each."""
-        curve, size = self._curve(matrix), matrix.rows * matrix.cols
-        us = curve[num_rows] * size
+        curve = self._curve(matrix)
+        us = curve[num_rows]
         work.us += us
-        work.used[Resource.CPU_MEMORY] += min(us, curve[1] * size)
-        work.used[Resource.CPU_COMPUTE] += min(us, curve[MANY_ROWS] / MANY_ROWS * num_rows * size)
+        work.used[Resource.CPU_MEMORY] += min(us, curve[1])
+        work.used[Resource.CPU_COMPUTE] += min(us, curve[MANY_ROWS] / MANY_ROWS * num_rows)
 
     def _curve(self, matrix: Matrix) -> Curve:
-        """Microseconds of one weight, by rows."""
-        name = matrix.form
-        if matrix.per_head or matrix.ffn:
-            name = f"{matrix.form} {PER_HEAD if matrix.per_head else FFN}"
-        found = self._curves.get(name)
+        """Microseconds of the product by rows."""
+        kind = replace(matrix, name="")
+        found = self._curves.get(kind)
         if found is None:
-            found = self._curves[name] = self._find(matrix, name)
+            found = self._curves[kind] = self._find(kind)
         return found
 
-    def _find(self, matrix: Matrix, name: str) -> Curve:
-        measured = self._measured(name)
-        if measured is not None and matrix.per_head:
-            return measured  # on one thread of torch's, however many are ours
-        if not matrix.ffn:
+    def _find(self, matrix: Matrix) -> Curve:
+        if matrix.per_head:
+            measured = self._measured(matrix, f"{matrix.form} {PER_HEAD}")
+            if measured is not None:
+                return measured  # on one thread of torch's, however many are ours
             # A profile without products per head, an older one's: as if our kernels did them.
-            measured = measured or self._measured(matrix.form)
-        measured = measured or self._of_expert(matrix)
+        measured = None if matrix.ffn else self._measured(matrix, matrix.form)
+        if measured is None:
+            measured = as_experts(self._profile.cpu, _size(matrix), matrix.form, matrix.read_bytes)
         return with_threads(measured, self._profile, matrix.form, self._num_threads)
 
-    def _measured(self, name: str) -> Curve | None:
-        for curve in self._profile.cpu.product_curves:
-            if curve.weights == name:
-                return Curve(curve.rows, [figure.value / 1e6 for figure in curve.ps])
-        return None
+    def _measured(self, matrix: Matrix, weights: str) -> Curve | None:
+        found = [
+            SizedCurve(size, Curve(curve.rows, [f.value * size.weights / 1e6 for f in curve.ps]))
+            for curve in self._profile.cpu.product_curves
+            for size in (Size.of_matrix(curve.outputs, curve.inputs),)
+            if curve.weights == weights
+        ]
+        return curve_of_size(_size(matrix), found) if found else None
 
-    def _of_expert(self, matrix: Matrix) -> Curve:
-        spec = ExpertSpec(num_experts=1, hidden_size=2048, intermediate_size=768)
-        weights = 3 * spec.hidden_size * spec.intermediate_size
-        num_bytes = weights * matrix.read_bytes // (matrix.rows * matrix.cols)
-        curve = expert_curve(self._profile.cpu, spec, matrix.form, num_bytes)
-        known = self._profile.cpu.curve(matrix.form, spec)
-        rows = known.rows if known is not None else list(ROOFLINE_ROWS)
-        return Curve(rows, [curve[count] / weights for count in rows])
+
+def _size(matrix: Matrix) -> Size:
+    """An FFN's rows are those of gate, up and down."""
+    if matrix.ffn:
+        return Size.of_expert_sizes(matrix.cols, matrix.rows // 3)
+    return Size.of_matrix(matrix.rows, matrix.cols)
 
 
 def with_threads(curve: Curve, profile: Profile, form: str, num_threads: int | None) -> Curve:

@@ -192,15 +192,17 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Steps that are alike. context_tokens: of each stream, about."""
+    """Steps that are alike. context_tokens: of each stream, about. slower: how much longer products
+    took beside them than when they were calibrated."""
 
     num_streams: int
     num_rows: int
     context_tokens: int
     steps: list[_Step]
+    slower: float = 1.0
 
-    def faster(self, factor: float) -> _Kind:
-        return replace(self, steps=[step.faster(factor) for step in self.steps])
+    def as_calibrated(self) -> list[_Step]:
+        return [step.faster(self.slower) for step in self.steps]
 
 
 def step_points(
@@ -232,22 +234,27 @@ def step_points(
         kinds.append(_Kind(streams, streams, CONTEXT_TOKENS + NUM_STEPS // 2, decodes))
         if slots is None and streams == 1:
             watching = watching_us(engine, rng)
+    # Of all decodes, then of all prompts: of one kind there are few samples, with seconds between
+    # them; and a machine whose memory is as fast as ever may multiply half as fast.
+    kinds = [replace(kind, slower=median(slower)) for kind in kinds]
+    slower, prompts = [], list[_Kind]()
     for rows in PROMPTS:
-        prompts = list[_Step]()
+        found = list[_Step]()
         for _ in range(NUM_STEPS // 2):
-            prompts.append(next(_run(engine, rng, 1, rows, 1)))
+            found.append(next(_run(engine, rng, 1, rows, 1)))
             slower += pace.slower(rows)
-        kinds.append(_Kind(1, rows, rows, prompts[2:]))
+        prompts.append(_Kind(1, rows, rows, found[2:]))
     engine.close()
-    factor = median(slower)  # of all: of one kind there are few, and seconds lie between them
+    kinds += [replace(kind, slower=median(slower)) for kind in prompts]
     if slots is not None:
         for kind in kinds:
             usual = sum(count for _, count in rows_at_random(kind.num_rows, NUM_EXPERTS, TOP_K))
-            found = [tier_layers(step.spans, kind.num_rows, usual) for step in kind.steps]
-            layers.extend(layer.faster(factor) for of_step in found for layer in of_step)
-    points = [_point(slots is not None, kind.faster(factor)) for kind in kinds]
+            for step in kind.steps:
+                of_step = tier_layers(step.spans, kind.num_rows, usual)
+                layers.extend(layer.faster(kind.slower) for layer in of_step)
+    points = [_point(slots is not None, kind) for kind in kinds]
     if watching is not None:
-        alike = structs.replace(watching, value=watching.value / factor)
+        alike = structs.replace(watching, value=watching.value / kinds[0].slower)
         points[0].layer_us[WATCHING] = alike
     return points
 
@@ -306,9 +313,11 @@ def _step(spans: list[Span]) -> _Step:
 
 
 def _point(tiered: bool, kind: _Kind) -> StepPoint:
+    steps = kind.as_calibrated()
+
     def figures(names: Sequence[str], us: Callable[[_Step], dict[str, float]]) -> dict[str, Figure]:
         # The middle: what varies from step to step is Python's own and no other's.
-        return {name: summarise([us(step)[name] for step in kind.steps]) for name in names}
+        return {name: summarise([us(step)[name] for step in steps]) for name in names}
 
     return StepPoint(
         tiered=tiered,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from support.native_arguments import int8_matrix
@@ -105,6 +106,12 @@ def test_more_threads_than_the_system_has_room_for() -> None:
 def test_measurements(isa: str) -> None:
     """That they are speeds at all; how fast this machine is, is not for tests to say."""
     assert runtime(isa).measure_read_bandwidth(1 << 20, 1) > 1e6
+    memory = np.zeros((2 << 20) + 64, np.uint8)
+    memory = memory[-memory.ctypes.data % 64 :][: 2 << 20]
+    assert runtime(isa).measure_reading(memory) > 1e6
+    for refused in (memory[: 1 << 10], memory[::2], memory[3:], memory.view(np.int8)):
+        with pytest.raises(ValueError, match="memory: "):
+            runtime(isa).measure_reading(refused)
     with pytest.raises(ValueError, match="type: 'f64' is none of f32, bf16, int8"):
         runtime(isa).measure_dot_peak("f64", 1)
     with pytest.raises(ValueError, match="rounds: less than 1"):

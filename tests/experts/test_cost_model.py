@@ -5,16 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
-from support.randomness import fresh_seed
 
 from moeserve.core import ConfigError, ExpertSpec
-from moeserve.experts.schedule.cost_model import (
-    CostModel,
-    Curve,
-    expert_curve,
-)
+from moeserve.experts.schedule.cost_model import CostModel, expert_curve
 from moeserve.experts.schedule.profile import (
     DiskPoint,
     ExpertCurve,
@@ -79,19 +73,6 @@ def profile(**changes: object) -> Profile:
     return msgspec.structs.replace(made, **changes)
 
 
-def test_curve_is_exact_at_points_and_straight_between() -> None:
-    rng = np.random.default_rng(fresh_seed())
-    counts = np.unique(rng.integers(1, 500, 8))
-    us = np.cumsum(rng.uniform(1, 50, counts.size))
-    made = Curve(counts.tolist(), us.tolist())
-    assert [made[int(count)] for count in counts] == us.tolist()
-    for count in rng.integers(counts[0], counts[-1] + 1, 50):
-        assert made[int(count)] == pytest.approx(np.interp(count, counts, us))
-    slope = (us[-1] - us[-2]) / (counts[-1] - counts[-2])
-    assert made[int(counts[-1]) + 100] == pytest.approx(us[-1] + 100 * slope)
-    assert made[0] == us[0]
-
-
 def test_costs_of_the_measured_expert_are_those_of_the_profile() -> None:
     costs = CostModel.of(profile(), SPEC, "int4/32", 4096)
     assert [costs.cpu_us(rows) for rows in (1, 4, 16)] == [10.0, 20.0, 50.0]
@@ -111,12 +92,6 @@ def test_link_is_interpolated() -> None:
     costs = CostModel.of(profile(link=link, device=processor([])), SPEC, "int4/32", 4096)
     assert costs.transfer_us(500_000) == pytest.approx(35.0)
     assert costs.transfer_us(3 * 10**6) == pytest.approx(160.0)
-
-
-def test_the_nearest_size_is_scaled_by_its_weights() -> None:
-    cpu = processor([curve("int8", 64, [10.0, 20.0, 50.0]), curve("int8", 512, [90.0, 95.0, 99.0])])
-    wanted = ExpertSpec(num_experts=8, hidden_size=96, intermediate_size=32)
-    assert expert_curve(cpu, wanted, "int8", 4096)[4] == pytest.approx(20.0 * 96 / 64)
 
 
 def test_rates_give_a_roofline() -> None:

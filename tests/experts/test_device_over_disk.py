@@ -36,7 +36,8 @@ from moeserve.experts.disk_supply import DiskSupply
 from moeserve.experts.host_over_disk import HostOverDisk
 from moeserve.experts.hybrid_executor import HybridExecutor
 from moeserve.experts.layer_use import count_use
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.curve import Curve
 from moeserve.experts.schedule.intra_layer import IntraLayerScheduler
 from moeserve.experts.watch import Watch
 

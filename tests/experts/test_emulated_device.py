@@ -22,7 +22,8 @@ from moeserve.experts.device.emulated_link import EmulatedLink, Written
 from moeserve.experts.device.slot_guard import SlotConflict, SlotGuard
 from moeserve.experts.device_supply import DeviceSupply
 from moeserve.experts.device_tier import emulated_device
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.curve import Curve
 
 #: begins or ends, slot, microseconds
 Event = tuple[str, int, float]

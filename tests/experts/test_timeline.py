@@ -12,7 +12,8 @@ from support.randomness import fresh_seed
 
 from moeserve.cache.expert_cache import Residency, Tier
 from moeserve.core import ConfigError, Placement
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.curve import Curve
 from moeserve.experts.schedule.intra_layer import FetchOrder, TimelinePlacement
 from moeserve.experts.schedule.timeline import fill, makespan_us
 

@@ -12,7 +12,8 @@ from moeserve.cache.expert_cache import ExpertCache, Load, Tier
 from moeserve.cache.policies.registry import build_policy
 from moeserve.core import ExpertKey, LayerUse, Placement
 from moeserve.experts.prefetch import WatchedPrefetch
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.curve import Curve
 from moeserve.experts.schedule.intra_layer import FetchOrder, TimelinePlacement
 from moeserve.predictors.base import Prediction
 

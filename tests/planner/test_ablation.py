@@ -8,7 +8,8 @@ import torch
 from support.randomness import fresh_seed
 
 from moeserve.core import ExpertKey
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.curve import Curve
 from moeserve.planner.ablation import (
     STRATEGIES,
     DecodeSimulation,

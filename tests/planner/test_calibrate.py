@@ -30,10 +30,17 @@ from moeserve.experts.schedule.profile_file import (
 from moeserve.planner.calibrate import FORMATS as FORMATS_MEASURED
 from moeserve.planner.calibrate import Wishes, _cpu_plan, model_shapes, read_formats
 from moeserve.planner.command import _write
-from moeserve.planner.cpu_figures import CpuPlan, ExpertShape, measure_cpu, thread_counts
+from moeserve.planner.cpu_figures import (
+    SMALL_EXPERT,
+    CpuPlan,
+    ExpertShape,
+    measure_cpu,
+    thread_counts,
+)
 from moeserve.planner.device_figures import DevicePlan, measure_device, measure_link
 from moeserve.planner.disk_figures import DiskPlan, RecordReader, measure_disk
 from moeserve.planner.hardware import last_level_cache_bytes, this_hardware
+from moeserve.planner.product_figures import SIZE, SMALL_SIZE
 from moeserve.planner.repeats import Repeats
 
 SHORT = Repeats(at_least=3, at_most=3, limit_s=0.01)
@@ -62,6 +69,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Profile:
         CpuPlan(
             shapes=tuple(ExpertShape(*SHAPE, form) for form in forms),
             rows=(1, 64),
+            small_rows=(1, 64),
             threads=(1,),
             repeats=SHORT,
             pool_bytes=1 << 20,
@@ -91,9 +99,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 
 def test_every_format_and_every_block_is_measured(measured: Profile) -> None:
-    assert [curve.weights for curve in measured.cpu.expert_curves] == [
-        "float32", "bfloat16", "int8", "int4/32", "mxfp4", "fp8",
-    ]  # fmt: skip
+    forms = ["float32", "bfloat16", "int8", "int4/32", "mxfp4", "fp8"]
+    experts = [(c.weights, c.hidden_size, c.intermediate_size) for c in measured.cpu.expert_curves]
+    assert experts == [(form, *size) for size in (SHAPE, SMALL_EXPERT) for form in forms]
+    products = {(c.weights, c.outputs, c.inputs) for c in measured.cpu.product_curves}
+    assert products >= {(form, *size) for size in (SIZE, SMALL_SIZE) for form in forms[:4]}
     assert {rate.kernel for rate in measured.cpu.read} == {
         "read", *(curve.weights for curve in measured.cpu.expert_curves)
     }  # fmt: skip
@@ -107,9 +117,11 @@ def test_a_measured_profile_survives_its_file_and_gives_costs(measured: Profile)
     check_profile(again, this_hardware(), "0.1", "here")
     spec = ExpertSpec(num_experts=8, hidden_size=256, intermediate_size=128)
     costs = CostModel.of(again, spec, "int8", 100_000)
-    curve = measured.cpu.curve("int8", spec)
-    assert curve is not None
-    assert [costs.cpu_us(rows) for rows in (1, 64)] == [figure.value for figure in curve.us]
+    curve = next(c for c in measured.cpu.expert_curves if c.weights == "int8")
+    assert (curve.hidden_size, curve.intermediate_size) == SHAPE
+    assert [costs.cpu_us(rows) for rows in (1, 64)] == pytest.approx(
+        [figure.value for figure in curve.us]
+    )
     assert costs.disk_us(1 << 20) > 0
 
 

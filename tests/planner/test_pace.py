@@ -8,7 +8,7 @@ import pytest
 
 from moeserve.cpu_backend.native_runtime import NativeRuntime
 from moeserve.cpu_backend.packing import PackFormat
-from moeserve.experts.schedule.cost_model import Curve
+from moeserve.experts.schedule.curve import Curve
 from moeserve.planner.pace import Pace
 from moeserve.planner.product_figures import ProductPool
 from moeserve.planner.step_figures import _Step
@@ -22,7 +22,7 @@ def test_a_step_is_as_long_as_on_the_machine_that_was_calibrated() -> None:
 
 
 def test_the_pace_is_that_of_products_now_over_those_of_then() -> None:
-    pool = ProductPool(NativeRuntime(1), PackFormat("int8"), 64, 1 << 16)
+    pool = ProductPool(NativeRuntime(1), PackFormat("int8"), (32, 64), 1 << 16)
     now = [pool.ps(4) for _ in range(50)]
     fast, slow = (Pace(pool, Curve([1, 8], [ps, ps])) for ps in (min(now) / 2, 1e3 * max(now)))
     assert min(fast.slower(4)) > 1

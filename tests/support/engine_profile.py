@@ -98,7 +98,13 @@ def made_profile(tmp_path: Path, with_steps: bool = True) -> Profile:
         for form in FORMS
     ]
     products = [
-        ProductCurve(weights=form, rows=ROWS, ps=[Figure(value=weight_us(n) * 1e6) for n in ROWS])
+        ProductCurve(
+            weights=form,
+            outputs=256,
+            inputs=256,
+            rows=ROWS,
+            ps=[Figure(value=weight_us(n) * 1e6) for n in ROWS],
+        )
         for form in FORMS
     ]
     reads = [

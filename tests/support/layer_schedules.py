@@ -6,7 +6,8 @@ import numpy as np
 
 from moeserve.cache.expert_cache import Residency, Tier
 from moeserve.core import LayerUse
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.curve import Curve
 
 
 def random_costs(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from moeserve.cache.expert_cache import ExpertCache, ExpertState, Load
 from moeserve.core import ExpertKey
-from moeserve.experts.schedule.cost_model import CostModel, Curve
+from moeserve.experts.schedule.cost_model import CostModel
+from moeserve.experts.schedule.curve import Curve
 
 LAYERS, EXPERTS = 4, 8
 COSTS = CostModel(
