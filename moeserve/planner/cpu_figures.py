@@ -88,8 +88,7 @@ def measure_cpu(plan: CpuPlan, report: Report) -> Processor:
     memory_read = experts[plan.shapes[0]][0].records.reshape(-1)
     for count, runtime in runtimes.items():
         wanted["read", count] = limit(partial(runtime.handle.measure_reading, memory_read))
-        for pool in _by_format(experts).values():
-            kernel = pool.gate_up_form.describe()
+        for kernel, pool in _by_format(experts).items():
             wanted[kernel, count] = ExpertJobs.on(runtime, pool).one_more(1, *EXPERTS)
     for name in DOT_TYPES:
         wanted["peak", name] = limit(partial(everything.handle.measure_dot_peak, name, 1))
