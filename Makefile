@@ -20,7 +20,7 @@ help:
 	@echo "make sanitize   the C++ under AddressSanitizer and UBSan, on random input (about 4 minutes)"
 	@echo "make bench   short benchmarks of this machine"
 	@echo "make bench-peers   beside llama.cpp and transformers (an hour; 50 GB of disk)"
-	@echo "make bench-plan  what moeserve plan predicts beside what the engine does (80 minutes)"
+	@echo "make bench-plan  what moeserve plan predicts beside what the engine does (two hours)"
 	@echo "make soak    64 streams with cancels for 2 minutes against a real server"
 
 # torch goes in first and alone: pip then takes the build named by TORCH (a CPU wheel where one is
