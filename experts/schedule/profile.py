@@ -8,7 +8,8 @@ the same form, and say so (`source`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal
 
@@ -36,6 +37,20 @@ def _check_rate(name: str, rate: Figure) -> None:
     """ValueError for a rate by which nothing ever ends."""
     if not rate.value > 0:
         raise ValueError(f"{name} {rate.value} must be above 0")
+
+
+def _check_size(**numbers: int) -> None:
+    """ValueError for what no product has, whose weights costs are divided by."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} {number} must be 1 or more")
+
+
+def _check_rows(rows: Sequence[int], figures: Sequence[Figure]) -> None:
+    """ValueError for rows that no curve can be made of."""
+    ascending = all(a < b for a, b in pairwise(rows))
+    if not rows or len(rows) != len(figures) or not ascending or rows[0] < 1:
+        raise ValueError(f"rows {rows} must be ascending from 1, with a time each")
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,9 +97,8 @@ class ExpertCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     us: list[Figure]
 
     def __post_init__(self) -> None:
-        ascending = all(a < b for a, b in zip(self.rows, self.rows[1:], strict=False))
-        if not self.rows or len(self.rows) != len(self.us) or not ascending or self.rows[0] < 1:
-            raise ValueError(f"rows {self.rows} must be ascending from 1, with a time each")
+        _check_size(hidden_size=self.hidden_size, intermediate_size=self.intermediate_size)
+        _check_rows(self.rows, self.us)
 
 
 class ProductCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,6 +113,10 @@ class ProductCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     inputs: int
     rows: list[int]
     ps: list[Figure]
+
+    def __post_init__(self) -> None:
+        _check_size(outputs=self.outputs, inputs=self.inputs)
+        _check_rows(self.rows, self.ps)
 
 
 #: what numbers of a format are multiplied as, best first: a key of `Processor.ops_per_s`

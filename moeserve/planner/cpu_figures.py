@@ -153,7 +153,10 @@ def _product_kinds(runtime: NativeRuntime, plan: CpuPlan) -> ProductKinds:
 
 def _by_format(experts: ExpertKinds) -> dict[str, PackedExperts]:
     """The first of each."""
-    return {shape.form.describe(): pool for shape, (pool, _) in reversed(experts.items())}
+    found: dict[str, PackedExperts] = {}
+    for shape, (pool, _) in experts.items():
+        found.setdefault(shape.form.describe(), pool)
+    return found
 
 
 def _pool(runtime: NativeRuntime, shape: ExpertShape, pool_bytes: int) -> PackedExperts:

@@ -106,7 +106,7 @@ class Products:
             measured = self._measured(matrix, f"{matrix.form} {PER_HEAD}")
             if measured is not None:
                 return measured  # on one thread of torch's, however many are ours
-            # A profile without products per head, an older one's: as if our kernels did them.
+            # Calibrated without the format that the model computes in: as if our kernels did them.
         measured = None if matrix.ffn else self._measured(matrix, matrix.form)
         if measured is None:
             measured = as_experts(self._profile.cpu, _size(matrix), matrix.form, matrix.read_bytes)

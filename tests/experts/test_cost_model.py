@@ -158,3 +158,23 @@ def test_foreign_and_stale_profiles_are_refused_by_name() -> None:
         check_profile(profile(), HERE, "0.2", "p.json")
     with pytest.raises(ConfigError, match="data sheets"):
         check_profile(profile(source="datasheet"), HERE, "0.1", "p.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outputs": 0}, "outputs 0 must be 1 or more"),
+        ({"inputs": -1}, "inputs -1 must be 1 or more"),
+        ({"rows": [4, 1]}, "ascending from 1"),
+        ({"rows": [1]}, "with a time each"),
+    ],
+)
+def test_matrices_that_costs_cannot_be_divided_by_are_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    matrix = {"weights": "int8", "outputs": 8, "inputs": 8, "rows": [1, 4]}
+    figures = [{"value": 1.0}, {"value": 2.0}]
+    content = msgspec.json.decode(encode_profile(profile()))
+    content["cpu"]["product_curves"] = [matrix | {"ps": figures} | changes]
+    with pytest.raises(ConfigError, match=message):
+        decode_profile(msgspec.json.encode(content), "here")

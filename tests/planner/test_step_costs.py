@@ -114,7 +114,7 @@ def test_products_per_head_have_their_own_curve(tmp_path: Path, other: ModelShap
     assert products.us(per_head, rows) == pytest.approx(3 * products.us(plain, rows))
     one_thread = Products(structs.replace(profile, cpu=cpu), 1)
     assert one_thread.us(per_head, rows) == products.us(per_head, rows), "torch's has but one"
-    assert Products(profile).us(per_head, rows) == products.us(plain, rows), "an older profile"
+    assert Products(profile).us(per_head, rows) == products.us(plain, rows), "not calibrated"
 
 
 def test_fewer_threads_read_and_multiply_slower(tmp_path: Path, other: ModelShape) -> None:
