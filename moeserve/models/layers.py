@@ -17,6 +17,8 @@ from moeserve.experts.router import Router
 
 #: below that many multiplications torch takes loops of its own instead of oneDNN or MKL
 SMALL_PRODUCT = 16**3
+#: of which MKL takes the kernels that it takes for any more: 2 on Intel's processors, 4 on AMD's
+FEWEST_ROWS = 4
 #: that `per_head_into` multiplies at once: what it makes on the way stays small for any prompt
 ROWS_AT_ONCE = 256
 
@@ -28,10 +30,10 @@ RowFunction = Callable[[Tensor], Tensor]
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """x: [T, heads, in], weight: [heads, in, out] -> [T, heads, out].
 
-    Rows are padded to two, and to more than SMALL_PRODUCT multiplications: below, other kernels
-    are taken, which round differently.
+    Rows are padded to FEWEST_ROWS, and to more than SMALL_PRODUCT multiplications: below, other
+    kernels are taken, which round differently.
     """
-    padding = max(2, SMALL_PRODUCT // weight[0].numel() + 1) - len(x)
+    padding = max(FEWEST_ROWS, SMALL_PRODUCT // weight[0].numel() + 1) - len(x)
     rows = x.transpose(0, 1)
     if padding > 0:
         rows = F.pad(rows, (0, 0, 0, padding))

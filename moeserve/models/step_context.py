@@ -2,10 +2,10 @@
 
 A row's result must not depend, to the bit, on what else is in the batch or on how its prompt was
 cut into chunks. torch's fused attention on the CPU keeps that promise where a token always stands
-at the same place of a vector and of a block of columns, longer contexts come in whole steps of
-STEP_COLUMNS, and query rows in whole STEP_ROWS; otherwise MKL takes other kernels, which add in
-another order. So a token's column follows from its position alone. Measured, not documented:
-tests/models/test_same_bits.py tries it.
+at the same place of a vector and of a block of columns, longer contexts come in whole blocks of
+columns, and query rows in whole STEP_ROWS; otherwise MKL takes other kernels, or cuts the columns
+in two, and adds in another order. So a token's column follows from its position alone. Measured on
+processors of Intel and AMD, not documented: tests/models/test_same_bits.py tries it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 #: kv columns that fused attention takes at a time (torch's CPU kernel: kvSplitSize)
 BLOCK_COLUMNS = 512
-#: contexts above that many columns are padded to a multiple of it
-STEP_COLUMNS = 256
+#: contexts of more columns are padded to whole blocks: on AMD's processors MKL cuts 224 and 256 of
+#: them in two, and adds up the halves
+SHORT_COLUMNS = 192
 #: no vector register holds more numbers, and GPU kernels want multiples of 8 or 16
 ALIGNED_COLUMNS = 32
 #: query rows are padded to a multiple of it
@@ -109,7 +110,7 @@ class _Piece:
     def num_columns(self) -> int:
         """One for the null slot and one per token, rounded up to few distinct numbers."""
         columns = self.end_token - self.first_token + 1
-        step = STEP_COLUMNS if columns > STEP_COLUMNS else ALIGNED_COLUMNS
+        step = BLOCK_COLUMNS if columns > SHORT_COLUMNS else ALIGNED_COLUMNS
         return -(-columns // step) * step
 
 
@@ -140,8 +141,8 @@ def _pieces(span: Span, layout: AttentionLayout) -> Iterator[_Piece]:
         end_token = span.context_tokens - span.num_rows + stop
         first_token = 0
         if window is not None:
-            # Where a window and a tile fit into one step, only a token's place in a vector counts.
-            fits = window + MAX_TILE_ROWS + ALIGNED_COLUMNS <= STEP_COLUMNS
+            # Where a window and a tile are short, only a token's place in a vector counts.
+            fits = window + MAX_TILE_ROWS + ALIGNED_COLUMNS <= SHORT_COLUMNS
             step = ALIGNED_COLUMNS if fits else BLOCK_COLUMNS
             oldest = max(0, end_token - (stop - start) - window + 1)
             first_token = oldest // step * step
