@@ -75,6 +75,17 @@ class CoreWaker:
     def __enter__(self) -> CoreWaker: ...
     def __exit__(self, *args: object) -> None: ...
 
+class RowPool:
+    """Memory of tensors that live for moments, taken again by the next ones."""
+
+    def __init__(self) -> None: ...
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody uses."""
+    def take(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Bytes with whatever stands there, [num_bytes], aligned to pages; the pool's again when
+        the last tensor on them is gone. ValueError for none."""
+
 class Runtime:
     """Compute threads and the kernels that they run.
 

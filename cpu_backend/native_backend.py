@@ -79,7 +79,7 @@ class NativeBackend(CpuBackend):
 
     def in_parts(self, job: ExpertJob) -> NativeParts:
         layer = self._layers[job.layer].native
-        return NativeParts(self.runtime.handle, layer, job, self._parts_memory)
+        return NativeParts(self.runtime, layer, job, self._parts_memory)
 
     def close(self) -> None:
         """The threads end with the runtime."""
@@ -95,7 +95,7 @@ class NativeBackend(CpuBackend):
             mask = np.zeros(experts.spec.num_experts, dtype=np.uint8)
             mask[list(job.experts)] = 1
             wanted = torch.from_numpy(mask)
-        out = torch.empty(job.x.shape[0], experts.spec.hidden_size, dtype=job.out_dtype)
+        out = self.runtime.empty_rows(len(job.x), experts.spec.hidden_size, job.out_dtype)
         ids, weights = job.routing.ids.contiguous(), job.routing.weights.contiguous()
         return experts.native, ids, weights, wanted, out
 

@@ -19,7 +19,7 @@ class NativeFfn:
         self, runtime: NativeRuntime, experts: PackedExperts, gate: NativeRouter | None = None
     ) -> None:
         """gate: chooses the one expert and says with what weight; None: it is 1."""
-        self._runtime = runtime.handle
+        self._runtime = runtime
         self._experts = experts
         self._gate = gate
 
@@ -29,9 +29,9 @@ class NativeFfn:
         return None if self._gate is None else self._gate.handle, self._experts.native
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
+        out = self._runtime.empty_rows(len(x), x.shape[1], x.dtype)
         chosen = _every_row(len(x)) if self._gate is None else self._gate(x)
-        self._experts.native.run(self._runtime, x, chosen.ids, chosen.weights, None, out)
+        self._experts.native.run(self._runtime.handle, x, chosen.ids, chosen.weights, None, out)
         return out
 
 

@@ -36,13 +36,13 @@ class NativeHead:
     """The final norm and the head, x [R, H] -> logits [R, V] float32."""
 
     def __init__(self, norm: NativeRmsNorm, head: NativeLinear) -> None:
-        self._runtime = head.weight.runtime
+        self._runtime = norm.runtime
         self._num_outputs = head.weight.layout.rows
         self._head = _native.Head(norm.weight.numpy(), norm.eps, head.matrix)
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = torch.empty(x.shape[0], self._num_outputs)
-        self._head.run(self._runtime, x, logits)
+        logits = self._runtime.empty_rows(len(x), self._num_outputs, torch.float32)
+        self._head.run(self._runtime.handle, x, logits)
         return logits
 
 
@@ -50,11 +50,11 @@ class NativeRmsNorm:
     """Root mean square norm (arXiv:1910.07467) of each row of [T, H], rounded once."""
 
     def __init__(self, runtime: NativeRuntime, weight: Tensor, eps: float) -> None:
-        self._runtime = runtime.handle
+        self.runtime = runtime
         self.weight = weight.float().contiguous()
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = torch.empty(x.shape, dtype=x.dtype)
-        _native.rms_norm(self._runtime, x, self.weight, self.eps, out)
+        out = self.runtime.empty_rows(len(x), x.shape[1], x.dtype)
+        _native.rms_norm(self.runtime.handle, x, self.weight, self.eps, out)
         return out

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.backend import ExpertJob, ExpertParts
+from moeserve.cpu_backend.native_runtime import NativeRuntime
 
 
 class NativeParts(ExpertParts):
@@ -19,7 +20,7 @@ class NativeParts(ExpertParts):
 
     def __init__(
         self,
-        runtime: _native.Runtime,
+        runtime: NativeRuntime,
         experts: _native.PackedExperts,
         job: ExpertJob,
         kept: list[_native.ExpertParts],
@@ -40,7 +41,7 @@ class NativeParts(ExpertParts):
 
     def add(self, experts: Sequence[int], stored: _native.PackedExperts | None = None) -> None:
         """stored: the same experts as they stand elsewhere; None: where the backend has them."""
-        self._parts.add(self._runtime, self._experts if stored is None else stored, experts)
+        self._parts.add(self._runtime.handle, self._experts if stored is None else stored, experts)
 
     def put(self, pairs: NDArray[np.int64], results: Tensor) -> None:
         """What was computed elsewhere: results [P, H] float32 for pairs [P], numbered t * K + k."""
@@ -49,7 +50,7 @@ class NativeParts(ExpertParts):
     def total(self) -> Tensor:
         """To be asked for once: its memory is the next job's."""
         job = self._job
-        out = torch.empty(job.x.shape, dtype=job.out_dtype)
-        self._parts.total(self._runtime, job.routing.weights.contiguous(), out)
+        out = self._runtime.empty_rows(len(job.x), job.x.shape[1], job.out_dtype)
+        self._parts.total(self._runtime.handle, job.routing.weights.contiguous(), out)
         self._kept.append(self._parts)
         return out

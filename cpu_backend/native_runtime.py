@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+from torch import Tensor
+
 from moeserve.config import ExpertConfig
 from moeserve.core import ConfigError
 from moeserve.cpu_backend import _native
@@ -15,6 +18,9 @@ from moeserve.cpu_backend.machine import allowed_cores, node_first, numa_nodes
 from moeserve.cpu_backend.threads import affinity_cores, plan_threads
 
 logger = logging.getLogger(__name__)
+
+#: of rows at once: what malloc maps anew each time (moeserve/engine/heap.py); smaller ones it keeps
+POOLED_BYTES = 1 << 20
 
 
 def choose_isa(name: str) -> tuple[str, str]:
@@ -96,9 +102,19 @@ class NativeRuntime:
         self.reason = f"{name} ({isa_reason}), {plan.num_threads} threads{place} ({plan.reason})"
         self._cores = pinned or allowed_cores()[: plan.num_threads]
         self.handle = _native.Runtime(name, plan.num_threads, pinned, spin_us)
+        self._row_pool = _native.RowPool()
         if pinned:
             _native.pin_this_thread(pinned[0])
         logger.debug("native kernels: %s", self.reason)
+
+    def empty_rows(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """[num_rows, width] for numbers that live for moments, with whatever stands there. Large
+        ones take memory again that others have had: fresh pages cost more than writing them."""
+        num_bytes = num_rows * width * dtype.itemsize
+        if num_bytes < POOLED_BYTES:
+            return torch.empty(num_rows, width, dtype=dtype)
+        memory = torch.from_numpy(self._row_pool.take(num_bytes))
+        return memory.view(dtype).view(num_rows, width)
 
     def awake(self, most_us: int) -> AbstractContextManager[object]:
         """`with` it around waits, time and again: cores are kept from halting for so long of each

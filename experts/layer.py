@@ -85,7 +85,7 @@ class MoELayer:
                 return self.executor.run(x, routing, placement, supplied)
             beside = Beside(shared, x, self.layer, self.timeline)
             y = self.executor.run(x, routing, placement, beside.within(supplied, placement))
-            return y + beside.result()
+            return y.add_(beside.result())
 
 
 def build_moe_layer(

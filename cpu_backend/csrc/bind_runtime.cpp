@@ -16,6 +16,7 @@
 #include "bindings.h"
 #include "core_waker.h"
 #include "dispatch.h"
+#include "row_pool.h"
 #include "runtime.h"
 
 namespace nb = nanobind;
@@ -66,6 +67,27 @@ nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> allocate(std::size_t num_bytes
   auto *memory = new Memory(num_bytes);
   nb::capsule owner(memory, [](void *p) noexcept { delete static_cast<Memory *>(p); });
   return {memory->data(), {num_bytes}, owner};
+}
+
+// A pool as Python has it. Tensors keep the pool, not this: some live until the interpreter is
+// gone.
+struct HeldRowPool {
+  std::shared_ptr<RowPool> pool = std::make_shared<RowPool>();
+};
+
+// What a tensor keeps of its pool, which it may outlive.
+struct TakenBlock {
+  std::shared_ptr<RowPool> pool;
+  RowPool::Block block;
+  ~TakenBlock() { pool->give_back(block); }
+};
+
+nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>> take_rows(const HeldRowPool &held,
+                                                            std::size_t num_bytes) {
+  if (num_bytes == 0) refuse("num_bytes", "must be 1 or more");
+  auto *taken = new TakenBlock{held.pool, held.pool->take(num_bytes)};
+  nb::capsule owner(taken, [](void *p) noexcept { delete static_cast<TakenBlock *>(p); });
+  return {static_cast<std::uint8_t *>(taken->block.memory), {num_bytes}, owner};
 }
 
 double seconds() {
@@ -189,6 +211,14 @@ void bind_runtime(nb::module_ &m) {
           },
           nb::rv_policy::reference)
       .def("__exit__", [](CoreWaker &waker, const nb::args &) { waker.end(); });
+
+  nb::class_<HeldRowPool>(m, "RowPool", "Memory of tensors that live for moments (row_pool.h).")
+      .def(nb::init<>())
+      .def("take", &take_rows, nb::arg("num_bytes"),
+           "Bytes with whatever stands there, [num_bytes] uint8, aligned to pages; the pool's "
+           "again\n"
+           "when the last tensor on them is gone.")
+      .def_prop_ro("num_free", [](const HeldRowPool &held) { return held.pool->num_free(); });
 
   nb::class_<Runtime>(m, "Runtime", "Compute threads and the kernels that they run.")
       .def(

@@ -1,6 +1,7 @@
 #include "expert_list.h"
 
 #include <algorithm>
+#include <functional>
 
 namespace moeserve {
 namespace {
@@ -33,7 +34,8 @@ ExpertList::ExpertList(Runtime &runtime, const ExpertJob &job, const ExpertChoic
       experts_(*choice.experts),
       num_tokens_(job.num_tokens),
       apart_(job.apart),
-      used_(job.num_lists == 1 && choice.wanted != nullptr
+      // Rows that are kept for other parts may be of use to them.
+      used_(job.num_lists == 1 && choice.wanted != nullptr && job.apart == nullptr
                 ? static_cast<std::size_t>(job.num_tokens)
                 : 0),
       in_format_(row_format(kernels_, experts_.gate_up)),
@@ -226,7 +228,7 @@ void ExpertList::down(const ThreadNumbers &numbers, std::int64_t panel, std::int
     for (std::int64_t r = 0; r < group.count; ++r) {
       const Pair &pair = pairs_[static_cast<std::size_t>(group.first + r)];
       if (apart_ != nullptr) {
-        put_apart(pair, numbers.out + r * width, bias, numbers.sums, panel, num_panels);
+        put_apart(pair, numbers.out + r * width, bias, panel, num_panels);
         continue;
       }
       kernels_.accumulate(numbers.sums + pair.token * width, numbers.out + r * width, bias,
@@ -235,14 +237,17 @@ void ExpertList::down(const ThreadNumbers &numbers, std::int64_t panel, std::int
   }
 }
 
-// The sum of this choice alone: as a sum of several begins.
-void ExpertList::put_apart(const Pair &pair, const float *result, const float *bias, float *sum,
+// Weights of choices that stand apart are the sum's (pair_sum.h).
+void ExpertList::put_apart(const Pair &pair, const float *result, const float *bias,
                            std::int64_t panel, std::int64_t num_panels) const {
-  const std::int64_t width = num_panels * kPanelOutputs, first = panel * kPanelOutputs;
-  const std::int64_t outputs = experts_.down.rows;
-  std::fill_n(sum, width, 0.0f);
-  kernels_.accumulate(sum, result, bias, pair.weight, static_cast<int>(width));
-  std::copy_n(sum, std::min(width, outputs - first), apart_ + pair.choice * outputs + first);
+  const std::int64_t outputs = experts_.down.rows, first = panel * kPanelOutputs;
+  const std::int64_t count = std::min(num_panels * kPanelOutputs, outputs - first);
+  float *own = apart_ + pair.choice * outputs + first;
+  if (bias == nullptr) {
+    std::copy_n(result, count, own);
+  } else {
+    std::transform(result, result + count, bias, own, std::plus<float>());
+  }
 }
 
 }  // namespace moeserve

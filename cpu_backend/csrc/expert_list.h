@@ -77,8 +77,8 @@ class ExpertList {
   // Panels `item` of the experts' gate and up. rows: where the activations of its expert go.
   void gate_up_panels(float *out, float *rows, std::int64_t item, const ReadNext &next) const;
   // result, bias: of the panels from `panel` on.
-  void put_apart(const Pair &pair, const float *result, const float *bias, float *sum,
-                 std::int64_t panel, std::int64_t num_panels) const;
+  void put_apart(const Pair &pair, const float *result, const float *bias, std::int64_t panel,
+                 std::int64_t num_panels) const;
   void whole_expert(const ThreadNumbers &numbers, std::int64_t index, const ReadNext &next) const;
   ReadNext panels_of(std::int64_t item) const;
   ReadNext down_reads(std::int64_t panel, std::size_t group) const;

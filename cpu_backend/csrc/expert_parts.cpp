@@ -13,6 +13,7 @@ void ExpertParts::begin(const PartsJob &job) {
   pairs_ = static_cast<float *>(pair_memory_.take(bytes));
   is_there_.assign(pairs, 0);
   chosen_.clear();
+  prepared_for_ = nullptr;
   num_ids_ = 0;
   for (std::size_t pair = 0; pair < pairs; ++pair) {
     num_ids_ = std::max(num_ids_, static_cast<std::size_t>(job.ids[pair]) + 1);
@@ -42,7 +43,10 @@ void ExpertParts::add(Runtime &runtime, const Experts &experts) {
   part.num_lists = 1;
   part.lists[0] = {&experts, job_.ids, nullptr, job_.top_k, wanted_.data()};
   part.apart = pairs_;
+  part.input = &input_;
+  part.is_prepared = prepared_for_ == &experts;
   run_experts(runtime, part);
+  prepared_for_ = &experts;
   for (const std::int64_t pair : chosen_) is_there_[static_cast<std::size_t>(pair)] = 1;
   chosen_.clear();
 }

@@ -19,7 +19,7 @@ namespace moeserve {
 // Memory that one job after the other uses; its contents are lost when it grows. Rows of all
 // choices of a step are megabytes, and never twice as many: what malloc is given back of such sizes
 // it keeps, in pieces that fit the next ones badly. Only pages that are written count, so there is
-// room for the next power of two.
+// room for the next power of two; they are huge ones where the system allows.
 class MappedScratch {
  public:
   MappedScratch() = default;
@@ -36,6 +36,8 @@ class MappedScratch {
       if (memory == MAP_FAILED) throw std::bad_alloc();
       memory_ = memory;
       size_ = wanted;
+      // A hint. Choices of one expert lie all over it, a page of 4 KiB holds one or two.
+      madvise(memory, wanted, MADV_HUGEPAGE);
     }
     return memory_;
   }
@@ -88,10 +90,12 @@ class ExpertParts {
   PartsJob job_ = {};
   float *pairs_ = nullptr;
   MappedScratch pair_memory_;
-  std::vector<std::uint8_t> is_there_;  // [num_pairs]
-  std::size_t num_ids_ = 0;             // beyond the highest that was chosen
-  std::vector<std::uint8_t> wanted_;    // by expert, of num_ids_
-  std::vector<std::int64_t> chosen_;    // pairs that are to be computed
+  RowBuffer input_;                        // rows of x as the experts multiply them,
+  const Experts *prepared_for_ = nullptr;  // these; null: they are not there
+  std::vector<std::uint8_t> is_there_;     // [num_pairs]
+  std::size_t num_ids_ = 0;                // beyond the highest that was chosen
+  std::vector<std::uint8_t> wanted_;       // by expert, of num_ids_
+  std::vector<std::int64_t> chosen_;       // pairs that are to be computed
 };
 
 }  // namespace moeserve

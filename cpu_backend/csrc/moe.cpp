@@ -71,7 +71,8 @@ void run_experts(Runtime &runtime, const ExpertJob &job) {
   std::vector<ExpertList> lists;
   lists.reserve(kMaxExpertLists);
   for (int i = 0; i < job.num_lists; ++i) {
-    lists.emplace_back(runtime, job, job.lists[i], i == 0 ? workspace.input : workspace.other_input,
+    RowBuffer &own = job.apart == nullptr ? workspace.input : *job.input;
+    lists.emplace_back(runtime, job, job.lists[i], i == 0 ? own : workspace.other_input,
                        workspace.experts[i], i == 0 ? nullptr : &lists[0]);
   }
 
@@ -85,7 +86,7 @@ void run_experts(Runtime &runtime, const ExpertJob &job) {
     out_numbers = std::max(out_numbers, list.out_numbers(down_panels));
     row_numbers = std::max(row_numbers, list.row_numbers());
   }
-  const std::int64_t num_sums = job.apart == nullptr ? job.num_tokens : 1;
+  const std::int64_t num_sums = job.apart == nullptr ? job.num_tokens : 0;
   const auto sum_numbers = static_cast<std::size_t>(num_sums * down_panels * kPanelOutputs);
   const std::size_t thread_numbers = out_numbers + sum_numbers + row_numbers;
   for (auto &scratch : workspace.per_thread) scratch.take<float>(thread_numbers);
@@ -141,7 +142,7 @@ void run_experts(Runtime &runtime, const ExpertJob &job) {
         workspace.per_thread[static_cast<std::size_t>(worker.index())].take<float>(thread_numbers);
     const ThreadNumbers numbers = {out, out + out_numbers, out + out_numbers + sum_numbers};
     Laps laps(runtime.parts, worker.index() == 0);
-    worker.share_rows(job.num_tokens, prepare);
+    if (!job.is_prepared) worker.share_rows(job.num_tokens, prepare);
     laps.end(Part::kRows);
     worker.share_ahead(num_gate_up,
                        [&](std::int64_t item, std::int64_t next) { gate_up(numbers, item, next); });

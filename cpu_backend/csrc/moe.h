@@ -43,13 +43,17 @@ struct ExpertJob {
   Dtype y_dtype;
   void *y;       // [num_tokens, H]
   float *apart;  // [num_tokens * top_k, H], see below; null: y is wanted
+  // With `apart`: where x is kept as the first list multiplies it, for the job's next parts. They
+  // say so by `is_prepared`.
+  RowBuffer *input;
+  bool is_prepared;
 };
 
 // y[t] = sum over the wanted experts e of token t of weight * expert_e(x[t]), added up in the order
 // of their numbers and rounded to y_dtype; then the same of the next list is added, in y_dtype. So
 // the bits are those of one call for each list.
-// With `apart`, for one list: apart[t * top_k + k] = weight * expert_e(x[t]) of every wanted choice
-// instead, and what was not wanted stays as it was.
+// With `apart`, for one list: apart[t * top_k + k] = expert_e(x[t]) of every wanted choice instead,
+// without weights, and what was not wanted stays as it was.
 void run_experts(Runtime &runtime, const ExpertJob &job);
 
 }  // namespace moeserve

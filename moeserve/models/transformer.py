@@ -60,13 +60,13 @@ class DecoderLayer:
         if fused.attention is not None:
             fused.attention(x, step, kv)
         else:
-            x = x + self.attention(self.attention_norm(x), step, kv)
+            x += self.attention(self.attention_norm(x), step, kv)
         self.timeline.lap("attention", layer=self.index)
         if fused.ffn is not None and fused.ffn.is_whole:
             fused.ffn(x)
         else:
             ffn, normed = self.ffn, self.ffn_norm(x)
-            x = x + (ffn(normed, step.step) if isinstance(ffn, MoeFfn) else ffn(normed))
+            x += ffn(normed, step.step) if isinstance(ffn, MoeFfn) else ffn(normed)
         self.timeline.lap("feed forward", layer=self.index)
         return x
 

@@ -13,6 +13,7 @@ from moeserve.cache.expert_cache import Tier
 from moeserve.planner.plan_types import MemoryPart, MemoryPlan
 from moeserve.planner.shapes import ModelShape
 from moeserve.planner.workspace import (
+    HUGE_PAGE_BYTES,
     Steps,
     choices_bytes,
     kernel_bytes,
@@ -20,7 +21,6 @@ from moeserve.planner.workspace import (
     tensor_bytes,
 )
 
-HUGE_PAGE_BYTES = 2 << 20
 #: of a row that is drawn from, besides its logits: masses in float64, with two copies
 DRAWING_BYTES = 3 * 8
 

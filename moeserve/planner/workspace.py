@@ -3,7 +3,8 @@
 kernels     buffers of the native kernels (cpu_backend/csrc: runtime.h, expert_list.cpp, moe.cpp,
             linear.cpp, decoder.cpp), which grow to the largest step and stay
 choices     what each choice of a token gave, where experts are computed part by part
-            (cpu_backend/native_parts.py): they are added up when all are there
+            (cpu_backend/native_parts.py): they are added up when all are there; and the rows as
+            experts multiply them, kept from part to part
 tensors     of a step, which live for moments, and whose memory malloc keeps for the next ones
 latent      tensors of latent attention (models/attention.py), for every head as wide as a latent;
             other attention has them in buffers of the kernels
@@ -31,6 +32,7 @@ BF16_LEVELS = ("avx512_bf16", "amx", "scalar_bf16")
 #: formats that rows are rounded to int8 for
 ROUNDED_FORMS = ("int8", "int4", "mxfp4")
 FLOAT_BYTES = 4
+HUGE_PAGE_BYTES = 2 << 20
 #: as large as the stream, and there at the same time as it
 STREAM_TENSORS = 3
 #: code and tables of torch's own products, which nothing else makes it load: as on our test machine
@@ -93,11 +95,14 @@ def kernel_bytes(shape: ModelShape, steps: Steps) -> int:
 
 
 def choices_bytes(shape: ModelShape, steps: Steps) -> int:
-    """A float row of each choice."""
-    if not steps.in_parts:
+    """A float row of each choice, in huge pages; and each row once."""
+    routed = [layer.experts for layer in shape.layers if layer.experts]
+    if not steps.in_parts or not routed:
         return 0
-    pairs = steps.rows * max((s.experts.top_k for s in shape.layers if s.experts), default=0)
-    return pairs * shape.hidden_size * FLOAT_BYTES
+    numbers = steps.rows * shape.hidden_size
+    choices = numbers * max(experts.top_k for experts in routed) * FLOAT_BYTES
+    rows = numbers * max(_row_bytes(experts.form, steps.isa) for experts in routed)
+    return choices + -choices % HUGE_PAGE_BYTES + rows
 
 
 def tensor_bytes(shape: ModelShape, steps: Steps) -> int:
@@ -195,8 +200,8 @@ def _run(lists: list[_Experts], steps: Steps) -> _Call:
                     together = max(together, min(own.pairs, few))
             activated[place] = together * own.inner * FLOAT_BYTES
     panels = max(own.most_rows for own in lists) * GATE_UP_PANELS
-    # Choices that go apart are summed up one by one.
-    panels += max(1 if own.in_parts else own.rows for own in lists) * DOWN_PANELS
+    # Choices that go apart are summed up elsewhere (pair_sum.cpp).
+    panels += max(0 if own.in_parts else own.rows for own in lists) * DOWN_PANELS
     return _Call(
         input=max(own.rows * own.hidden * _row_bytes(own.form, isa) for own in lists),
         hidden=(hidden[0], hidden[1]),
