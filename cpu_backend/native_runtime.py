@@ -19,8 +19,9 @@ from moeserve.cpu_backend.threads import affinity_cores, plan_threads
 
 logger = logging.getLogger(__name__)
 
-#: of rows at once: what malloc maps anew each time (moeserve/engine/heap.py); smaller ones it keeps
-POOLED_BYTES = 1 << 20
+#: of rows at once: from about here on malloc's memory comes from the system anew each time, either
+#: as a mapping or at the end of a heap that had been cut
+POOLED_BYTES = 1 << 17
 
 
 def choose_isa(name: str) -> tuple[str, str]:

@@ -99,23 +99,31 @@ class ProductPool:
         memory = _native.allocate(count * first.nbytes).reshape(count, first.nbytes)
         memory[:] = first.data
         weights = [PackedWeight(runtime.handle, size, form, data) for data in memory]
-        self._turns = cycle([NativeLinear(weight) for weight in weights])
-        self._inputs = inputs
+        self._matrices = [NativeLinear(weight).matrix for weight in weights]
+        self._turns = cycle(self._matrices)
+        self._runtime = runtime.handle
+        self._outputs, self._inputs = size
         self._num_weights = outputs * inputs
         self._dtype = torch.float32 if form.name == "float32" else torch.bfloat16
 
     def of_rows(self, num_rows: int) -> Measurement:
         return usual(partial(self.ps, num_rows))
 
+    def read_once(self) -> None:
+        """All of it: memory that was just written is read slower the first time."""
+        for _ in range(0, len(self._matrices), TOGETHER):
+            self.ps(1)
+
     def ps(self, num_rows: int) -> float:
         """Of a few products one after the other, for each weight, in picoseconds. Behind another,
-        as in a step: the threads are awake."""
+        as in a step: the threads are awake, and sums have memory that was written before."""
         x = torch.randn(num_rows, self._inputs).to(self._dtype)
-        next(self._turns)(x)
-        layers = [next(self._turns) for _ in range(TOGETHER)]
+        out = torch.empty(num_rows, self._outputs, dtype=self._dtype)
+        next(self._turns).run(self._runtime, x, out)
+        matrices = [next(self._turns) for _ in range(TOGETHER)]
         started_s = time.perf_counter()
-        for layer in layers:
-            layer(x)
+        for matrix in matrices:
+            matrix.run(self._runtime, x, out)
         return (time.perf_counter() - started_s) * 1e12 / (TOGETHER * self._num_weights)
 
 
