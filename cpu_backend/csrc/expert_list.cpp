@@ -14,6 +14,8 @@ constexpr std::int64_t kGateUpPanels = 24;
 constexpr std::int64_t kGateUpItemsPerThread = 16;
 constexpr std::int64_t kManyRows = 8;
 constexpr std::int64_t kExpertsPerThread = 4;
+// Rows of a group, at most: what a product of more leaves behind does not stay in a core's cache.
+constexpr std::int64_t kGroupRows = 256;
 
 // Panels of another size are not asked for: a product asks for as many bytes as its own have.
 const std::uint8_t *alike(const ReadNext &next, const PackedLayout &layout) {
@@ -79,7 +81,12 @@ void ExpertList::sort_choices(const ExpertChoice &choice) {
   }
   for (std::size_t e = 0; e < num_experts; ++e) {
     const std::int64_t count = start[e + 1];
-    if (count > 0) groups_.push_back({static_cast<std::int64_t>(e), start[e], count});
+    const std::int64_t parts = (count + kGroupRows - 1) / kGroupRows;
+    for (std::int64_t part = 0; part < parts; ++part) {
+      const std::int64_t first = part * count / parts;
+      groups_.push_back(
+          {static_cast<std::int64_t>(e), start[e] + first, (part + 1) * count / parts - first});
+    }
     start[e + 1] += start[e];
   }
   pairs_.resize(static_cast<std::size_t>(start[num_experts]));

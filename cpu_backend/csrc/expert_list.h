@@ -16,7 +16,7 @@ struct Pair {
   float weight;
 };
 
-// The pairs of one expert.
+// Pairs of one expert: all of them, or an equal part where they are very many.
 struct Group {
   std::int64_t expert;
   std::int64_t first;  // pair

@@ -23,8 +23,9 @@ from moeserve.planner.shapes import LayerShape, ModelShape
 PANEL_OUTPUTS, LINEAR_ROWS, LINEAR_PANELS, GATE_UP_PANELS, DOWN_PANELS = 16, 128, 12, 24, 20
 #: experts per thread from which on a thread computes all of one's gate and up; rows that are many
 EXPERTS_PER_THREAD, MANY_ROWS = 4, 8
-#: of all rows, those that one routed expert has at most, in practice
-EXPERT_SHARE = 0.25
+#: of all rows, those that one routed expert has at most, in practice; and that are computed at once
+#: of any (expert_list.cpp)
+EXPERT_SHARE, GROUP_ROWS = 0.25, 256
 #: products of an FFN that every row takes, by their names in a shape: dense ones, shared experts
 EVERY_ROW = ("ffn", "shared")
 #: what multiplies rows in bfloat16; others widen them to float32
@@ -58,8 +59,8 @@ class Steps:
 @dataclass(frozen=True)
 class _Experts:
     """A list of experts in one call. rows: that come in. pairs: each with one of its experts.
-    most_rows: of one expert. in_parts: whether not all of them need be in the call, and each choice
-    goes apart."""
+    most_rows: of one expert, at once. in_parts: whether not all of them need be in the call, and
+    each choice goes apart."""
 
     form: str
     hidden: int
@@ -165,7 +166,7 @@ def _lists(layer: LayerShape, shape: ModelShape, steps: Steps) -> Iterator[_Expe
             inner=inner,
             rows=rows,
             pairs=pairs,
-            most_rows=round(rows * EXPERT_SHARE),
+            most_rows=min(GROUP_ROWS, round(rows * EXPERT_SHARE)),
             num_experts=experts.spec.num_experts,
             in_parts=steps.in_parts,
         )
@@ -177,7 +178,7 @@ def _lists(layer: LayerShape, shape: ModelShape, steps: Steps) -> Iterator[_Expe
                 inner=matrix.rows // 3,
                 rows=rows,
                 pairs=rows,
-                most_rows=rows,
+                most_rows=min(GROUP_ROWS, rows),
                 num_experts=1,
             )
 
