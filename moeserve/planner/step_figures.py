@@ -26,10 +26,10 @@ import torch
 from msgspec import structs
 
 from moeserve.config import EngineConfig, ExpertConfig, KvConfig, ModelConfig, SchedulerConfig
-from moeserve.core import EngineRequest, SamplingParams
+from moeserve.core import EngineRequest, ExpertSpec, SamplingParams
 from moeserve.cpu_backend import _native
 from moeserve.cpu_backend.native_runtime import NativeRuntime
-from moeserve.cpu_backend.packing import PackFormat
+from moeserve.cpu_backend.packing import PackedExperts, PackFormat
 from moeserve.engine.engine import Engine
 from moeserve.engine.sampler import Sampler, SampleRow
 from moeserve.experts.schedule.profile import (
@@ -40,6 +40,8 @@ from moeserve.experts.schedule.profile import (
     StepFigures,
     StepPoint,
 )
+from moeserve.planner.disk_figures import DiskPlan, measure_file
+from moeserve.planner.disk_times import read_time_us
 from moeserve.planner.pace import Pace
 from moeserve.planner.random_model import write_random_packed
 from moeserve.planner.repeats import Repeats, summarise
@@ -49,12 +51,13 @@ from moeserve.timeline import Span
 
 QUANTIZE: Final = "int8"
 NUM_LAYERS, NUM_EXPERTS, TOP_K, VOCAB_SIZE = 4, 16, 4, 8192
+EXPERTS = ExpertSpec(num_experts=NUM_EXPERTS, hidden_size=1024, intermediate_size=768)
 CONFIG: dict[str, int | float | str | bool | list[str]] = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
-    "hidden_size": 1024,
+    "hidden_size": EXPERTS.hidden_size,
     "intermediate_size": 1024,
-    "moe_intermediate_size": 768,
+    "moe_intermediate_size": EXPERTS.intermediate_size,
     "num_hidden_layers": NUM_LAYERS,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
@@ -90,6 +93,9 @@ PARTS_OF_LAYER = ("attention", "feed forward")
 PARTS_OVER_DISK = ("attention",)
 #: of the experts: few and many layers that find what they want
 TIER_SHARES = (0.75, 0.375)
+#: how the disk is looked at beside steps: records, threads, bytes of a sample
+DISK_BLOCKS, DISK_DEPTHS, DISK_SAMPLE_BYTES = (1 << 20, 4 << 20), (1, 2, 4, 8), 32 << 20
+DISK_REPEATS = Repeats(at_least=5, at_most=10, limit_s=0.2)
 Report = Callable[[str], None]
 
 
@@ -247,16 +253,29 @@ def step_points(
     engine.close()
     kinds += [replace(kind, slower=median(slower)) for kind in prompts]
     if slots is not None:
+        alone_us = _reads_alone(model)
         for kind in kinds:
             usual = sum(count for _, count in rows_at_random(kind.num_rows, NUM_EXPERTS, TOP_K))
             for step in kind.steps:
                 of_step = tier_layers(step.spans, kind.num_rows, usual)
-                layers.extend(layer.faster(kind.slower) for layer in of_step)
+                layers.extend(layer.faster(kind.slower).beside_disk(alone_us) for layer in of_step)
     points = [_point(slots is not None, kind) for kind in kinds]
     if watching is not None:
         alike = structs.replace(watching, value=watching.value / kinds[0].slower)
         points[0].layer_us[WATCHING] = alike
     return points
+
+
+def _reads_alone(model: Path) -> Callable[[int], float]:
+    """Microseconds that so many experts take to be read now, when nothing else goes on: a disk may
+    read half as much again a minute later."""
+    form = PackFormat(QUANTIZE)
+    record_bytes = PackedExperts.bytes_of_record(EXPERTS, form, form)
+    path = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    points = measure_file(
+        DiskPlan(model, 0, DISK_BLOCKS, DISK_DEPTHS, DISK_SAMPLE_BYTES, DISK_REPEATS), path
+    )
+    return lambda count: read_time_us(points, record_bytes, count, None)
 
 
 def watching_us(engine: Engine, rng: np.random.Generator) -> Figure:

@@ -10,6 +10,8 @@ the two cost has little in common. So layers are sorted by what they had to read
                     of books
     books           what is left of the layer: router, counting, deciding, leasing, taking
     to read         from the reads' order to the first read
+    reading         from the first read's start to the last one's end
+    alone           how long these reads take where nothing is computed beside them
     beside          of the runs, while anything was being read
     late            from the last read's end to the stall's
 """
@@ -17,7 +19,7 @@ the two cost has little in common. So layers are sorted by what they had to read
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from moeserve.experts.schedule.profile import TierPoint
@@ -29,13 +31,13 @@ FEW = 4
 #: of a layer over tiers (models/transformer.py, experts/layer.py)
 LAPS = ("router", "place", "acquire", "predict and prefetch", "feed forward")
 #: parts that computing does not decide
-OF_READS = ("stall", "to read", "late")
+OF_READS = ("stall", "to read", "reading", "alone", "late")
 
 
 @dataclass(frozen=True)
 class TierLayer:
-    """One layer of one step. us: by part; without reads there is no "begin" and no "to read",
-    without a stall no "late"."""
+    """One layer of one step. us: by part; without reads there is no "begin" and none of what they
+    take, without a stall no "late"."""
 
     num_rows: int
     num_active: float
@@ -48,6 +50,12 @@ class TierLayer:
         us = {part: us if part in OF_READS else us / factor for part, us in self.us.items()}
         us["layer"] += self.us["stall"] * (1 - 1 / factor)
         return replace(self, us=us)
+
+    def beside_disk(self, alone_us: Callable[[int], float]) -> TierLayer:
+        """alone_us: of reading so many of the experts when nothing else goes on."""
+        if not self.num_missing:
+            return self
+        return replace(self, us=self.us | {"alone": alone_us(self.num_missing)})
 
 
 def tier_layers(spans: Iterable[Span], num_rows: int, usual_active: float) -> list[TierLayer]:
@@ -70,6 +78,7 @@ def _layer(parts: dict[str, list[Span]], num_rows: int, usual_active: float) -> 
     if reads:
         us["begin"] = (min(span.start_s for span in runs + stalls) - ordered_s) * 1e6
         us["to read"] = (reads[0].start_s - ordered_s) * 1e6
+        us["reading"] = (max(span.end_s for span in reads) - reads[0].start_s) * 1e6
         us["beside"] = sum(_shared_us(run, reads) for run in runs)
     us["books"] = us["layer"] - us["experts"] - us["stall"] - us.get("begin", 0.0)
     late = [found for stall in stalls if (found := _late_us(stall, reads)) is not None]

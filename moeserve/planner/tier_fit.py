@@ -30,6 +30,8 @@ class TierCosts:
     the order to read and the first run. to_read: of a layer that reads, of a record: to the first
     read. late_us: from a read's end to when its step goes on. runs: of a run of experts; in a layer
     that reads, of a number of a row that chose an expert; as a share, of the time beside reads.
+    reads: as shares, of the time that reads take by themselves, of the time that is computed
+    meanwhile: who reads needs a core, too, and computing takes it.
     """
 
     books: Costs = field(default_factory=lambda: np.zeros(5))
@@ -37,6 +39,7 @@ class TierCosts:
     to_read: Costs = field(default_factory=lambda: np.zeros(2))
     late_us: float = 0.0
     runs: Costs = field(default_factory=lambda: np.zeros(3))
+    reads: Costs = field(default_factory=lambda: np.array((1.0, 0.0)))
 
     def books_us(self, num_rows: int, num_missing: int, num_runs: float) -> float:
         return float(self.books @ (1.0, float(num_missing > 0), num_missing, num_runs, num_rows))
@@ -46,6 +49,11 @@ class TierCosts:
 
     def to_read_us(self, num_missing: int) -> float:
         return float(self.to_read @ (1.0, num_missing)) if num_missing else 0.0
+
+    def reading_us(self, alone_us: float, computing_us: float) -> float:
+        """Of reads that take so long by themselves, while computing takes so long."""
+        reading_us = float(self.reads[0]) * alone_us
+        return reading_us + float(self.reads[1]) * min(computing_us, reading_us)
 
     def run_us(self, products_us: float, numbers: float, reading_us: float) -> float:
         """Of one run whose products take so long by themselves. reading_us: for how long reads
@@ -73,11 +81,12 @@ class LayerProducts:
 
 def fit_tier(points: Sequence[TierPoint], products: LayerProducts) -> TierCosts:
     """Where no step waited for a read, nothing is known of `late_us` alone; where nothing was read,
-    of all."""
+    of all. Older profiles do not say what reads take by themselves: nothing slows them then."""
     reading = [point for point in points if point.num_missing]
     stalled = [point for point in reading if "late" in point.us]
     if not reading:
         return TierCosts()
+    compared = [point for point in reading if "alone" in point.us]
     late = _fit(stalled, lambda p: (1.0,), lambda p: _value(p, "late")) if stalled else (0.0,)
     return TierCosts(
         books=_fit(
@@ -99,6 +108,13 @@ def fit_tier(points: Sequence[TierPoint], products: LayerProducts) -> TierCosts:
             ),
             lambda p: _runs_us(p, products),
         ),
+        reads=_fit(
+            compared,
+            lambda p: (_value(p, "alone"), _value(p, "beside")),
+            lambda p: _value(p, "reading"),
+        )
+        if compared
+        else TierCosts().reads,
     )
 
 

@@ -107,8 +107,10 @@ def choices_bytes(shape: ModelShape, steps: Steps) -> int:
 
 
 def tensor_bytes(shape: ModelShape, steps: Steps) -> int:
-    """The stream, its norm and what is added to it, embeddings; logits of the rows that choose."""
-    stream = STREAM_TENSORS * steps.rows * shape.hidden_size * shape.number_bytes
+    """The stream, its norm and what is added to it, in parts its sums apart from those of a shared
+    expert; logits of the rows that choose."""
+    count = STREAM_TENSORS + steps.in_parts
+    stream = count * steps.rows * shape.hidden_size * shape.number_bytes
     return stream + steps.sampled * shape.vocab_size * FLOAT_BYTES
 
 

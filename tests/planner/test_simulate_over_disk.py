@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,24 @@ def test_a_layer_over_the_disk_by_hand(shape: ModelShape, profile: Profile) -> N
     assert own_us == pytest.approx(
         20 + slowed - made.START_US - 2 * one_us + 3 * made.RUN_US + 2 * numbers + beside, rel=1e-3
     )
+
+
+def test_reads_wait_for_what_is_computed_beside_them(shape: ModelShape, profile: Profile) -> None:
+    """A first token, whose two experts in each of two layers are all to be read."""
+    found = []
+    for reads in ((1.0, 0.0), (1.25, 0.5)):
+        costs = EngineStepCosts(shape, profile)
+        tier = replace(costs.engine.tier, reads=np.array(reads))
+        costs.engine = replace(costs.engine, tier=tier)
+        deployment = deploy(shape, profile, host_slots=2)
+        clock = DiskClock(costs, recorded(model_trace(), shape), 64, deployment)
+        before_us = clock._reads.link.busy_us
+        took_us = clock._step(np.asarray([0]), 0.0).us
+        found.append((took_us, clock._reads.link.busy_us - before_us))
+    (took, alone), (slower, beside) = found
+    computed = 2 * 2 * product_us(3 * 256 * 128, 1)
+    assert beside - alone == pytest.approx(0.25 * alone + 0.5 * computed, rel=0.02)
+    assert slower > took + 0.9 * 0.25 * alone
 
 
 def on_device(shape: ModelShape, trace: Path | None = None, **experts: Any) -> Estimate:

@@ -11,8 +11,8 @@ from moeserve.cache.policies.registry import build_policy
 from moeserve.cache.types import ExpertState
 from moeserve.core import ExpertKey, Placement
 from moeserve.experts.schedule.profile import DiskPoint, Figure, Profile
+from moeserve.planner.disk_times import read_time_us
 from moeserve.planner.simulate.link import SimulatedLink
-from moeserve.planner.simulate.over_disk import read_time_us
 
 
 def test_reads_are_faster_together(profile: Profile) -> None:

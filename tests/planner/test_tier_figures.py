@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from moeserve.experts.schedule.profile import Figure, TierPoint
 from moeserve.planner.tier_figures import tier_layers, tier_points
@@ -54,6 +57,7 @@ def test_a_layer_that_reads_is_the_sum_of_its_parts() -> None:
             "begin": 40.0,
             "books": 155.0,
             "to read": 20.0,
+            "reading": 280.0,
             "beside": 60.0 + 40.0,
             "late": 50.0,
         }
@@ -109,10 +113,44 @@ def test_a_layer_of_which_nothing_is_left_can_be_fitted() -> None:
     assert isfinite(found.begin_us(1, 1))
 
 
+def test_reads_take_longer_while_something_is_computed() -> None:
+    """As the layers were made: a tenth more than alone, and a third of what is computed."""
+    products = LayerProducts(
+        numbers=8, start_us=1.0, experts_us=lambda rows, active: 5.0, other_us=lambda rows: 1.0
+    )
+    rng = random.Random()
+
+    def point(rows: int, missing: int) -> TierPoint:
+        alone, beside = rng.uniform(500, 5000), rng.uniform(0, 3000)
+        us = {"layer": 2 * alone, "experts": beside, "books": 50.0, "begin": 5.0, "to read": 5.0}
+        us |= {"beside": beside, "alone": alone, "reading": 1.1 * alone + beside / 3}
+        figures = {name: Figure(value=value) for name, value in us.items()}
+        return TierPoint(
+            num_rows=rows, num_missing=missing, num_layers=rng.randint(4, 40), num_active=4.0,
+            num_groups=3.0, us=figures,
+        )  # fmt: skip
+
+    points = [point(rows, missing) for rows in (1, 4, 16) for missing in (1, 3, 7)]
+    tier = fit_tier(points, products)
+    assert tier.reads == pytest.approx([1.1, 1 / 3])
+    assert tier.reading_us(1000.0, 300.0) == pytest.approx(1200.0)
+    assert tier.reading_us(1000.0, 1e9) == pytest.approx(1100.0 * 4 / 3), "no longer than they take"
+    assert tier.reading_us(0.0, 300.0) == 0.0
+    older = [structs.replace(p, us={k: f for k, f in p.us.items() if k != "alone"}) for p in points]
+    assert fit_tier(older, products).reading_us(1000.0, 300.0) == 1000.0
+
+
+def test_what_reads_take_alone_is_asked_of_layers_that_read() -> None:
+    (layer,) = tier_layers(reading(3), 2, 3.5)
+    assert layer.beside_disk(lambda count: 70.0 * count).us == layer.us | {"alone": 140.0}
+    still = replace(layer, num_missing=0)
+    assert still.beside_disk(lambda count: 70.0 * count) == still
+
+
 def test_a_faster_machine_reads_as_this_one() -> None:
     (layer,) = tier_layers(reading(3), 2, 3.5)
     half = layer.faster(2.0)
-    for part in ("stall", "to read", "late"):
+    for part in ("stall", "to read", "reading", "late"):
         assert half.us[part] == layer.us[part]
     for part in ("experts", "books", "begin", "beside"):
         assert half.us[part] == pytest.approx(layer.us[part] / 2)

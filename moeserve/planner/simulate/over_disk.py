@@ -13,15 +13,13 @@ import numpy as np
 
 from moeserve.cache.expert_cache import ExpertCache, Tier
 from moeserve.cache.policies.registry import build_policy
-from moeserve.cache.record_copy import num_chunks
-from moeserve.cache.tiers.disk_tuning import NEAR
 from moeserve.cache.types import ExpertState
 from moeserve.config import ExpertConfig
 from moeserve.core import ExpertKey, LayerUse, Placement
-from moeserve.experts.disk_tier import CHUNK_BYTES
 from moeserve.experts.prefetch import WatchedPrefetch
 from moeserve.experts.schedule.intra_layer import FetchOrder
 from moeserve.experts.schedule.profile import DiskPoint
+from moeserve.planner.disk_times import read_time_us
 from moeserve.planner.plan_types import Deployment, Resource
 from moeserve.planner.rates import disk_points
 from moeserve.planner.simulate.experts import ExpertsClock, ExpertsTime, Rows
@@ -49,12 +47,16 @@ class DiskReads:
         return read_time_us(self._disk, self._record_bytes, count, self._threads)
 
     def fetch(
-        self, layer: int, now: tuple[int, ...], wanted: tuple[int, ...], from_us: float = 0.0
-    ) -> dict[int, float]:
+        self, layer: int, now: tuple[int, ...], wanted: tuple[int, ...], from_us: float = 0.0,
+        reading_us: float | None = None,
+    ) -> dict[int, float]:  # fmt: skip
         """When each wanted expert has arrived. now: those that are computed meanwhile. from_us:
-        before which nothing can be read."""
+        before which nothing can be read. reading_us: of all together; None: as if nothing else went
+        on."""
         arrivals: dict[int, float] = {}
-        each_us = self.read_us(len(wanted)) / len(wanted) if wanted else 0.0
+        if reading_us is None:
+            reading_us = self.read_us(len(wanted))
+        each_us = reading_us / len(wanted) if wanted else 0.0
         rest = wanted
         while now or rest:
             fetched, rest = self._split(layer, now, rest)
@@ -139,14 +141,16 @@ class DiskClock(ExpertsClock):
         placement = self._order.place(use, self._cache.residency(layer))
         wanted = placement.fetch_first
         from_us = self._now_us + self._tier.to_read_us(len(wanted))
-        arrivals = self._reads.fetch(layer, placement.on_cpu, wanted, from_us)
+        shared = self._shared_work(layer, len(tokens))
+        computing_us = shared.us + float(self._cpu_us[rows[[*placement.on_cpu, *wanted]]].sum())
+        reading_us = self._tier.reading_us(self._reads.read_us(len(wanted)), computing_us)
+        arrivals = self._reads.fetch(layer, placement.on_cpu, wanted, from_us, reading_us)
         read_us = link.busy_us - before_us
         if self._foresight is not None:
             self._prefetch.prefetch(self._foresight.predict(layer, tokens), placement)
         order = sorted(arrivals, key=arrivals.__getitem__)
         now = [int(rows[e]) for e in placement.on_cpu]
         begin_us = self._tier.begin_us(len(tokens), len(order))
-        shared = self._shared_work(layer, len(tokens))
         busy_us, own_us, num_runs = self._beside_reading(
             begin_us,
             now,
@@ -208,41 +212,3 @@ class DiskClock(ExpertsClock):
             sum_us = float(tier.runs[0])
             us, own_us, num_runs = us + sum_us, own_us + sum_us, num_runs + 1
         return us, own_us, num_runs
-
-
-def read_time_us(
-    points: Sequence[DiskPoint], record_bytes: int, count: int, threads: int | None
-) -> float:
-    """Of so many records together: chunk by chunk, by as many threads as there are chunks for. The
-    last ones have nothing beside them, and are read at the rates of fewer reads in flight.
-
-    threads: that read; None: as few as `tune_disk` would take. 0 where nothing is to be read.
-    """
-    if not count:
-        return 0.0
-    rates = {depth: _rate(points, record_bytes, depth) for depth in {p.queue_depth for p in points}}
-    depths = sorted(rates)
-    enough = [depth for depth in depths if rates[depth] >= NEAR * max(rates.values())]
-    chunks = count * num_chunks(record_bytes, CHUNK_BYTES)
-    most = min(chunks, threads or enough[0])
-    in_flight = np.interp(np.arange(1, most + 1), depths, [rates[each] for each in depths])
-    of_full = (chunks - most) / in_flight[-1]
-    return float(of_full + (1 / in_flight).sum()) * count * record_bytes / chunks * 1e6
-
-
-def _rate(points: Sequence[DiskPoint], record_bytes: int, depth: int) -> float:
-    """Bytes per second of such records with so many reads in flight. Between two sizes that were
-    measured a record takes a time between theirs, below them the same line goes on; beyond them it
-    takes a time in proportion, and so with one size alone."""
-    times = {
-        p.block_bytes: p.block_bytes / p.bytes_per_s.value for p in points if p.queue_depth == depth
-    }
-    sizes = sorted(times)
-    least, largest = sizes[0], sizes[-1]
-    if record_bytes >= largest or len(sizes) == 1:
-        return largest / times[largest]
-    if record_bytes > least:
-        return record_bytes / float(np.interp(record_bytes, sizes, [times[n] for n in sizes]))
-    slope = (times[sizes[1]] - times[least]) / (sizes[1] - least)
-    time_s = times[least] - slope * (least - record_bytes)
-    return record_bytes / max(time_s, times[least] * record_bytes / least)
