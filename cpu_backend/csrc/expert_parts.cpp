@@ -44,9 +44,10 @@ void ExpertParts::add(Runtime &runtime, const Experts &experts) {
   part.lists[0] = {&experts, job_.ids, nullptr, job_.top_k, wanted_.data()};
   part.apart = pairs_;
   part.input = &input_;
-  part.is_prepared = prepared_for_ == &experts;
+  part.is_prepared = prepared_for_ == &experts && prepared_by_ == &runtime.kernels;
   run_experts(runtime, part);
   prepared_for_ = &experts;
+  prepared_by_ = &runtime.kernels;
   for (const std::int64_t pair : chosen_) is_there_[static_cast<std::size_t>(pair)] = 1;
   chosen_.clear();
 }

@@ -90,12 +90,13 @@ class ExpertParts {
   PartsJob job_ = {};
   float *pairs_ = nullptr;
   MappedScratch pair_memory_;
-  RowBuffer input_;                        // rows of x as the experts multiply them,
-  const Experts *prepared_for_ = nullptr;  // these; null: they are not there
-  std::vector<std::uint8_t> is_there_;     // [num_pairs]
-  std::size_t num_ids_ = 0;                // beyond the highest that was chosen
-  std::vector<std::uint8_t> wanted_;       // by expert, of num_ids_
-  std::vector<std::int64_t> chosen_;       // pairs that are to be computed
+  RowBuffer input_;  // rows of x as these experts are multiplied by these kernels; null: not there
+  const Experts *prepared_for_ = nullptr;
+  const Kernels *prepared_by_ = nullptr;
+  std::vector<std::uint8_t> is_there_;  // [num_pairs]
+  std::size_t num_ids_ = 0;             // beyond the highest that was chosen
+  std::vector<std::uint8_t> wanted_;    // by expert, of num_ids_
+  std::vector<std::int64_t> chosen_;    // pairs that are to be computed
 };
 
 }  // namespace moeserve

@@ -54,6 +54,46 @@ def test_parts_in_any_order_give_the_bits_of_one_call(
     assert torch.equal(summed, whole)
 
 
+@pytest.mark.parametrize("isa", TEST_LEVELS)
+@pytest.mark.parametrize("kind", FEW_KINDS, ids=lambda kind: kind.name)
+def test_many_rows_of_an_expert_are_computed_like_few(kind: Kind, isa: str) -> None:
+    """More than are computed at once (csrc/expert_list.cpp), in one call and in parts that share
+    their rounded rows; one part by other kernels, to which these rows are of no use."""
+    rng, generator = fresh_generators()
+    hidden, inner = usable_cols(kind, rng.randint(20, 60)), usable_cols(kind, rng.randint(20, 60))
+    spec = ExpertSpec(
+        num_experts=3, hidden_size=hidden, intermediate_size=inner, bias=rng.random() < 0.5
+    )
+    layer = pack_layer(kind, spec, generator)
+    num_tokens, top_k = rng.randint(300, 900), rng.randint(1, 2)
+    x = torch.randn(num_tokens, hidden, generator=generator).bfloat16()
+    routing = random_routing(num_tokens, spec, top_k, generator)
+
+    def run(rows: slice) -> Tensor:
+        out = torch.empty_like(x[rows])
+        ids, weights = routing.ids[rows], routing.weights[rows]
+        layer.native.run(runtime(isa, 2), x[rows], ids, weights, None, out)
+        return out
+
+    whole = run(slice(None))
+    pieces = [run(slice(start, start + 50)) for start in range(0, num_tokens, 50)]
+    assert torch.equal(torch.cat(pieces), whole)
+    parts = native.ExpertParts()
+    parts.begin(x, routing.ids)
+    first, *others = rng.sample(range(3), 3)
+    parts.add(runtime(rng.choice(TEST_LEVELS)), layer.native, [first])
+    for expert in others:
+        parts.add(runtime(isa, 2), layer.native, [expert])
+    found = torch.from_numpy(parts.rows()).clone()
+    parts.begin(x, routing.ids)
+    parts.add(runtime(isa), layer.native, [0, 1, 2])
+    pairs = (routing.ids.flatten() != first).nonzero()[:, 0]
+    assert torch.equal(found[pairs], torch.from_numpy(parts.rows())[pairs])
+    summed = torch.empty_like(whole)
+    parts.total(runtime(isa), routing.weights, summed)
+    assert torch.equal(summed, whole)
+
+
 def test_jobs_use_the_memory_of_those_before_them_and_see_nothing_of_it() -> None:
     """One after the other, of any sizes and after numbers that are none; and two side by side."""
     rng, generator = fresh_generators()
